@@ -1,0 +1,18 @@
+"""Width growth in the middle of training (SPARKLING, arXiv:2602.02472) for models trained with DeepSpeed."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ds_sparkling.zero.engine import grow, grow_if_due, initialize, rebuild
+
+__all__ = ["grow", "grow_if_due", "initialize", "rebuild"]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    # DeepSpeed is imported when the engine room is first asked for, so that growth maths and tools start without it.
+    if name in __all__:
+        from ds_sparkling.zero import engine
+
+        return getattr(engine, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

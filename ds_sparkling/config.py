@@ -1,0 +1,189 @@
+"""The ``"sparkling"`` block of a DeepSpeed JSON, checked as a whole and turned into frozen dataclasses."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ds_sparkling.errors import ConfigError
+from ds_sparkling.strategy import Init, OptimizerState, Scaling, Strategy
+
+BLOCK = "sparkling"
+
+_E = TypeVar("_E", bound=Enum)
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One planned growth: when ``at_step`` optimizer steps are done, the axes in ``widths`` grow."""
+
+    at_step: int
+    widths: dict[str, int]
+
+
+@dataclass(frozen=True)
+class SparklingConfig:
+    """The whole block.
+
+    Attributes:
+        stages: planned growths, by ``at_step``.
+        widths: widths to start with, where they aren't ``build_model``'s defaults.
+        strategy: init, scaling, optimizer state and seed of every stage.
+        checkpoint_dir: where checkpoints live; resumed from, and written to before a growth.
+        checkpoint_before_growth: whether to save just before each growth.
+    """
+
+    stages: tuple[StageConfig, ...] = ()
+    widths: dict[str, int] | None = None
+    strategy: Strategy = field(default_factory=Strategy)
+    checkpoint_dir: str | None = None
+    checkpoint_before_growth: bool = True
+
+    @classmethod
+    def from_dict(cls, block: Mapping[str, Any]) -> SparklingConfig:
+        """Parse and check the block.
+
+        Raises:
+            ConfigError: names the key by its path, what was found and what is allowed.
+        """
+        _check_keys(
+            block,
+            BLOCK,
+            {
+                "stages",
+                "widths",
+                "init",
+                "scaling",
+                "optimizer_state",
+                "seed",
+                "checkpoint_dir",
+                "checkpoint_before_growth",
+            },
+        )
+        init = _mapping(block.get("init", {}), f"{BLOCK}.init")
+        _check_keys(init, f"{BLOCK}.init", {"fan_out", "fan_in", "norm"})
+        strategy = Strategy(
+            fan_out=_choice(init, f"{BLOCK}.init", "fan_out", Init.COPY),
+            fan_in=_choice(init, f"{BLOCK}.init", "fan_in", Init.COPY),
+            norm=_choice(init, f"{BLOCK}.init", "norm", Init.COPY),
+            scaling=_choice(block, BLOCK, "scaling", Scaling.RMS),
+            optimizer_state=_choice(block, BLOCK, "optimizer_state", OptimizerState.ASYMMETRIC_RESET),
+            seed=_integer(block.get("seed", 0), f"{BLOCK}.seed"),
+        )
+        widths = block.get("widths")
+        checkpoint_dir = block.get("checkpoint_dir")
+        if checkpoint_dir is not None and not isinstance(checkpoint_dir, str):
+            raise ConfigError(f"{BLOCK}.checkpoint_dir must be a path, got {checkpoint_dir!r}")
+        before_growth = block.get("checkpoint_before_growth", True)
+        if not isinstance(before_growth, bool):
+            raise ConfigError(f"{BLOCK}.checkpoint_before_growth must be true or false, got {before_growth!r}")
+        return cls(
+            stages=_stages(block.get("stages", [])),
+            widths=None if widths is None else _widths(widths, f"{BLOCK}.widths"),
+            strategy=strategy,
+            checkpoint_dir=checkpoint_dir,
+            checkpoint_before_growth=before_growth,
+        )
+
+
+def read_json(config: str | Path | Mapping[str, Any]) -> dict[str, Any]:
+    """A DeepSpeed config as a dict, from a path or a mapping.
+
+    Raises:
+        ConfigError: if the file doesn't exist or isn't a JSON object.
+    """
+    if isinstance(config, Mapping):
+        return dict(config)
+    path = Path(config)
+    try:
+        data = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"config file {path} doesn't exist") from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"config file {path} isn't JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"config file {path} must hold a JSON object, found {type(data).__name__}")
+    return data
+
+
+def sparkling_config(config: Mapping[str, Any]) -> SparklingConfig:
+    """The checked ``"sparkling"`` block of a DeepSpeed config; all defaults if there is none."""
+    near = difflib.get_close_matches(BLOCK, config, n=1, cutoff=0.8)
+    if near and near[0] != BLOCK:
+        raise ConfigError(f"unknown key {near[0]!r} in the DeepSpeed config; did you mean {BLOCK!r}?")
+    return SparklingConfig.from_dict(_mapping(config.get(BLOCK, {}), BLOCK))
+
+
+def _stages(value: Any) -> tuple[StageConfig, ...]:
+    path = f"{BLOCK}.stages"
+    if not isinstance(value, list):
+        raise ConfigError(f"{path} must be a list of stages, got {value!r}")
+    stages = []
+    for index, entry in enumerate(value):
+        where = f"{path}[{index}]"
+        entry = _mapping(entry, where)
+        _check_keys(entry, where, {"at_step", "widths"})
+        for key in ("at_step", "widths"):
+            if key not in entry:
+                raise ConfigError(f"{where} lacks {key!r}")
+        stage = StageConfig(_integer(entry["at_step"], f"{where}.at_step"), _widths(entry["widths"], f"{where}.widths"))
+        if stage.at_step < 0:
+            raise ConfigError(f"{where}.at_step must not be negative, got {stage.at_step}")
+        if not stage.widths:
+            raise ConfigError(f"{where}.widths is empty; name at least one axis, or drop the stage")
+        stages.append(stage)
+    for index, (first, second) in enumerate(itertools.pairwise(stages), start=1):
+        if second.at_step <= first.at_step:
+            raise ConfigError(
+                f"{path}[{index}].at_step ({second.at_step}) must come after {path}[{index - 1}].at_step "
+                f"({first.at_step})"
+            )
+    return tuple(stages)
+
+
+def _widths(value: Any, path: str) -> dict[str, int]:
+    widths = _mapping(value, path)
+    for axis, width in widths.items():
+        if _integer(width, f"{path}.{axis}") < 1:
+            raise ConfigError(f"{path}.{axis} must be positive, got {width}")
+    return dict(widths)
+
+
+def _mapping(value: Any, path: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{path} must be an object, got {value!r}")
+    return value
+
+
+def _integer(value: Any, path: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ConfigError(f"{path} must be an integer, got {value!r}")
+    return value
+
+
+def _choice(block: Mapping[str, Any], path: str, key: str, default: _E) -> _E:
+    value = block.get(key, default.value)
+    kind = type(default)
+    try:
+        return kind(value)
+    except ValueError:
+        known = [member.value for member in kind]
+        raise ConfigError(f"{path}.{key} is {value!r}; {_known(value, known)}") from None
+
+
+def _check_keys(block: Mapping[str, Any], path: str, known: Collection[str]) -> None:
+    for key in block:
+        if key not in known:
+            raise ConfigError(f"unknown key {path}.{key}; {_known(key, known)}")
+
+
+def _known(found: Any, known: Collection[str]) -> str:
+    near = difflib.get_close_matches(str(found), known, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"{hint}known: {', '.join(sorted(known))}"

@@ -1,0 +1,230 @@
+"""The plan of one growth: everything that shapes decide, without any tensor data.
+
+A plan is immutable, can be printed and saved as JSON, and covers every parameter of the model or doesn't exist.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ds_sparkling.axes import ParamAxes, Role
+from ds_sparkling.errors import PlanError
+from ds_sparkling.growth.scaling import AxisGrowth, UnitScales, unit_scales
+from ds_sparkling.strategy import Strategy
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ParamPlan:
+    """One parameter's part: its logical shape (all experts) before and after, and what its dimensions are."""
+
+    name: str
+    axes: ParamAxes
+    before: Shape
+    after: Shape
+
+    @property
+    def grows(self) -> bool:
+        return self.before != self.after
+
+    @property
+    def new_elements(self) -> int:
+        return math.prod(self.after) - math.prod(self.before)
+
+
+@dataclass(frozen=True)
+class GrowthPlan:
+    """One growth stage of one model.
+
+    Attributes:
+        stage: 1 for the first growth of a run, 2 for the next ...
+        growths: one :class:`AxisGrowth` per grown axis.
+        strategy: how new entries, scales and optimizer state are made.
+        params: one :class:`ParamPlan` per parameter, in the model's order.
+        active_share: share of the stacked experts that one token uses (top-k over experts); 1 for a dense model.
+    """
+
+    stage: int
+    growths: tuple[AxisGrowth, ...]
+    strategy: Strategy
+    params: tuple[ParamPlan, ...]
+    active_share: float = 1.0
+
+    def param(self, name: str) -> ParamPlan:
+        try:
+            return self._by_name[name]
+        except KeyError:
+            raise PlanError(f"the plan has no parameter {name!r}") from None
+
+    @property
+    def _by_name(self) -> dict[str, ParamPlan]:
+        # Cached by hand: a frozen dataclass takes no cached_property.
+        cache = self.__dict__.get("_params")
+        if cache is None:
+            cache = {param.name: param for param in self.params}
+            object.__setattr__(self, "_params", cache)
+        return cache
+
+    def scales(self) -> dict[str, UnitScales]:
+        """The :class:`UnitScales` of every grown axis."""
+        return {growth.axis: unit_scales(growth, self.strategy) for growth in self.growths}
+
+    def parameters(self, *, active: bool = False) -> tuple[int, int]:
+        """Total (or active per token) parameters before and after."""
+        before = after = 0.0
+        for param in self.params:
+            share = self.active_share if active and param.axes.stacked_experts else 1.0
+            before += share * math.prod(param.before)
+            after += share * math.prod(param.after)
+        return round(before), round(after)
+
+    def compute_saved(self, fraction: float) -> float:
+        """Share of the wide model's training compute saved by growing at ``fraction`` of the tokens (Eq. 29)."""
+        before, after = self.parameters(active=True)
+        return fraction * (1 - before / after)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "stage": self.stage,
+            "growths": [vars(growth) for growth in self.growths],
+            "strategy": self.strategy.to_dict(),
+            "params": [
+                {"name": p.name, "axes": p.axes.to_dict(), "before": list(p.before), "after": list(p.after)}
+                for p in self.params
+            ],
+            "active_share": self.active_share,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> GrowthPlan:
+        return cls(
+            data["stage"],
+            tuple(AxisGrowth(**growth) for growth in data["growths"]),
+            Strategy.from_dict(data["strategy"]),
+            tuple(
+                ParamPlan(p["name"], ParamAxes.from_dict(p["axes"]), tuple(p["before"]), tuple(p["after"]))
+                for p in data["params"]
+            ),
+            data["active_share"],
+        )
+
+    def describe(self, *, fraction: float | None = None) -> str:
+        """The plan as a few lines and a table with one row per kind of parameter.
+
+        Args:
+            fraction: share of the token budget spent before the growth, to tell the compute saved.
+        """
+        total, active = self.parameters(), self.parameters(active=True)
+        widths = ", ".join(f"{g.axis} {g.before} -> {g.after}" for g in self.growths) or "unchanged widths"
+        lines = [
+            f"growth stage {self.stage}: {widths}",
+            f"  parameters        {total[0]:>15,} -> {total[1]:>15,}",
+            f"  active per token  {active[0]:>15,} -> {active[1]:>15,}",
+        ]
+        if fraction is not None:
+            lines.append(
+                f"  compute saved     {self.compute_saved(fraction):.1%} of training the wide model throughout"
+            )
+        lines.append(
+            f"  new units         {self.strategy.pair} (norm gains: {self.strategy.norm.value}), "
+            f"scaling {self.strategy.scaling.value}"
+        )
+        lines.append(f"  optimizer state   {self.strategy.optimizer_state.value}")
+        return "\n".join(lines + self._table())
+
+    def _table(self) -> list[str]:
+        rows: dict[tuple[str, ...], tuple[int, int]] = {}
+        scales = self.scales()
+        for param in self.params:
+            if not param.grows and not param.axes.head_gain:
+                continue
+            kind = (_shape(param.before), _shape(param.after), _roles(param.axes), _factor(param, scales))
+            count, new = rows.get(kind, (0, 0))
+            rows[kind] = count + 1, new + param.new_elements
+        unchanged = sum(not param.grows for param in self.params)
+        header = ("tensors", "before", "after", "grows along", "factor", "new elements")
+        body = [(str(count), *kind, f"{new:,}") for kind, (count, new) in rows.items()]
+        widths = [max(map(len, column)) for column in zip(header, *body, strict=True)]
+        table = [
+            "  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in (header, *body)
+        ]
+        return [*table, f"  {unchanged} tensors keep their shape"]
+
+
+def make_plan(
+    shapes: Mapping[str, Shape],
+    axes: Mapping[str, ParamAxes],
+    before: Mapping[str, int],
+    after: Mapping[str, int],
+    strategy: Strategy,
+    *,
+    stage: int,
+    active_share: float = 1.0,
+) -> GrowthPlan:
+    """Plan the growth of a model whose parameters have logical ``shapes`` at widths ``before``.
+
+    Args:
+        shapes: logical shape of every parameter, all experts counted.
+        axes: what each parameter's dimensions are; must cover exactly ``shapes``.
+        before: widths in force of (at least) every axis that grows.
+        after: widths of the axes that grow.
+
+    Raises:
+        PlanError: an unknown axis, a width that doesn't grow, an unmatched parameter, or a shape that contradicts the
+            widths; the message names it.
+    """
+    for axis in after:
+        if axis not in before:
+            raise PlanError(f"unknown width axis {axis!r}; this model's are {', '.join(sorted(before)) or 'none'}")
+    unmatched = [name for name in shapes if name not in axes]
+    if unmatched:
+        raise PlanError(f"no axes are known for {_some(unmatched)}; a plan must match every parameter")
+    absent = [name for name in axes if name not in shapes]
+    if absent:
+        raise PlanError(f"axes are given for {_some(absent)}, which the model doesn't have")
+
+    normed = {dim.axis for param_axes in axes.values() for dim in param_axes.dims if dim.role is Role.GAIN}
+    growths = tuple(AxisGrowth(axis, before[axis], width, axis in normed) for axis, width in after.items())
+    params = []
+    for name, shape in shapes.items():
+        param_axes = axes[name]
+        if len(param_axes.dims) != len(shape) or param_axes.shape(shape, before) != tuple(shape):
+            raise PlanError(
+                f"{name}: shape {tuple(shape)} contradicts its axes {_roles(param_axes)} at widths {dict(before)}"
+            )
+        params.append(ParamPlan(name, param_axes, tuple(shape), param_axes.shape(shape, after)))
+    for axis in after:
+        if not any(axis in param.axes.axes for param in params):
+            raise PlanError(f"no parameter carries the width axis {axis!r}")
+    plan = GrowthPlan(stage, growths, strategy, tuple(params), active_share)
+    plan.scales()  # refuses a scaling that can't hold, before anything is touched
+    return plan
+
+
+def _some(names: list[str], limit: int = 3) -> str:
+    shown = ", ".join(repr(name) for name in names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+
+
+def _shape(shape: Shape) -> str:
+    return "x".join(map(str, shape))
+
+
+def _roles(axes: ParamAxes) -> str:
+    dims = [f"{dim.axis} ({dim.role.value})" if dim.axis and dim.role else "-" for dim in axes.dims]
+    return ", ".join(dims)
+
+
+def _factor(param: ParamPlan, scales: Mapping[str, UnitScales]) -> str:
+    factor = 1.0
+    for dim in param.axes.dims:
+        if dim.axis in scales:
+            scale = scales[dim.axis].weight(dim, param.axes.head_gain)
+            if not bool((scale == scale[0]).all()):
+                return "per unit"
+            factor *= float(scale[0])
+    return f"{factor:.6g}"

@@ -1,0 +1,128 @@
+"""The factors that keep activation RMS, or the function, through a widening (method, Sec. 3.2).
+
+``d`` and ``d'`` are an axis's width before and after, ``c = d'/d - 1``, and ``m_j`` is the multiplicity of the source
+of unit ``j``. An axis is *normed* if RMSNorm gains carry it: its activations are divided by their RMS over all units
+before they are consumed.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ds_sparkling.axes import Dim, Role
+from ds_sparkling.errors import PlanError
+from ds_sparkling.growth.units import check_widths, multiplicities
+from ds_sparkling.strategy import Init, Scaling, Strategy
+
+
+@dataclass(frozen=True)
+class AxisGrowth:
+    """One axis going from ``before`` to ``after`` units."""
+
+    axis: str
+    before: int
+    after: int
+    normed: bool
+
+    def __post_init__(self) -> None:
+        check_widths(self.axis, self.before, self.after)
+
+
+def rms_factor(before: int, after: int, both_copied: bool) -> float:
+    """The factor on a tensor whose fan-in grows, so that RMS(y)/RMS(x) stays (Eq. 14, 16).
+
+    ``sqrt(d/d')`` unless producing rows and consuming columns are both copied; then ``1/sqrt(1 + 3c)`` for c <= 1 and
+    ``1/(1 + c)`` above.
+    """
+    if not both_copied:
+        return math.sqrt(before / after)
+    c = after / before - 1
+    return 1 / math.sqrt(1 + 3 * c) if c <= 1 else before / after
+
+
+@dataclass(frozen=True)
+class UnitScales:
+    """Factors of the weights and of the gradients of an axis's units, float64 of shape [d'] each.
+
+    Every field is the factor relative to the source unit: of rows that produce the unit, of columns that consume it,
+    of its norm gain, and of a norm gain that feeds a tied head. The gradient factors hold for old units in the wide
+    model where the function is kept.
+    """
+
+    fan_out: Tensor
+    fan_in: Tensor
+    gain: Tensor
+    head_gain: Tensor
+    fan_out_gradient: Tensor
+    fan_in_gradient: Tensor
+    gain_gradient: Tensor
+    head_gain_gradient: Tensor
+
+    def weight(self, dim: Dim, head_gain: bool) -> Tensor:
+        if dim.role is Role.FAN_OUT:
+            return self.fan_out
+        if dim.role is Role.FAN_IN:
+            return self.fan_in
+        return self.head_gain if head_gain else self.gain
+
+    def gradient(self, dim: Dim, head_gain: bool) -> Tensor:
+        if dim.role is Role.FAN_OUT:
+            return self.fan_out_gradient
+        if dim.role is Role.FAN_IN:
+            return self.fan_in_gradient
+        return self.head_gain_gradient if head_gain else self.gain_gradient
+
+
+def unit_scales(growth: AxisGrowth, strategy: Strategy) -> UnitScales:
+    """The factors of every unit of one grown axis.
+
+    ``function`` with copies divides each consuming column by its source's multiplicity. On a normed axis whose ratio
+    isn't an integer that alone would change the RMS that RMSNorm divides by, so unit ``j`` is also produced
+    ``a_j = sqrt(d'/(d m_j))`` times as large (which leaves the mean square over units as it was) and consumed
+    ``1/(m_j a_j)`` times; ``m_j a_j^2 = d'/d`` makes a tied head's factor the same for every unit, ``d/d'``.
+
+    Raises:
+        PlanError: if ``function`` can't be kept on this axis.
+    """
+    d, d_new = growth.before, growth.after
+    ones = torch.ones(d_new, dtype=torch.float64)
+    if strategy.scaling is Scaling.FUNCTION and strategy.fan_out is Init.COPY:
+        m = multiplicities(d, d_new).double()
+        a = (d_new / d / m).sqrt() if growth.normed else ones
+        return UnitScales(
+            fan_out=a,
+            fan_in=1 / (m * a),
+            gain=ones,
+            head_gain=ones * (d / d_new),
+            fan_out_gradient=1 / (m * a),
+            fan_in_gradient=a,
+            gain_gradient=1 / m,
+            head_gain_gradient=a * a,
+        )
+    if strategy.scaling is Scaling.FUNCTION:
+        if growth.normed and strategy.fan_out is Init.RANDOM:
+            raise PlanError(
+                f"{growth.axis}: scaling 'function' can't hold with init {strategy.pair}, because new random units "
+                "change the RMS that the norms on this axis divide by; use copy-copy or zero-copy"
+            )
+        # Zero units leave everything as it was but the width that RMSNorm averages over.
+        factor = math.sqrt(d / d_new) if growth.normed else 1.0
+    elif strategy.scaling is Scaling.RMS:
+        factor = rms_factor(d, d_new, strategy.fan_out is Init.COPY and strategy.fan_in is Init.COPY)
+    else:
+        factor = 1.0
+    scaled = ones * factor
+    return UnitScales(
+        fan_out=ones,
+        fan_in=scaled,
+        gain=ones,
+        head_gain=scaled,
+        fan_out_gradient=scaled,
+        fan_in_gradient=ones,
+        gain_gradient=scaled,
+        head_gain_gradient=ones,
+    )

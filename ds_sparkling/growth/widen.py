@@ -1,0 +1,362 @@
+"""Widening of one parameter, and of its optimizer state, any contiguous piece at a time.
+
+Every element of a grown tensor is a function of the old tensor and of its own index alone. So a rank, or a tool that
+streams through files, can make just the piece it owns, and all pieces fit together bit for bit.
+
+Shape suffixes: R rows (all dimensions but the last, flattened), C columns (the last dimension), ``_old`` before the
+growth.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ds_sparkling.axes import Dim, Role
+from ds_sparkling.errors import PlanError
+from ds_sparkling.growth.plan import GrowthPlan, ParamPlan
+from ds_sparkling.growth.random import standard_normal, stream_key
+from ds_sparkling.growth.scaling import UnitScales
+from ds_sparkling.growth.spread import Spread, spread
+from ds_sparkling.growth.units import source_units
+from ds_sparkling.strategy import Init, OptimizerState, Strategy
+
+#: Elements drawn at a time; bounds the temporaries of random initialisation.
+_DRAW_CHUNK = 1 << 16
+
+#: A factor: the same for all indices, or float64 per index.
+Scale = float | Tensor
+
+#: How an optimizer state scales when gradients do: the power of the gradient that it holds.
+STATE_DEGREES = {"exp_avg": 1, "momentum_buffer": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}
+
+# What the entries of an index of a dimension are. Of two dimensions, the larger value decides for the element.
+_OLD, _COPY, _RANDOM, _ZERO = range(4)
+_KIND = {Init.COPY: _COPY, Init.RANDOM: _RANDOM, Init.ZERO: _ZERO}
+
+
+@dataclass(frozen=True)
+class _DimMap:
+    """Source index and kind of every index of a dimension, int64 and uint8 of shape [size after]."""
+
+    source: Tensor
+    kind: Tensor
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Indices start..stop of a flattened dimension: one kind, consecutive sources from ``source`` on."""
+
+    start: int
+    stop: int
+    source: int
+    kind: int
+
+
+class Widener:
+    """Widens one parameter as a plan says.
+
+    A rank of an expert-parallel group passes its slice of the experts as ``experts``; the results are those of the
+    whole tensor at these experts.
+
+    Args:
+        plan: the growth.
+        name: the parameter's name in the plan.
+        experts: the half-open range of dimension 0 that this caller holds, for stacked experts; all by default.
+    """
+
+    def __init__(self, plan: GrowthPlan, name: str, experts: tuple[int, int] | None = None) -> None:
+        self.param: ParamPlan = plan.param(name)
+        self.strategy: Strategy = plan.strategy
+        self._key = stream_key(plan.strategy.seed, plan.stage, name)
+        if experts is not None and not self.param.axes.stacked_experts:
+            raise PlanError(f"{name} isn't a tensor of stacked experts, so it has no slice {experts}")
+        first, last = experts if experts is not None else (0, self.param.before[0] if self.param.before else 0)
+        if experts is not None:
+            self.before = (last - first, *self.param.before[1:])
+            self.after = (last - first, *self.param.after[1:])
+        else:
+            self.before, self.after = self.param.before, self.param.after
+        self._first_element = first * math.prod(self.param.after[1:])
+        self._dims = self.param.axes.dims
+        self._scales = plan.scales()
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.after)
+
+    @property
+    def _unmoved(self) -> bool:
+        return not any(dim.axis in self._scales for dim in self._dims)
+
+    # -- the two public operations ------------------------------------------------------------------------------
+
+    def weight(self, old: Tensor, out: Tensor, start: int = 0) -> None:
+        """Fill ``out`` with elements ``start .. start + out.numel()`` of the grown weight, flattened.
+
+        Args:
+            old: the old weight (this caller's experts), any shape with ``prod(before)`` elements.
+            out: 1-D, contiguous; half precisions are computed in fp32 and rounded once.
+
+        Raises:
+            PlanError: if the sizes contradict the plan.
+        """
+        spreads = self._spreads(old) if self._draws else []
+        actions = {_OLD: "copy", _COPY: "copy", _RANDOM: "draw", _ZERO: "zero"}
+        self._fill(old, out, start, actions, self._weight_scales, spreads)
+
+    def state(self, key: str, old: Tensor, out: Tensor, start: int = 0) -> None:
+        """Fill ``out`` like :meth:`weight`, from the optimizer's per-element state ``key`` (``exp_avg`` ...).
+
+        Raises:
+            PlanError: if the sizes contradict the plan, or a state of unknown degree would have to be rescaled.
+        """
+        mode = self.strategy.optimizer_state
+        actions = dict.fromkeys((_OLD, _COPY, _RANDOM, _ZERO), "zero")
+        if mode is not OptimizerState.DROP:
+            actions[_OLD] = "copy"
+        if mode is OptimizerState.COPY:
+            actions[_COPY] = "copy"
+        scales: list[Scale] = [1.0] * len(self._dims)
+        if mode is OptimizerState.ASYMMETRIC_RESET_SCALED:
+            if key not in STATE_DEGREES:
+                raise PlanError(
+                    f"optimizer state {key!r} has no known degree in the gradient, so 'asymmetric_reset_scaled' can't "
+                    f"rescale it (known: {', '.join(STATE_DEGREES)}); use 'asymmetric_reset'"
+                )
+            scales = [scale ** STATE_DEGREES[key] for scale in self._gradient_scales]
+        self._fill(old, out, start, actions, scales, [])
+
+    # -- what the plan says, made concrete ----------------------------------------------------------------------
+
+    @cached_property
+    def _weight_scales(self) -> list[Scale]:
+        return [
+            self._scale(dim, lambda scales, dim: scales.weight(dim, self.param.axes.head_gain)) for dim in self._dims
+        ]
+
+    @cached_property
+    def _gradient_scales(self) -> list[Scale]:
+        return [
+            self._scale(dim, lambda scales, dim: scales.gradient(dim, self.param.axes.head_gain)) for dim in self._dims
+        ]
+
+    def _scale(self, dim: Dim, choose: Callable[[UnitScales, Dim], Tensor]) -> Scale:
+        """A dimension's factor: a float where it is the same for all its indices, whatever piece is asked for."""
+        if dim.axis not in self._scales:
+            return 1.0
+        per_unit = choose(self._scales[dim.axis], dim)
+        if bool((per_unit == per_unit[0]).all()):
+            return float(per_unit[0])
+        return per_unit.repeat_interleave(dim.block).repeat(dim.segments)
+
+    @cached_property
+    def _maps(self) -> list[_DimMap]:
+        return [self._dim_map(dim, *sizes) for dim, *sizes in zip(self._dims, self.before, self.after, strict=True)]
+
+    def _dim_map(self, dim: Dim, before: int, after: int) -> _DimMap:
+        if before == after:
+            return _DimMap(torch.arange(after), torch.full((after,), _OLD, dtype=torch.uint8))
+        width_old, width = before // (dim.segments * dim.block), after // (dim.segments * dim.block)
+        unit = source_units(width_old, width)
+        entry = (unit[:, None] * dim.block + torch.arange(dim.block)).flatten()
+        source = torch.cat([entry + segment * width_old * dim.block for segment in range(dim.segments)])
+        kinds = []
+        for segment in range(dim.segments):
+            kind = torch.full((width * dim.block,), self._new_kind(dim, segment), dtype=torch.uint8)
+            kind[: width_old * dim.block] = _OLD
+            kinds.append(kind)
+        return _DimMap(source, torch.cat(kinds))
+
+    def _new_kind(self, dim: Dim, segment: int) -> int:
+        if dim.role is Role.GAIN:
+            return _KIND[self.strategy.norm]
+        init = self.strategy.fan_out if dim.role is Role.FAN_OUT else self.strategy.fan_in
+        if init is Init.ZERO and segment in dim.alive:
+            return _COPY
+        return _KIND[init]
+
+    @cached_property
+    def _draws(self) -> bool:
+        return any(bool((dim_map.kind == _RANDOM).any()) for dim_map in self._maps)
+
+    def _spreads(self, old: Tensor) -> list[Spread]:
+        """Spread of every weight matrix in ``old``: per expert, and per segment of the fan-out dimension."""
+        return [spread(matrix) for matrix in old.reshape(self._matrices, -1)]
+
+    @cached_property
+    def _matrices(self) -> int:
+        stacked = self.param.axes.stacked_experts
+        matrix_dims = self._dims[1:] if stacked else self._dims
+        segments = matrix_dims[0].segments if len(matrix_dims) == 2 else 1
+        return (self.before[0] if stacked else 1) * segments
+
+    # -- runs: a grown tensor as a few rectangles ---------------------------------------------------------------
+
+    @cached_property
+    def _columns(self) -> list[_Run]:
+        if not self._dims:
+            return [_Run(0, 1, 0, _OLD)]
+        return _runs(self._maps[-1].source, self._maps[-1].kind)
+
+    def _row_runs(self, first: int, last: int) -> list[_Run]:
+        """Rows ``first .. last`` of the grown tensor as runs of consecutive old rows."""
+        rest = torch.arange(first, last)
+        source = torch.zeros_like(rest)
+        kind = torch.zeros(last - first, dtype=torch.uint8)
+        stride_old = 1
+        leading = list(zip(self._maps, self.before, self.after, strict=True))[:-1]
+        for dim_map, before, after in reversed(leading):
+            index = rest % after
+            rest = rest // after
+            source += dim_map.source[index] * stride_old
+            kind = torch.maximum(kind, dim_map.kind[index])
+            stride_old *= before
+        return _runs(source, kind, first)
+
+    def _row_scale(self, scales: list[Scale], first: int, last: int) -> Scale:
+        """Product of the leading dimensions' factors for rows ``first .. last``."""
+        product: Scale = 1.0
+        rest = torch.arange(first, last)
+        for scale, after in reversed(list(zip(scales, self.after, strict=True))[:-1]):
+            product = product * (scale[rest % after] if isinstance(scale, Tensor) else scale)
+            rest = rest // after
+        return product
+
+    # -- filling ------------------------------------------------------------------------------------------------
+
+    def _fill(
+        self,
+        old: Tensor,
+        out: Tensor,
+        start: int,
+        actions: dict[int, str],
+        scales: list[Scale],
+        spreads: list[Spread],
+    ) -> None:
+        stop = start + out.numel()
+        if old.numel() != math.prod(self.before) or not 0 <= start <= stop <= self.numel or out.dim() != 1:
+            raise PlanError(
+                f"{self.param.name}: got {old.numel()} old elements and a piece {start}..{stop}; the plan has "
+                f"{self.before} -> {self.after}"
+            )
+        if start == stop:
+            return
+        if self._unmoved and actions[_OLD] == "copy":
+            out.copy_(old.reshape(-1)[start:stop])
+            return
+        columns = self.after[-1] if self.after else 1
+        old_RC = old.reshape(-1, self.before[-1] if self.before else 1)
+        for first, last, piece_start, piece_stop in _whole_and_partial_rows(start, stop, columns):
+            piece = out[piece_start - start : piece_stop - start]
+            whole = piece_stop - piece_start == (last - first) * columns
+            rows_RC = piece.view(-1, columns) if whole else out.new_empty(last - first, columns)
+            self._fill_rows(old_RC, rows_RC, first, actions, scales, spreads)
+            if not whole:
+                offset = piece_start - first * columns
+                piece.copy_(rows_RC.view(-1)[offset : offset + piece.numel()])
+
+    def _fill_rows(
+        self,
+        old_RC: Tensor,
+        out_RC: Tensor,
+        first: int,
+        actions: dict[int, str],
+        scales: list[Scale],
+        spreads: list[Spread],
+    ) -> None:
+        """Fill whole rows ``first ..`` of the grown tensor."""
+        last = first + out_RC.shape[0]
+        row_scale = self._row_scale(scales, first, last)
+        column_scale = scales[-1] if scales else 1.0
+        for rows, columns in itertools.product(self._row_runs(first, last), self._columns):
+            block = out_RC[rows.start - first : rows.stop - first, columns.start : columns.stop]
+            action = actions[max(rows.kind, columns.kind)]
+            if action == "zero":
+                block.zero_()
+                continue
+            if action == "copy":
+                source = old_RC[
+                    rows.source : rows.source + rows.stop - rows.start,
+                    columns.source : columns.source + columns.stop - columns.start,
+                ]
+            else:
+                source = self._draw(rows, columns, spreads).to(out_RC.device)
+            row = row_scale[rows.start - first : rows.stop - first] if isinstance(row_scale, Tensor) else row_scale
+            column = column_scale[columns.start : columns.stop] if isinstance(column_scale, Tensor) else column_scale
+            _scaled_copy(block, source, row, column)
+
+    def _draw(self, rows: _Run, columns: _Run, spreads: list[Spread]) -> Tensor:
+        """Random entries of a rectangle, fp32 on the CPU: gains around their mean, other weights around zero."""
+        width = self.after[-1]
+        drawn = torch.empty(rows.stop - rows.start, columns.stop - columns.start)
+        per_chunk = max(_DRAW_CHUNK // drawn.shape[1], 1)
+        column_index = torch.arange(columns.start, columns.stop)
+        gain = any(dim.role is Role.GAIN for dim in self._dims)
+        mean = torch.tensor([s.mean if gain else 0.0 for s in spreads], dtype=torch.float64)
+        std = torch.tensor([s.std if gain else s.rms for s in spreads], dtype=torch.float64)
+        rows_per_matrix = max(math.prod(self.after[:-1]) // len(spreads), 1)
+        for chunk_start in range(rows.start, rows.stop, per_chunk):
+            chunk_stop = min(chunk_start + per_chunk, rows.stop)
+            row_index = torch.arange(chunk_start, chunk_stop)
+            normal = standard_normal(self._key, self._first_element + row_index[:, None] * width + column_index)
+            matrix = row_index // rows_per_matrix
+            drawn[chunk_start - rows.start : chunk_stop - rows.start] = normal * std[matrix, None] + mean[matrix, None]
+        return drawn
+
+
+def _runs(source: Tensor, kind: Tensor, first: int = 0) -> list[_Run]:
+    """Split indices ``first ..`` wherever the kind changes or the sources stop being consecutive."""
+    breaks = (source[1:] != source[:-1] + 1) | (kind[1:] != kind[:-1])
+    starts = [0, *(breaks.nonzero().flatten() + 1).tolist()]
+    stops = [*starts[1:], source.numel()]
+    heads = torch.tensor(starts)
+    return [
+        _Run(first + start, first + stop, src, knd)
+        for start, stop, src, knd in zip(starts, stops, source[heads].tolist(), kind[heads].tolist(), strict=True)
+    ]
+
+
+def _whole_and_partial_rows(start: int, stop: int, columns: int) -> Iterator[tuple[int, int, int, int]]:
+    """Cut a flat piece into at most three: a partial first row, whole rows, a partial last row.
+
+    Yields (first row, last row, start, stop) with flat start and stop.
+    """
+    first_whole, last_whole = -(-start // columns), stop // columns
+    if first_whole > last_whole:  # inside one row
+        yield last_whole, last_whole + 1, start, stop
+        return
+    if start < first_whole * columns:
+        yield first_whole - 1, first_whole, start, first_whole * columns
+    if first_whole < last_whole:
+        yield first_whole, last_whole, first_whole * columns, last_whole * columns
+    if last_whole * columns < stop:
+        yield last_whole, last_whole + 1, last_whole * columns, stop
+
+
+def _scaled_copy(out_RC: Tensor, source_RC: Tensor, row: Scale, column: Scale) -> None:
+    """``out = source * row * column``, in fp32 for the half precisions and rounded once to ``out``'s dtype.
+
+    Scalar factors are multiplied with each other first; a factor per row or column is a rounded product of its own.
+    """
+    half = {out_RC.dtype, source_RC.dtype} & {torch.float16, torch.bfloat16}
+    target = torch.empty_like(out_RC, dtype=torch.float32) if half else out_RC
+    if half:
+        source_RC = source_RC.float()
+    scalar = (1.0 if isinstance(row, Tensor) else row) * (1.0 if isinstance(column, Tensor) else column)
+    if scalar == 1.0:
+        target.copy_(source_RC)
+    else:
+        torch.mul(source_RC, scalar, out=target)
+    if isinstance(row, Tensor):
+        target.mul_(row.to(target.device, target.dtype)[:, None])
+    if isinstance(column, Tensor):
+        target.mul_(column.to(target.device, target.dtype))
+    if half:
+        out_RC.copy_(target)

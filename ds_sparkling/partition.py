@@ -1,0 +1,47 @@
+"""Arithmetic of flat pieces: which part of a flattened parameter each rank of a group owns. No tensors, no I/O."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Elements ``start .. stop`` of a flattened parameter."""
+
+    start: int
+    stop: int
+
+    @property
+    def numel(self) -> int:
+        return self.stop - self.start
+
+
+def even_pieces(numel: int, ranks: int) -> list[Piece]:
+    """The pieces that ZeRO stage 3 makes of a parameter: ``ceil(numel / ranks)`` each, the last ones short or empty."""
+    size = padded_piece(numel, ranks)
+    return [Piece(min(rank * size, numel), min((rank + 1) * size, numel)) for rank in range(ranks)]
+
+
+def padded_piece(numel: int, ranks: int) -> int:
+    """Elements that each rank stores of a parameter under ZeRO stage 3, padding included."""
+    return -(-numel // ranks)
+
+
+def window_pieces(offset: int, numel: int, window: int, ranks: int) -> list[Piece]:
+    """The pieces that ZeRO stages 1 and 2 make of a parameter.
+
+    All parameters of a group lie end to end in one flat tensor, and rank ``r`` owns the window
+    ``r * window .. (r + 1) * window`` of it, wherever parameters begin and end.
+
+    Args:
+        offset: where the parameter starts in the flat tensor.
+        numel: its elements.
+        window: elements of each rank's window.
+        ranks: how many windows there are.
+    """
+
+    def clip(position: int) -> int:
+        return min(max(position - offset, 0), numel)
+
+    return [Piece(clip(rank * window), clip((rank + 1) * window)) for rank in range(ranks)]

@@ -1,0 +1,142 @@
+"""The growth record: which growths a run has been through. It travels in every checkpoint as ``ds_sparkling.json``.
+
+It is JSON next to DeepSpeed's files, so a resume or a tool learns the model's widths without unpickling anything.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ds_sparkling.axes import ParamAxes
+from ds_sparkling.errors import CheckpointError
+from ds_sparkling.growth.plan import GrowthPlan
+from ds_sparkling.strategy import Strategy
+
+FILE_NAME = "ds_sparkling.json"
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """One growth that has happened.
+
+    Attributes:
+        step: optimizer steps done when it happened.
+        planned_step: the ``at_step`` of the planned stage that it fulfilled; None if ``grow`` was called by hand.
+        widths: the axes that grew, and to what.
+        strategy: how.
+    """
+
+    step: int
+    planned_step: int | None
+    widths: dict[str, int]
+    strategy: Strategy
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "planned_step": self.planned_step,
+            "widths": self.widths,
+            "strategy": self.strategy.to_dict(),
+        }
+
+
+@dataclass(frozen=True)
+class GrowthRecord:
+    """The widths a run started with, what its parameters' dimensions are, and the growths so far."""
+
+    initial_widths: dict[str, int]
+    axes: dict[str, ParamAxes]
+    stages: tuple[StageRecord, ...] = ()
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """The widths in force."""
+        widths = dict(self.initial_widths)
+        for stage in self.stages:
+            widths.update(stage.widths)
+        return widths
+
+    @property
+    def width_history(self) -> dict[str, tuple[int, ...]]:
+        """Per axis, its width at the start and after every stage."""
+        history = {axis: [width] for axis, width in self.initial_widths.items()}
+        for stage in self.stages:
+            for axis, widths in history.items():
+                widths.append(stage.widths.get(axis, widths[-1]))
+        return {axis: tuple(widths) for axis, widths in history.items()}
+
+    def after(self, plan: GrowthPlan, *, step: int, planned_step: int | None) -> GrowthRecord:
+        """The record once ``plan`` has been carried out."""
+        widths = {growth.axis: growth.after for growth in plan.growths}
+        stage = StageRecord(step, planned_step, widths, plan.strategy)
+        return replace(self, stages=(*self.stages, stage))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "format": _FORMAT,
+            "initial_widths": self.initial_widths,
+            "widths": self.widths,
+            "stages": [stage.to_dict() for stage in self.stages],
+            "axes": {name: axes.to_dict() for name, axes in self.axes.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> GrowthRecord:
+        if data["format"] != _FORMAT:
+            raise ValueError(f"format {data['format']!r}, expected {_FORMAT}")
+        return cls(
+            dict(data["initial_widths"]),
+            {name: ParamAxes.from_dict(axes) for name, axes in data["axes"].items()},
+            tuple(
+                StageRecord(s["step"], s["planned_step"], dict(s["widths"]), Strategy.from_dict(s["strategy"]))
+                for s in data["stages"]
+            ),
+        )
+
+    def write(self, checkpoint: Path) -> None:
+        """Write the record into the checkpoint directory ``checkpoint`` (DIR/TAG), atomically."""
+        checkpoint.mkdir(parents=True, exist_ok=True)
+        temporary = checkpoint / f".{FILE_NAME}.{os.getpid()}"
+        temporary.write_text(json.dumps(self.to_dict(), indent=1))
+        temporary.replace(checkpoint / FILE_NAME)
+
+
+def read_record(checkpoint: Path) -> GrowthRecord | None:
+    """The record in the checkpoint directory ``checkpoint`` (DIR/TAG); None if it has none.
+
+    Raises:
+        CheckpointError: if the file is damaged or of an unknown format.
+    """
+    path = checkpoint / FILE_NAME
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        return None
+    try:
+        return GrowthRecord.from_dict(json.loads(text))
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"growth record {path} can't be read: {type(error).__name__}: {error}") from error
+
+
+def find_checkpoint(directory: str | os.PathLike[str], tag: str | None = None) -> Path | None:
+    """The checkpoint directory that ``load_checkpoint(directory, tag)`` would load; None if there is none yet.
+
+    Raises:
+        CheckpointError: if a tag is given, or named by ``latest``, and doesn't exist.
+    """
+    root = Path(directory)
+    latest = root / "latest"
+    if tag is None and not latest.is_file():
+        return None
+    name = tag if tag is not None else latest.read_text().strip()
+    path = root / name
+    if not path.is_dir():
+        source = "given" if tag is not None else f"named in {latest}"
+        raise CheckpointError(f"checkpoint {path} ({source}) doesn't exist")
+    return path

@@ -1,0 +1,108 @@
+"""How a growth fills new entries, rescales tensors and treats optimizer state; the names used in the JSON block."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from ds_sparkling.errors import ConfigError
+
+
+class Init(str, Enum):
+    """What the entries of new units hold (method, Sec. 3.2)."""
+
+    COPY = "copy"
+    RANDOM = "random"
+    ZERO = "zero"
+
+
+class Scaling(str, Enum):
+    """How grown tensors are rescaled.
+
+    ``rms`` keeps the activation RMS (Eq. 14 and 16). ``function`` keeps the function itself, at every ratio.
+    ``none`` rescales nothing.
+    """
+
+    RMS = "rms"
+    FUNCTION = "function"
+    NONE = "none"
+
+
+class OptimizerState(str, Enum):
+    """What becomes of the optimizer's per-element state (method, Sec. 4.2.1).
+
+    ``asymmetric_reset`` keeps old elements' state and zeroes the new ones' (S' = [S, 0]). ``asymmetric_reset_scaled``
+    also rescales the kept state to the gradients the old elements get in the wide model. ``copy`` gives copies their
+    source's state. ``drop`` restarts every state, step counters included.
+    """
+
+    ASYMMETRIC_RESET = "asymmetric_reset"
+    ASYMMETRIC_RESET_SCALED = "asymmetric_reset_scaled"
+    COPY = "copy"
+    DROP = "drop"
+
+
+#: The init strategies, as (fan-out side, fan-in side).
+INIT_PAIRS = (
+    (Init.COPY, Init.COPY),
+    (Init.RANDOM, Init.RANDOM),
+    (Init.RANDOM, Init.ZERO),
+    (Init.RANDOM, Init.COPY),
+    (Init.ZERO, Init.COPY),
+)
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """Everything but the widths that decides a growth's outcome."""
+
+    fan_out: Init = Init.COPY
+    fan_in: Init = Init.COPY
+    norm: Init = Init.COPY
+    scaling: Scaling = Scaling.RMS
+    optimizer_state: OptimizerState = OptimizerState.ASYMMETRIC_RESET
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.fan_out, self.fan_in) not in INIT_PAIRS:
+            known = ", ".join(f"{fan_out.value}-{fan_in.value}" for fan_out, fan_in in INIT_PAIRS)
+            raise ConfigError(f"init {self.pair} isn't a strategy; the (fan-out)-(fan-in) pairs are {known}")
+        if self.norm is Init.ZERO:
+            raise ConfigError("init.norm must be 'copy' or 'random': a zero gain would silence the new units")
+        if self.scaling is Scaling.FUNCTION and (self.fan_out, self.fan_in) in (
+            (Init.RANDOM, Init.RANDOM),
+            (Init.RANDOM, Init.COPY),
+        ):
+            raise ConfigError(
+                f"scaling 'function' can't hold with init {self.pair}: random units change the function; "
+                "use copy-copy, zero-copy or random-zero, or scaling 'rms'"
+            )
+        if self.scaling is Scaling.FUNCTION and self.norm is not Init.COPY:
+            raise ConfigError("scaling 'function' can't hold with init.norm 'random'; use 'copy'")
+
+    @property
+    def pair(self) -> str:
+        """The init strategy's name, (fan-out side)-(fan-in side)."""
+        return f"{self.fan_out.value}-{self.fan_in.value}"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "init": {"fan_out": self.fan_out.value, "fan_in": self.fan_in.value, "norm": self.norm.value},
+            "scaling": self.scaling.value,
+            "optimizer_state": self.optimizer_state.value,
+            "seed": self.seed,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Strategy:
+        init = data["init"]
+        return cls(
+            Init(init["fan_out"]),
+            Init(init["fan_in"]),
+            Init(init["norm"]),
+            Scaling(data["scaling"]),
+            OptimizerState(data["optimizer_state"]),
+            int(data["seed"]),
+        )

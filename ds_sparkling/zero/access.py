@@ -1,0 +1,366 @@
+"""What each rank holds of every parameter and its optimizer state, in any of DeepSpeed's optimizers.
+
+This file alone touches the attributes that DeepSpeed glues onto parameters and the private parts of its optimizers.
+They were checked against the versions in :data:`CHECKED_VERSIONS`.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed import comm as dist
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch import Tensor, nn
+
+from ds_sparkling.errors import GrowthError, UnsupportedError
+from ds_sparkling.partition import Piece, even_pieces, padded_piece, window_pieces
+
+#: DeepSpeed versions whose internals this file was checked against.
+CHECKED_VERSIONS = ("0.19.8",)
+
+
+def check_version() -> None:
+    """Raise UnsupportedError on a DeepSpeed whose internals weren't checked."""
+    if deepspeed.__version__.split("+")[0] not in CHECKED_VERSIONS:
+        raise UnsupportedError(
+            f"DeepSpeed {deepspeed.__version__} wasn't checked; growing reaches into its internals, which are known "
+            f"for {', '.join(CHECKED_VERSIONS)}: pip install deepspeed=={CHECKED_VERSIONS[-1]}"
+        )
+
+
+@dataclass
+class Shard:
+    """What this rank holds of one parameter.
+
+    Attributes:
+        name: the parameter's name in the engine's module.
+        shape: its shape on this rank's expert-parallel slice, before partitioning.
+        pieces: which elements each rank of ``group`` owns.
+        rank: this rank's index in ``group``.
+        group: the process group the parameter is partitioned over; None if every rank holds all of it.
+        weight: 1-D, the master weights of this rank's piece; possibly padded at the end.
+        master: the tensor the base optimizer steps, which ``weight`` is a part of; None for a frozen parameter.
+        states: per-element optimizer state, 1-D like ``weight``, by the optimizer's own key.
+        scalars: the rest of the optimizer state (step counters).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    pieces: list[Piece]
+    rank: int
+    group: Any
+    weight: Tensor
+    master: Tensor | None = None
+    states: dict[str, Tensor] = field(default_factory=dict)
+    scalars: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def piece(self) -> Piece:
+        return self.pieces[self.rank]
+
+    def gather(self, part: Tensor, device: torch.device) -> Tensor:
+        """The whole parameter (flattened) from every rank's ``part``, which is ``weight`` or one of ``states``.
+
+        Collective over ``group``. The result may share storage with ``part`` where nothing has to be gathered.
+        """
+        numel = math.prod(self.shape)
+        if self.group is None or len(self.pieces) == 1:
+            return part[:numel].to(device)
+        part = part.to(device)
+        if self.pieces == even_pieces(numel, len(self.pieces)):
+            size = padded_piece(numel, len(self.pieces))
+            if part.numel() == size:
+                whole = torch.empty(size * len(self.pieces), dtype=part.dtype, device=device)
+                dist.all_gather_into_tensor(whole, part.contiguous(), group=self.group)
+                return whole[:numel]
+        whole = torch.empty(numel, dtype=part.dtype, device=device)
+        for rank, piece in enumerate(self.pieces):
+            if piece.numel:
+                target = whole[piece.start : piece.stop]
+                if rank == self.rank:
+                    target.copy_(part[: piece.numel])
+                dist.broadcast(target, dist.get_global_rank(self.group, rank), group=self.group)
+        return whole
+
+
+def shards(engine: DeepSpeedEngine) -> dict[str, Shard]:
+    """This rank's shard of every parameter of ``engine``, in the module's order.
+
+    Raises:
+        UnsupportedError: if the base optimizer keeps state that is neither per element nor a number.
+    """
+    names = {id(param): name for name, param in engine.module.named_parameters()}
+    found = {shard.name: shard for shard in itertools.chain(_trained(engine, names), _frozen(engine, names))}
+    return {name: found[name] for name in names.values()}
+
+
+def base_optimizer(engine: DeepSpeedEngine) -> torch.optim.Optimizer:
+    """The torch optimizer inside DeepSpeed's wrapper (which may be the wrapper itself)."""
+    optimizer = engine.optimizer
+    return optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer.optimizer
+
+
+def group_names(engine: DeepSpeedEngine) -> list[frozenset[str]]:
+    """Which parameters each parameter group of the base optimizer trains, by name."""
+    names = {id(param): name for name, param in engine.module.named_parameters()}
+    members: list[set[str]] = [set() for _ in base_optimizer(engine).param_groups]
+    for group, params in _param_groups(engine):
+        members[group].update(names[id(param)] for param in params)
+    return [frozenset(group) for group in members]
+
+
+def make_states(engine: DeepSpeedEngine, templates: Mapping[str, Shard], *, drop: bool) -> None:
+    """Give the fresh ``engine``'s base optimizer state tensors like those of ``templates``, zeroed.
+
+    Numbers (step counters) are copied, or zeroed if ``drop``.
+
+    Args:
+        templates: shards of the old engine by parameter name.
+
+    Raises:
+        GrowthError: if parameters that now share one flat tensor were at different steps.
+    """
+    base = base_optimizer(engine)
+    by_master: dict[int, tuple[Tensor, list[str]]] = {}
+    for shard in _trained(engine, {id(param): name for name, param in engine.module.named_parameters()}):
+        assert shard.master is not None
+        by_master.setdefault(id(shard.master), (shard.master, []))[1].append(shard.name)
+    for master, members in by_master.values():
+        template = templates[members[0]]
+        for name in members[1:]:
+            if not _same_numbers(template.scalars, templates[name].scalars):
+                raise GrowthError(
+                    f"{template.name} and {name} are at different optimizer steps ({template.scalars} and "
+                    f"{templates[name].scalars}) but share one flat tensor after the growth"
+                )
+        if not template.states and not template.scalars:
+            continue
+        state = base.state[master]
+        for key, old in template.states.items():
+            made = state.get(key)
+            if not isinstance(made, Tensor) or made.shape != master.shape or made.dtype != old.dtype:
+                state[key] = torch.zeros_like(master, dtype=old.dtype, requires_grad=False)
+            else:
+                made.zero_()
+        for key, value in template.scalars.items():
+            copied = value.to(_step_device(value, master), copy=True) if isinstance(value, Tensor) else value
+            state[key] = copied * 0 if drop else copied
+
+
+def begin_writing(engine: DeepSpeedEngine) -> None:
+    """Call before writing to the shards of a fresh engine."""
+    if isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3):
+        engine.optimizer.checkpoint_event_prologue()
+
+
+@torch.no_grad()
+def finish_writing(engine: DeepSpeedEngine) -> None:
+    """Refresh the compute weights of ``engine`` from its master weights; without it they stay stale."""
+    optimizer = engine.optimizer
+    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        for compute, master in zip(
+            optimizer.fp16_partitioned_groups_flat, optimizer.fp32_partitioned_groups_flat, strict=True
+        ):
+            if compute.data_ptr() != master.data_ptr():
+                compute.copy_(master)
+        optimizer.checkpoint_event_epilogue()
+    elif isinstance(optimizer, (DeepSpeedZeroOptimizer, BF16_Optimizer)):
+        optimizer.update_lp_params()
+    elif isinstance(optimizer, (FP16_Optimizer, FP16_UnfusedOptimizer)):
+        by_id = {id(param): param for param in engine.module.parameters()}
+        for shard in _trained(engine, {key: str(key) for key in by_id}):
+            param = by_id[int(shard.name)]
+            param.data.copy_(shard.weight.view(param.shape))
+
+
+def strip(engine: DeepSpeedEngine) -> None:
+    """Destroy ``engine`` and free its compute weights, gradients and buffers; shards taken before stay valid.
+
+    The engine object itself is left empty, and says so when it is used.
+    """
+    module = engine.module
+    engine.destroy()
+    for param in module.parameters():
+        param.grad = None
+        if hasattr(param, "ds_tensor"):
+            param.ds_tensor.data = param.ds_tensor.new_empty(0)
+        param.data = param.data.new_empty(0)
+        for glued in ("_hp_mapping", "_z3_optimizer", "_zero_optimizer", "grad_accum"):
+            if hasattr(param, glued):
+                delattr(param, glued)
+    for wrapper in (engine.optimizer, base_optimizer(engine)):
+        wrapper.__dict__.clear()
+    engine.__dict__.clear()
+    engine.__class__ = _GrownEngine
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+class _GrownEngine:
+    """What is left of an engine that has been grown."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise GrowthError(f"this engine was grown and is gone (asked for {name!r}); go on with the one grow() returned")
+
+    def __call__(self, *_args: object, **_kwargs: object) -> Any:
+        raise GrowthError("this engine was grown and is gone; go on with the one grow() returned")
+
+
+# -- one function per kind of optimizer -------------------------------------------------------------------------
+
+
+def _trained(engine: DeepSpeedEngine, names: Mapping[int, str]) -> Iterator[Shard]:
+    """Shards of the trained parameters; ``names`` by ``id(param)``."""
+    optimizer = engine.optimizer
+    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        yield from _stage3(optimizer, names)
+    elif isinstance(optimizer, DeepSpeedZeroOptimizer):
+        flats = optimizer.single_partition_of_fp32_groups
+        for i, params in enumerate(optimizer.round_robin_bit16_groups):
+            offsets = optimizer.round_robin_bit16_offsets[i]
+            yield from _windows(optimizer, names, params, offsets, flats[i], optimizer.real_dp_process_group[i])
+    elif isinstance(optimizer, BF16_Optimizer):
+        flats = optimizer.fp32_groups_flat_partition
+        for i, params in enumerate(optimizer.bf16_groups):
+            offsets = [0, *itertools.accumulate(param.numel() for param in params)][:-1]
+            yield from _windows(optimizer, names, params, offsets, flats[i], optimizer.real_dp_process_group[i])
+    elif isinstance(optimizer, FP16_Optimizer):
+        for params, flat in zip(optimizer.fp16_groups, optimizer.fp32_groups_flat, strict=True):
+            offset = 0
+            for param in params:
+                yield _whole(base_optimizer(engine), names[id(param)], param, flat, offset)
+                offset += param.numel()
+    elif isinstance(optimizer, FP16_UnfusedOptimizer):
+        for params, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+            for param, master in zip(params, masters, strict=True):
+                yield _whole(base_optimizer(engine), names[id(param)], param, master, 0)
+    else:
+        for _, params in _param_groups(engine):
+            for param in params:
+                yield _whole(base_optimizer(engine), names[id(param)], param, param, 0)
+
+
+def _param_groups(engine: DeepSpeedEngine) -> Iterator[tuple[int, list[nn.Parameter]]]:
+    """(index of the base optimizer's group, module parameters in it), several times per group under stage 3."""
+    optimizer = engine.optimizer
+    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        for sub_group, params in enumerate(optimizer.fp16_groups):
+            yield optimizer.sub_group_to_group_id[sub_group], params
+    elif isinstance(optimizer, DeepSpeedZeroOptimizer):
+        yield from enumerate(optimizer.bit16_groups)
+    elif isinstance(optimizer, BF16_Optimizer):
+        yield from enumerate(optimizer.bf16_groups)
+    elif isinstance(optimizer, (FP16_Optimizer, FP16_UnfusedOptimizer)):
+        yield from enumerate(optimizer.fp16_groups)
+    else:
+        for index, group in enumerate(optimizer.param_groups):
+            yield index, [param for param in group["params"] if param.requires_grad]
+
+
+def _stage3(optimizer: DeepSpeedZeroOptimizer_Stage3, names: Mapping[int, str]) -> Iterator[Shard]:
+    """Each parameter is cut evenly over its own group; a sub-group's pieces lie end to end in one flat tensor."""
+    for sub_group, params in enumerate(optimizer.fp16_groups):
+        flat = optimizer.fp32_partitioned_groups_flat[sub_group]
+        offset = 0
+        for param in params:
+            group = param.ds_process_group
+            pieces = even_pieces(param.ds_numel, dist.get_world_size(group))
+            size = param.partition_numel()
+            if size != padded_piece(param.ds_numel, len(pieces)):
+                raise UnsupportedError(
+                    f"{names[id(param)]}: DeepSpeed's partition holds {size} elements, not an even cut"
+                )
+            shard = Shard(
+                names[id(param)],
+                tuple(param.ds_shape),
+                pieces,
+                dist.get_rank(group),
+                group,
+                flat.data[offset : offset + size],
+                flat,
+            )
+            yield _with_state(shard, optimizer.optimizer, offset)
+            offset += size
+
+
+def _windows(
+    optimizer: DeepSpeedZeroOptimizer | BF16_Optimizer,
+    names: Mapping[int, str],
+    params: list[nn.Parameter],
+    offsets: list[int],
+    flat: Tensor,
+    group: Any,
+) -> Iterator[Shard]:
+    """Stages 1 and 2: a rank's flat tensor is a window over the whole group's parameters, laid end to end."""
+    ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+    for param, offset in zip(params, offsets, strict=True):
+        pieces = window_pieces(offset, param.numel(), flat.numel(), ranks)
+        start = max(offset - rank * flat.numel(), 0) if pieces[rank].numel else 0
+        weight = flat.data[start : start + pieces[rank].numel]
+        shard = Shard(names[id(param)], tuple(param.shape), pieces, rank, group, weight, flat)
+        yield _with_state(shard, optimizer.optimizer, start)
+
+
+def _whole(base: torch.optim.Optimizer, name: str, param: nn.Parameter, master: Tensor, offset: int) -> Shard:
+    """Without ZeRO: every rank holds all of the parameter."""
+    numel = param.numel()
+    weight = master.data.view(-1)[offset : offset + numel]
+    return _with_state(Shard(name, tuple(param.shape), [Piece(0, numel)], 0, None, weight, master), base, offset)
+
+
+def _frozen(engine: DeepSpeedEngine, names: Mapping[int, str]) -> Iterator[Shard]:
+    """Shards of the parameters that no optimizer holds; their only weights are the compute weights."""
+    for param in engine.module.parameters():
+        if param.requires_grad and _numel(param):
+            continue
+        name = names[id(param)]
+        if hasattr(param, "ds_tensor"):
+            group = param.ds_process_group
+            pieces = even_pieces(param.ds_numel, dist.get_world_size(group))
+            weight = param.ds_tensor.data
+            yield Shard(name, tuple(param.ds_shape), pieces, dist.get_rank(group), group, weight)
+        else:
+            yield Shard(name, tuple(param.shape), [Piece(0, param.numel())], 0, None, param.data.view(-1))
+
+
+def _numel(param: nn.Parameter) -> int:
+    return int(getattr(param, "ds_numel", param.numel()))
+
+
+def _with_state(shard: Shard, base: torch.optim.Optimizer, offset: int) -> Shard:
+    """Add the parts of the master tensor's optimizer state that belong to the shard."""
+    master = shard.master
+    assert master is not None
+    for key, value in base.state.get(master, {}).items():
+        if isinstance(value, Tensor) and value.shape == master.shape:
+            shard.states[key] = value.view(-1)[offset : offset + shard.weight.numel()]
+        elif isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.dim() == 0):
+            shard.scalars[key] = value
+        else:
+            raise UnsupportedError(
+                f"{type(base).__name__} keeps state {key!r} of {shard.name} that is neither per element nor a number; "
+                "such an optimizer can't be grown"
+            )
+    return shard
+
+
+def _same_numbers(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
+    return first.keys() == second.keys() and all(float(first[key]) == float(second[key]) for key in first)
+
+
+def _step_device(value: Tensor, master: Tensor) -> torch.device:
+    """Where a number kept as a tensor belongs: with the master if it was, on the CPU if it was there."""
+    return value.device if value.device.type == "cpu" else master.device

@@ -1,0 +1,115 @@
+"""What a grown engine takes over from the old one besides parameters and optimizer state."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import Tensor
+
+from ds_sparkling.errors import GrowthError
+from ds_sparkling.zero.access import base_optimizer, group_names
+
+_COUNTERS = (
+    "global_steps",
+    "global_samples",
+    "micro_steps",
+    "skipped_steps",
+    "_unmanaged_backward_count",
+    "_step_applied",
+    "_global_grad_norm",
+    "warn_unscaled_loss",
+    "enable_backward_allreduce",
+    "loaded_checkpoint_mp_world_size",
+    "loaded_checkpoint_dp_world_size",
+    "training_dataloader",
+    "tput_timer",
+    "torch_autocast_z0_gradscaler",
+)
+_LOSS_SCALE = (
+    "loss_scaler",
+    "dynamic_loss_scale",
+    "loss_scale_config",
+    "custom_loss_scaler",
+    "external_loss_scale",
+    "has_executed_step",
+    "overflow",
+    "torch_autocast_gradscaler",
+    "_global_grad_norm",
+)
+
+
+class Carried:
+    """A snapshot of an engine's counters, schedule, loss scale, hyperparameters, buffers and modes."""
+
+    def __init__(self, engine: DeepSpeedEngine) -> None:
+        self.step: int = engine.global_steps
+        self._counters = {name: getattr(engine, name) for name in _COUNTERS if hasattr(engine, name)}
+        optimizer = engine.optimizer
+        self._loss_scale = {name: getattr(optimizer, name) for name in _LOSS_SCALE if hasattr(optimizer, name)}
+        self._groups = [
+            {key: value for key, value in group.items() if key != "params"}
+            for group in base_optimizer(engine).param_groups
+        ]
+        self._group_names = group_names(engine)
+        self._schedule = None if engine.lr_scheduler is None else engine.lr_scheduler.state_dict()
+        self._buffers: dict[str, Tensor] = dict(engine.module.named_buffers())
+        self._training = {name: module.training for name, module in engine.module.named_modules()}
+        self._frozen = _frozen_names(engine)
+
+    def check(self, engine: DeepSpeedEngine) -> None:
+        """Raise GrowthError if the fresh ``engine`` isn't built like the old one: groups, frozen parameters."""
+        if group_names(engine) != self._group_names:
+            raise GrowthError(
+                "the grown engine's parameter groups hold other parameters than before; build_model, optimizer and "
+                "model_parameters must make the same groups at every width"
+            )
+        if _frozen_names(engine) != self._frozen:
+            changed = sorted(_frozen_names(engine) ^ self._frozen)
+            raise GrowthError(
+                f"requires_grad of {changed[:3]} isn't what it was; freeze parameters inside build_model, so that the "
+                "grown model has them frozen too"
+            )
+
+    @torch.no_grad()
+    def restore(self, engine: DeepSpeedEngine) -> None:
+        """Put everything into the fresh ``engine``."""
+        for name, value in self._counters.items():
+            setattr(engine, name, value)
+        for name, value in self._loss_scale.items():
+            setattr(engine.optimizer, name, value)
+        for group, carried in zip(base_optimizer(engine).param_groups, self._groups, strict=True):
+            group.update(carried)
+        if self._schedule is not None:
+            engine.lr_scheduler.load_state_dict(self._schedule)
+        for name, buffer in engine.module.named_buffers():
+            if name in self._buffers and self._buffers[name].shape == buffer.shape:
+                buffer.copy_(self._buffers[name])
+        for name, module in engine.module.named_modules():
+            module.training = self._training.get(name, module.training)
+
+
+def _frozen_names(engine: DeepSpeedEngine) -> frozenset[str]:
+    return frozenset(name for name, param in engine.module.named_parameters() if not param.requires_grad)
+
+
+@contextmanager
+def preserved_rng() -> Iterator[None]:
+    """Leave Python's, NumPy's, torch's and the accelerator's random state as they were."""
+    accelerator: Any = get_accelerator()
+    device_state = accelerator.get_rng_state() if accelerator.device_name() != "cpu" else None
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+        if device_state is not None:
+            accelerator.set_rng_state(device_state)

@@ -1,0 +1,373 @@
+"""The live room: an engine that can grow, and its growth.
+
+:func:`initialize` wraps ``deepspeed.initialize``; :func:`grow` replaces a trained engine by a wider one that goes on
+from the same state.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+from deepspeed import comm as dist
+from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import nn
+
+from ds_sparkling.config import BLOCK, SparklingConfig, StageConfig, read_json, sparkling_config
+from ds_sparkling.errors import CheckpointError, ConfigError, GrowthError, UnsupportedError
+from ds_sparkling.growth import GrowthPlan, make_plan
+from ds_sparkling.probe import BuildModel, base_widths, build_on_meta, probe
+from ds_sparkling.record import GrowthRecord, find_checkpoint, read_record
+from ds_sparkling.zero import access
+from ds_sparkling.zero.carry import Carried, preserved_rng
+from ds_sparkling.zero.consensus import Consensus
+from ds_sparkling.zero.monitoring import close_monitors, mark_growth
+from ds_sparkling.zero.naming import engine_axes
+from ds_sparkling.zero.regrow import logical_shapes, move
+from ds_sparkling.zero.support import refuse_unsupported, zero_stage
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class GrowingRun:
+    """What an engine needs to know to grow; it hangs on the engine as ``engine.sparkling``.
+
+    Attributes:
+        build_model: makes the model from the axis widths.
+        ds_config: the DeepSpeed config, ``"sparkling"`` block included.
+        config: that block, parsed.
+        arguments: further arguments of ``deepspeed.initialize``.
+        record: the growths so far.
+        checkpoint_dir: where to save before a growth; None if nowhere.
+    """
+
+    build_model: BuildModel
+    ds_config: dict[str, Any]
+    config: SparklingConfig
+    arguments: dict[str, Any]
+    record: GrowthRecord
+    checkpoint_dir: str | None
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """The widths in force."""
+        return self.record.widths
+
+    def due(self, step: int) -> StageConfig | None:
+        """The first planned stage that is due when ``step`` optimizer steps are done and hasn't happened."""
+        happened = {stage.planned_step for stage in self.record.stages}
+        for stage in self.config.stages:
+            if stage.at_step <= step and stage.at_step not in happened:
+                return stage
+        return None
+
+
+def initialize(
+    build_model: BuildModel,
+    config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+    *,
+    args: Any = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    tag: str | None = None,
+    optimizer: Callable[..., Any] | None = None,
+    lr_scheduler: Callable[..., Any] | None = None,
+    model_parameters: Callable[[nn.Module], Any] | None = None,
+    **arguments: Any,
+) -> DeepSpeedEngine:
+    """Make a DeepSpeed engine that can grow.
+
+    Args:
+        build_model: ``build_model(**widths) -> nn.Module``, called with the axis widths in force. It is also called on
+            the meta device, to find out which dimensions grow.
+        config: the DeepSpeed config with its ``"sparkling"`` block, a path or a mapping; ``args.deepspeed_config`` if
+            left out.
+        args: parsed command line, as for ``deepspeed.initialize``.
+        checkpoint: the directory the run's checkpoints live in. If it holds one, the model is built at the widths
+            recorded there, ready for ``engine.load_checkpoint``; before each growth a checkpoint is saved there.
+        tag: the checkpoint to look at; the one named in ``latest`` by default.
+        optimizer: ``optimizer(params) -> torch.optim.Optimizer``, if the JSON has none.
+        lr_scheduler: ``lr_scheduler(optimizer) -> scheduler``, if the JSON has none.
+        model_parameters: ``model_parameters(model) -> parameters or groups``; all parameters by default.
+        arguments: further arguments of ``deepspeed.initialize`` (``training_data``, ``collate_fn`` ...).
+
+    Returns:
+        The engine, with its :class:`GrowingRun` as ``engine.sparkling``.
+
+    Raises:
+        ConfigError, PlanError, UnsupportedError, CheckpointError: before any memory is taken.
+    """
+    access.check_version()
+    if config is None:
+        config = getattr(args, "deepspeed_config", None)
+        if config is None:
+            raise ConfigError("no DeepSpeed config: pass config=, or args with deepspeed_config")
+    for name, made in (
+        ("optimizer", optimizer),
+        ("lr_scheduler", lr_scheduler),
+        ("model_parameters", model_parameters),
+    ):
+        if made is not None and (not callable(made) or isinstance(made, nn.Module)):
+            raise ConfigError(
+                f"{name} must be a function, because a growth has to make it anew; got a {type(made).__name__}: "
+                f"pass {name}=lambda ...: ..."
+            )
+    if arguments.get("mpu") is not None:
+        raise UnsupportedError("mpu: model parallelism beyond expert parallelism can't be combined with growth yet")
+    ds_config = read_json(config if isinstance(config, Mapping) else os.fspath(config))
+    block = sparkling_config(ds_config)
+    refuse_unsupported(ds_config)
+    directory = os.fspath(checkpoint) if checkpoint is not None else block.checkpoint_dir
+
+    deepspeed.init_distributed()
+    if block.stages and block.checkpoint_before_growth and directory is None and dist.get_rank() == 0:
+        logger.warning("no checkpoint directory is known, so none is written before a growth; pass checkpoint=DIR")
+    with preserved_rng():
+        found = find_checkpoint(directory, tag) if directory is not None else None
+        record = read_record(found) if found is not None else None
+        if record is None:
+            names = {axis for stage in block.stages for axis in stage.widths} | set(block.widths or ())
+            widths = base_widths(build_model, sorted(names), block.widths)
+            axes = probe(build_model, widths)
+            record = GrowthRecord(widths, axes)
+        _check_stages(build_model, block, record)
+    run = GrowingRun(
+        build_model,
+        ds_config,
+        block,
+        {
+            **arguments,
+            "optimizer": optimizer,
+            "lr_scheduler": lr_scheduler,
+            "model_parameters": model_parameters,
+        },
+        record,
+        directory if block.checkpoint_before_growth else None,
+    )
+    return _engine(run)
+
+
+def grow_if_due(engine: DeepSpeedEngine) -> DeepSpeedEngine:
+    """Grow if a planned stage is due; the engine itself otherwise. Call it before every step.
+
+    Raises:
+        As :func:`grow`.
+    """
+    run = _run(engine)
+    stage = run.due(engine.global_steps)
+    if stage is None or not _at_boundary(engine):
+        return engine
+    if engine.global_steps > stage.at_step:
+        logger.warning("the growth planned at step %d happens at step %d", stage.at_step, engine.global_steps)
+    return _grow(engine, stage.widths, stage.at_step)
+
+
+def grow(engine: DeepSpeedEngine, widths: Mapping[str, int]) -> DeepSpeedEngine:
+    """Widen ``engine`` now.
+
+    Collective. The old engine is destroyed; parameters, optimizer state, counters, loss scale, schedule, random state
+    and data loader carry over.
+
+    Args:
+        engine: made by :func:`initialize`, at a gradient-accumulation boundary.
+        widths: the axes that grow, and to what.
+
+    Returns:
+        The engine to go on with.
+
+    Raises:
+        GrowthError: not at a boundary, or a rank failed (every rank raises the same).
+        PlanError: the widths don't fit; the engine is untouched.
+    """
+    return _grow(engine, dict(widths), None)
+
+
+def rebuild(engine: DeepSpeedEngine) -> DeepSpeedEngine:
+    """Replace ``engine`` by a fresh one at the same widths that goes on bit for bit as if nothing had happened.
+
+    Raises:
+        As :func:`grow`, which refuses unchanged widths.
+    """
+    return _grow(engine, {}, None)
+
+
+def _grow(engine: DeepSpeedEngine, widths: dict[str, int], planned_step: int | None) -> DeepSpeedEngine:
+    run = _run(engine)
+    if not _at_boundary(engine):
+        raise GrowthError(
+            f"growth in the middle of gradient accumulation (micro step {engine.micro_steps}): grow after the engine "
+            "has stepped"
+        )
+    with preserved_rng():
+        consensus = Consensus("planning the growth")
+        with consensus:
+            plan = _plan(engine, run, widths)
+            build_on_meta(run.build_model, {**run.widths, **widths})
+            old = access.shards(engine)
+        consensus.settle()
+        if run.checkpoint_dir is not None and widths:
+            _save_before(engine, run.checkpoint_dir, plan)
+        text = plan.describe()
+        if dist.get_rank() == 0:
+            logger.info("%s", text)
+        carried = Carried(engine)
+        close_monitors(engine)
+        access.strip(engine)
+
+        record = run.record.after(plan, step=carried.step, planned_step=planned_step) if widths else run.record
+        grown = _engine(replace(run, record=record, arguments={**run.arguments, "training_data": None}))
+        consensus = Consensus("growing")
+        with consensus:
+            carried.check(grown)
+        consensus.settle()
+        move(plan, old, grown, consensus)
+        with consensus:
+            carried.restore(grown)
+        consensus.settle()
+    if widths:
+        mark_growth(grown, plan, text)
+    return grown
+
+
+def _plan(engine: DeepSpeedEngine, run: GrowingRun, widths: Mapping[str, int]) -> GrowthPlan:
+    """The plan in the engine's parameter names; an empty ``widths`` plans a rebuild."""
+    return make_plan(
+        logical_shapes(engine),
+        engine_axes(engine, run.record.axes),
+        run.widths,
+        widths,
+        run.config.strategy,
+        stage=len(run.record.stages) + 1,
+        active_share=_active_share(engine.module),
+    )
+
+
+def _check_stages(build_model: BuildModel, config: SparklingConfig, record: GrowthRecord) -> None:
+    """Plan every stage still to come on the meta device, so that a mistake shows at the start and not at its step."""
+    widths = record.widths
+    happened = {stage.planned_step for stage in record.stages}
+    for number, stage in enumerate(config.stages, start=1):
+        if stage.at_step in happened:
+            continue
+        unknown = [axis for axis in stage.widths if axis not in widths]
+        if unknown:
+            raise ConfigError(
+                f"{BLOCK}.stages[{number - 1}] grows {', '.join(unknown)}, which the checkpoint's growth record "
+                f"doesn't know (it knows {', '.join(sorted(widths))})"
+            )
+        model = build_on_meta(build_model, widths)
+        shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
+        plan = make_plan(shapes, record.axes, widths, stage.widths, config.strategy, stage=number)
+        widths = {**widths, **stage.widths}
+        wide = build_on_meta(build_model, widths)
+        for name, param in wide.named_parameters():
+            if tuple(param.shape) != plan.param(name).after:
+                raise ConfigError(
+                    f"{BLOCK}.stages[{number - 1}]: build_model makes {name} {tuple(param.shape)} at {widths}, "
+                    f"planned was {plan.param(name).after}"
+                )
+
+
+def _engine(run: GrowingRun) -> DeepSpeedEngine:
+    """Build the model at the widths in force and put an engine around it."""
+    config = copy.deepcopy(run.ds_config)
+    with deepspeed.zero.Init(config_dict_or_path=copy.deepcopy(config), enabled=zero_stage(config) == 3):
+        model = run.build_model(**run.widths)
+    arguments = dict(run.arguments)
+    groups = arguments.pop("model_parameters")
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        config=config,
+        model_parameters=None if groups is None else groups(model),
+        **arguments,
+    )
+    if type(engine) is not DeepSpeedEngine:
+        raise UnsupportedError(f"a {type(engine).__name__} can't be grown yet; only DeepSpeed's plain engine can")
+    engine.sparkling = run
+    _hook_checkpoints(engine)
+    return engine
+
+
+def _run(engine: DeepSpeedEngine) -> GrowingRun:
+    run = getattr(engine, "sparkling", None)
+    if not isinstance(run, GrowingRun):
+        raise GrowthError("this engine wasn't made by ds_sparkling.initialize, so it can't grow")
+    return run
+
+
+def _at_boundary(engine: DeepSpeedEngine) -> bool:
+    """Whether no gradient has been accumulated since the last optimizer step."""
+    if not engine.managed_gradient_accumulation():
+        return bool(engine._unmanaged_backward_count == 0)
+    return bool(engine.micro_steps % engine.gradient_accumulation_steps() == 0)
+
+
+def _active_share(model: nn.Module) -> float:
+    """Share of the stacked experts that one token uses, from the model's config; 1 if it doesn't tell."""
+    config = getattr(model, "config", None)
+    top_k = getattr(config, "num_experts_per_tok", None)
+    for name in ("num_experts", "n_routed_experts", "num_local_experts"):
+        experts = getattr(config, name, None)
+        if isinstance(experts, int) and isinstance(top_k, int):
+            return top_k / experts
+    return 1.0
+
+
+def _save_before(engine: DeepSpeedEngine, directory: str, plan: GrowthPlan) -> None:
+    tag = f"global_step{engine.global_steps}-before-growth{plan.stage}"
+    engine.save_checkpoint(directory, tag=tag)
+
+
+def _hook_checkpoints(engine: DeepSpeedEngine) -> None:
+    """Make the engine's own ``save_checkpoint`` and ``load_checkpoint`` carry and check the growth record."""
+    save, load = engine.save_checkpoint, engine.load_checkpoint
+
+    def save_checkpoint(save_dir: str, tag: str | None = None, *args: Any, **kwargs: Any) -> Any:
+        tag = f"global_step{engine.global_steps}" if tag is None else str(tag)
+        rank = engine.local_rank if engine.use_node_local_storage() else engine.global_rank
+        if rank == 0:
+            _run(engine).record.write(Path(save_dir) / tag)
+        return save(save_dir, tag, *args, **kwargs)
+
+    def load_checkpoint(load_dir: str, tag: str | None = None, *args: Any, **kwargs: Any) -> Any:
+        consensus = Consensus(f"loading {load_dir}")
+        with consensus:
+            found = find_checkpoint(load_dir, tag)
+            record = None if found is None else read_record(found)
+            if found is not None:
+                _check_record(_run(engine).record, record, found)
+        consensus.settle()
+        result = load(load_dir, tag, *args, **kwargs)
+        if record is not None and result[0] is not None:
+            engine.sparkling = replace(_run(engine), record=record)
+            stage = engine.sparkling.due(engine.global_steps)
+            if stage is not None and engine.global_rank == 0:
+                logger.info(
+                    "the growth planned at step %d is due: call grow_if_due before the next step", stage.at_step
+                )
+        return result
+
+    engine.save_checkpoint = save_checkpoint
+    engine.load_checkpoint = load_checkpoint
+
+
+def _check_record(own: GrowthRecord, recorded: GrowthRecord | None, path: Path) -> None:
+    """The checkpoint's widths must be the engine's."""
+    if recorded is None:
+        if own.stages:
+            raise CheckpointError(
+                f"{path} has no growth record, but this engine has grown to {own.widths}; load it into an engine at "
+                "the widths it was saved with"
+            )
+        logger.warning("%s has no growth record; taken as saved at this engine's widths %s", path, own.widths)
+    elif recorded.widths != own.widths:
+        raise CheckpointError(
+            f"{path} was saved at widths {recorded.widths}, this engine has {own.widths}; build it with "
+            f"initialize(..., checkpoint={str(path.parent)!r}, tag={path.name!r})"
+        )

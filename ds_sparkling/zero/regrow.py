@@ -1,0 +1,90 @@
+"""Moving one engine's state into a wider one: gather, grow, repartition, parameter by parameter.
+
+No rank ever holds more than its own shards and one whole parameter of one state kind. Expert parameters move within
+their expert-data-parallel group.
+"""
+
+from __future__ import annotations
+
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import Tensor
+from tqdm import tqdm
+
+from ds_sparkling.errors import GrowthError
+from ds_sparkling.growth import GrowthPlan, Widener
+from ds_sparkling.strategy import OptimizerState
+from ds_sparkling.zero import access
+from ds_sparkling.zero.access import Shard
+from ds_sparkling.zero.consensus import Consensus
+from ds_sparkling.zero.naming import ExpertSlice, expert_slices
+
+
+def logical_shapes(engine: DeepSpeedEngine) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter with all experts counted, in the module's order."""
+    slices = expert_slices(engine)
+    shapes = {}
+    for name, param in engine.module.named_parameters():
+        shape = tuple(getattr(param, "ds_shape", param.shape))
+        shapes[name] = (slices[name].experts, *shape[1:]) if name in slices else shape
+    return shapes
+
+
+@torch.no_grad()
+def move(plan: GrowthPlan, old: dict[str, Shard], engine: DeepSpeedEngine, consensus: Consensus) -> None:
+    """Fill the fresh ``engine`` with the grown contents of ``old``, which is emptied on the way.
+
+    Collective. A failure of one rank's own work is kept in ``consensus``, and its collectives go on.
+    """
+    access.begin_writing(engine)
+    with consensus:
+        access.make_states(engine, old, drop=plan.strategy.optimizer_state is OptimizerState.DROP)
+    new = access.shards(engine)
+    slices = expert_slices(engine)
+    with consensus:
+        _check_shapes(plan, new, slices)
+    names = tqdm(list(old), desc="growing", unit="tensor", disable=engine.global_rank != 0, leave=False)
+    for name in names:
+        source, target = old.pop(name), new.pop(name)
+        widener = None
+        with consensus:
+            held = slices.get(name)
+            widener = Widener(plan, name, None if held is None else (held.first, held.last))
+        whole = source.gather(source.weight, engine.device)
+        with consensus:
+            if widener is not None:
+                _fill(widener, None, whole, target.weight, target)
+        for key, part in source.states.items():
+            whole = source.gather(part, engine.device)
+            with consensus:
+                if widener is not None:
+                    _fill(widener, key, whole, target.states[key], target)
+        del whole, source, target
+    access.finish_writing(engine)
+
+
+def _fill(widener: Widener, key: str | None, whole: Tensor, part: Tensor, target: Shard) -> None:
+    """Write this rank's piece of the grown weight (or state ``key``) into ``part``."""
+    piece = target.piece
+    out = part[: piece.numel]
+    made = out if out.device == whole.device else torch.empty_like(out, device=whole.device)
+    if key is None:
+        widener.weight(whole, made, piece.start)
+    else:
+        widener.state(key, whole, made, piece.start)
+    if made is not out:
+        out.copy_(made)
+
+
+def _check_shapes(plan: GrowthPlan, new: dict[str, Shard], slices: dict[str, ExpertSlice]) -> None:
+    """The engine that build_model gave must have exactly the planned shapes."""
+    planned = {param.name: param.after for param in plan.params}
+    if planned.keys() != new.keys():
+        raise GrowthError(
+            f"the grown engine has other parameters than planned: {sorted(planned.keys() ^ new.keys())[:3]}"
+        )
+    for name, shape in planned.items():
+        held = slices.get(name)
+        expected = shape if held is None else (held.last - held.first, *shape[1:])
+        if new[name].shape != expected:
+            raise GrowthError(f"{name}: the grown engine has shape {new[name].shape}, planned was {expected}")

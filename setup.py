@@ -1,0 +1,31 @@
+"""Packaging of ds_sparkling. Exact versions for a reproducible environment are in constraints.txt."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+version = next(
+    line.split('"')[1] for line in (here / "ds_sparkling/__init__.py").read_text().splitlines() if "__version__" in line
+)
+
+setup(
+    name="ds-sparkling",
+    version=version,
+    description="Widen a mixture-of-experts model in the middle of DeepSpeed training (SPARKLING)",
+    long_description=(here / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10,<3.13",
+    packages=find_packages(include=["ds_sparkling", "ds_sparkling.*"]),
+    package_data={"ds_sparkling": ["py.typed"]},
+    install_requires=[
+        "torch>=2.6,<2.15",
+        "deepspeed==0.19.8",  # growth reaches into its internals, which are checked version by version
+        "numpy>=1.26",
+        "tensorboard>=2.15",
+        "tqdm>=4.60",
+    ],
+    extras_require={"dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.13", "types-tqdm"]},
+    entry_points={"console_scripts": ["ds-sparkling = ds_sparkling.cli:main"]},
+)
