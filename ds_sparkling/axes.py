@@ -81,7 +81,7 @@ class ParamAxes:
     def shape(self, shape: tuple[int, ...], widths: Mapping[str, int]) -> tuple[int, ...]:
         """``shape`` with every dimension whose axis is in ``widths`` set to that width."""
         return tuple(
-            dim.size(widths[dim.axis]) if dim.axis in widths else size
+            dim.size(widths[dim.axis]) if dim.axis is not None and dim.axis in widths else size
             for dim, size in zip(self.dims, shape, strict=True)
         )
 

@@ -6,17 +6,21 @@ import difflib
 import itertools
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from enum import Enum
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ds_sparkling.errors import ConfigError
 from ds_sparkling.strategy import Init, OptimizerState, Scaling, Strategy
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 BLOCK = "sparkling"
 
 _E = TypeVar("_E", bound=Enum)
+_D = TypeVar("_D", bound="DataclassInstance")
 
 
 @dataclass(frozen=True)
@@ -118,6 +122,31 @@ def sparkling_config(config: Mapping[str, Any]) -> SparklingConfig:
     if near and near[0] != BLOCK:
         raise ConfigError(f"unknown key {near[0]!r} in the DeepSpeed config; did you mean {BLOCK!r}?")
     return SparklingConfig.from_dict(_mapping(config.get(BLOCK, {}), BLOCK))
+
+
+def typed_block(kind: type[_D], config: Mapping[str, Any], name: str) -> _D:
+    """The block ``name`` of a config as the dataclass ``kind``, its keys and their types checked.
+
+    Raises:
+        ConfigError: an unknown key, a missing one, or a value of another type than the field's.
+    """
+    block = _mapping(config.get(name, {}), name)
+    known = {entry.name: entry for entry in fields(kind)}
+    _check_keys(block, name, known)
+    for key, entry in known.items():
+        if key not in block:
+            if entry.default is MISSING and entry.default_factory is MISSING:
+                raise ConfigError(f"{name} lacks {key!r}")
+        elif entry.type == "int":
+            _integer(block[key], f"{name}.{key}")
+        elif entry.type == "float" and (isinstance(block[key], bool) or not isinstance(block[key], (int, float))):
+            raise ConfigError(f"{name}.{key} must be a number, got {block[key]!r}")
+        elif entry.type in ("bool", "str") and type(block[key]).__name__ != entry.type:
+            raise ConfigError(f"{name}.{key} must be a {entry.type}, got {block[key]!r}")
+    try:
+        return kind(**block)
+    except ValueError as error:
+        raise ConfigError(f"{name}: {error}") from error
 
 
 def _stages(value: Any) -> tuple[StageConfig, ...]:

@@ -25,7 +25,7 @@ def birth_stages(axes: ParamAxes, shape: tuple[int, ...], widths: Mapping[str, t
     """
     births = torch.zeros(shape, dtype=torch.uint8)
     for position, dim in enumerate(axes.dims):
-        if dim.axis in widths:
+        if dim.axis is not None and dim.axis in widths:
             per_unit = birth_of_units(widths[dim.axis])
             per_index = per_unit.repeat_interleave(dim.block).repeat(dim.segments)
             trailing = len(shape) - position - 1

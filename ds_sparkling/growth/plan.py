@@ -6,7 +6,7 @@ A plan is immutable, can be printed and saved as JSON, and covers every paramete
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,12 +75,12 @@ class GrowthPlan:
 
     def parameters(self, *, active: bool = False) -> tuple[int, int]:
         """Total (or active per token) parameters before and after."""
-        before = after = 0.0
-        for param in self.params:
-            share = self.active_share if active and param.axes.stacked_experts else 1.0
-            before += share * math.prod(param.before)
-            after += share * math.prod(param.after)
-        return round(before), round(after)
+        axes = {param.name: param.axes for param in self.params}
+        share = self.active_share if active else 1.0
+        return (
+            count_parameters({param.name: param.before for param in self.params}, axes, share),
+            count_parameters({param.name: param.after for param in self.params}, axes, share),
+        )
 
     def compute_saved(self, fraction: float) -> float:
         """Share of the wide model's training compute saved by growing at ``fraction`` of the tokens (Eq. 29)."""
@@ -140,9 +140,9 @@ class GrowthPlan:
         rows: dict[tuple[str, ...], tuple[int, int]] = {}
         scales = self.scales()
         for param in self.params:
-            if not param.grows and not param.axes.head_gain:
+            if not param.grows and not (param.axes.head_gain and param.axes.axes & scales.keys()):
                 continue
-            kind = (_shape(param.before), _shape(param.after), _roles(param.axes), _factor(param, scales))
+            kind = (_shape(param.before), _shape(param.after), _roles(param.axes, scales), _factor(param, scales))
             count, new = rows.get(kind, (0, 0))
             rows[kind] = count + 1, new + param.new_elements
         unchanged = sum(not param.grows for param in self.params)
@@ -205,6 +205,13 @@ def make_plan(
     return plan
 
 
+def count_parameters(shapes: Mapping[str, Shape], axes: Mapping[str, ParamAxes], active_share: float = 1.0) -> int:
+    """Parameters of a model with logical ``shapes``, of stacked experts only ``active_share``."""
+    return round(
+        sum(math.prod(shape) * (active_share if axes[name].stacked_experts else 1.0) for name, shape in shapes.items())
+    )
+
+
 def _some(names: list[str], limit: int = 3) -> str:
     shown = ", ".join(repr(name) for name in names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
@@ -214,15 +221,18 @@ def _shape(shape: Shape) -> str:
     return "x".join(map(str, shape))
 
 
-def _roles(axes: ParamAxes) -> str:
-    dims = [f"{dim.axis} ({dim.role.value})" if dim.axis and dim.role else "-" for dim in axes.dims]
-    return ", ".join(dims)
+def _roles(axes: ParamAxes, among: Collection[str] | None = None) -> str:
+    """The dimensions' axes and roles, "-" for those that carry none (or none ``among``)."""
+    return ", ".join(
+        f"{dim.axis} ({dim.role.value})" if dim.axis and dim.role and (among is None or dim.axis in among) else "-"
+        for dim in axes.dims
+    )
 
 
 def _factor(param: ParamPlan, scales: Mapping[str, UnitScales]) -> str:
     factor = 1.0
     for dim in param.axes.dims:
-        if dim.axis in scales:
+        if dim.axis is not None and dim.axis in scales:
             scale = scales[dim.axis].weight(dim, param.axes.head_gain)
             if not bool((scale == scale[0]).all()):
                 return "per unit"

@@ -20,8 +20,8 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
 
 from ds_sparkling.config import BLOCK, SparklingConfig, StageConfig, read_json, sparkling_config
-from ds_sparkling.errors import CheckpointError, ConfigError, GrowthError, UnsupportedError
-from ds_sparkling.growth import GrowthPlan, make_plan
+from ds_sparkling.errors import CheckpointError, ConfigError, GrowthError, PlanError, UnsupportedError
+from ds_sparkling.growth import GrowthPlan, count_parameters, make_plan
 from ds_sparkling.probe import BuildModel, base_widths, build_on_meta, probe
 from ds_sparkling.record import GrowthRecord, find_checkpoint, read_record
 from ds_sparkling.zero import access
@@ -46,6 +46,8 @@ class GrowingRun:
         arguments: further arguments of ``deepspeed.initialize``.
         record: the growths so far.
         checkpoint_dir: where to save before a growth; None if nowhere.
+        plan: the growth that made this engine; None for the first one.
+        parameters: total and active (per token) parameters of this engine's model.
     """
 
     build_model: BuildModel
@@ -54,6 +56,8 @@ class GrowingRun:
     arguments: dict[str, Any]
     record: GrowthRecord
     checkpoint_dir: str | None
+    plan: GrowthPlan | None = None
+    parameters: tuple[int, int] = (0, 0)
 
     @property
     def widths(self) -> dict[str, int]:
@@ -153,8 +157,12 @@ def initialize(
     return _engine(run)
 
 
-def grow_if_due(engine: DeepSpeedEngine) -> DeepSpeedEngine:
+def grow_if_due(engine: DeepSpeedEngine, *, client_state: Mapping[str, Any] | None = None) -> DeepSpeedEngine:
     """Grow if a planned stage is due; the engine itself otherwise. Call it before every step.
+
+    Args:
+        engine: made by :func:`initialize`.
+        client_state: what ``save_checkpoint`` shall put into the checkpoint written before the growth.
 
     Raises:
         As :func:`grow`.
@@ -165,10 +173,12 @@ def grow_if_due(engine: DeepSpeedEngine) -> DeepSpeedEngine:
         return engine
     if engine.global_steps > stage.at_step:
         logger.warning("the growth planned at step %d happens at step %d", stage.at_step, engine.global_steps)
-    return _grow(engine, stage.widths, stage.at_step)
+    return _grow(engine, stage.widths, stage.at_step, client_state)
 
 
-def grow(engine: DeepSpeedEngine, widths: Mapping[str, int]) -> DeepSpeedEngine:
+def grow(
+    engine: DeepSpeedEngine, widths: Mapping[str, int], *, client_state: Mapping[str, Any] | None = None
+) -> DeepSpeedEngine:
     """Widen ``engine`` now.
 
     Collective. The old engine is destroyed; parameters, optimizer state, counters, loss scale, schedule, random state
@@ -177,6 +187,7 @@ def grow(engine: DeepSpeedEngine, widths: Mapping[str, int]) -> DeepSpeedEngine:
     Args:
         engine: made by :func:`initialize`, at a gradient-accumulation boundary.
         widths: the axes that grow, and to what.
+        client_state: what ``save_checkpoint`` shall put into the checkpoint written before the growth.
 
     Returns:
         The engine to go on with.
@@ -185,7 +196,9 @@ def grow(engine: DeepSpeedEngine, widths: Mapping[str, int]) -> DeepSpeedEngine:
         GrowthError: not at a boundary, or a rank failed (every rank raises the same).
         PlanError: the widths don't fit; the engine is untouched.
     """
-    return _grow(engine, dict(widths), None)
+    if not widths:
+        raise PlanError("no widths to grow to; to make the engine anew at the same widths, call rebuild")
+    return _grow(engine, dict(widths), None, client_state)
 
 
 def rebuild(engine: DeepSpeedEngine) -> DeepSpeedEngine:
@@ -194,10 +207,15 @@ def rebuild(engine: DeepSpeedEngine) -> DeepSpeedEngine:
     Raises:
         As :func:`grow`, which refuses unchanged widths.
     """
-    return _grow(engine, {}, None)
+    return _grow(engine, {}, None, None)
 
 
-def _grow(engine: DeepSpeedEngine, widths: dict[str, int], planned_step: int | None) -> DeepSpeedEngine:
+def _grow(
+    engine: DeepSpeedEngine,
+    widths: dict[str, int],
+    planned_step: int | None,
+    client_state: Mapping[str, Any] | None,
+) -> DeepSpeedEngine:
     run = _run(engine)
     if not _at_boundary(engine):
         raise GrowthError(
@@ -212,7 +230,8 @@ def _grow(engine: DeepSpeedEngine, widths: dict[str, int], planned_step: int | N
             old = access.shards(engine)
         consensus.settle()
         if run.checkpoint_dir is not None and widths:
-            _save_before(engine, run.checkpoint_dir, plan)
+            tag = f"global_step{engine.global_steps}-before-growth{plan.stage}"
+            engine.save_checkpoint(run.checkpoint_dir, tag=tag, client_state=dict(client_state or {}))
         text = plan.describe()
         if dist.get_rank() == 0:
             logger.info("%s", text)
@@ -220,8 +239,10 @@ def _grow(engine: DeepSpeedEngine, widths: dict[str, int], planned_step: int | N
         close_monitors(engine)
         access.strip(engine)
 
-        record = run.record.after(plan, step=carried.step, planned_step=planned_step) if widths else run.record
-        grown = _engine(replace(run, record=record, arguments={**run.arguments, "training_data": None}))
+        if widths:
+            record = run.record.after(plan, step=carried.step, planned_step=planned_step)
+            run = replace(run, record=record, plan=plan)
+        grown = _engine(replace(run, arguments={**run.arguments, "training_data": None}))
         consensus = Consensus("growing")
         with consensus:
             carried.check(grown)
@@ -289,7 +310,9 @@ def _engine(run: GrowingRun) -> DeepSpeedEngine:
     )
     if type(engine) is not DeepSpeedEngine:
         raise UnsupportedError(f"a {type(engine).__name__} can't be grown yet; only DeepSpeed's plain engine can")
-    engine.sparkling = run
+    shapes, axes = logical_shapes(engine), engine_axes(engine, run.record.axes)
+    share = _active_share(engine.module)
+    engine.sparkling = replace(run, parameters=(count_parameters(shapes, axes), count_parameters(shapes, axes, share)))
     _hook_checkpoints(engine)
     return engine
 
@@ -317,11 +340,6 @@ def _active_share(model: nn.Module) -> float:
         if isinstance(experts, int) and isinstance(top_k, int):
             return top_k / experts
     return 1.0
-
-
-def _save_before(engine: DeepSpeedEngine, directory: str, plan: GrowthPlan) -> None:
-    tag = f"global_step{engine.global_steps}-before-growth{plan.stage}"
-    engine.save_checkpoint(directory, tag=tag)
 
 
 def _hook_checkpoints(engine: DeepSpeedEngine) -> None:

@@ -1,0 +1,289 @@
+"""The main job: train a mixture-of-experts language model, widen it mid-way, go on.
+
+    deepspeed --num_gpus 2 ds_sparkling/train.py --deepspeed_config configs/quickstart.json
+
+One JSON file says it all: DeepSpeed's own keys, the ``"sparkling"`` block, and two blocks of this job, ``"model"``
+(:class:`~ds_sparkling.models.olmoe.OlmoeConfig`) and ``"training"`` (:class:`TrainingConfig`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed import comm as dist
+from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import Tensor
+from tqdm import tqdm
+
+import ds_sparkling
+from ds_sparkling.config import read_json, typed_block
+from ds_sparkling.data import Corpus
+from ds_sparkling.errors import CheckpointError, SparklingError
+from ds_sparkling.models.olmoe import OlmoeConfig, OlmoeForCausalLM
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The ``"training"`` block.
+
+    Attributes:
+        steps: optimizer steps in all.
+        sequence_length: tokens per sequence.
+        seed: of the weights and the data order.
+        evaluate_every: steps between validations.
+        evaluate_batches: validation batches, each of a micro step's size over all ranks.
+        save_every: steps between checkpoints; 0 saves only before a growth and at the end.
+        log_every: steps between points in TensorBoard and on the progress bar.
+    """
+
+    steps: int
+    sequence_length: int
+    seed: int = 0
+    evaluate_every: int = 100
+    evaluate_batches: int = 8
+    save_every: int = 0
+    log_every: int = 10
+
+
+@dataclass
+class Progress:
+    """What a run has spent and seen so far; it travels in the checkpoint's client state.
+
+    Attributes:
+        tokens: tokens trained on.
+        flops: training compute, 6 x active parameters x tokens (Eq. 29).
+        milestones: (name, step, validation loss).
+    """
+
+    tokens: int = 0
+    flops: float = 0.0
+    milestones: list[tuple[str, int, float]] = field(default_factory=list)
+
+    @property
+    def client_state(self) -> dict[str, Any]:
+        return {"progress": asdict(self)}
+
+
+class Job:
+    """A training run: the engine of the moment, its data and its progress."""
+
+    def __init__(
+        self,
+        engine: DeepSpeedEngine,
+        corpus: Corpus,
+        training: TrainingConfig,
+        checkpoints: Path,
+        progress: Progress,
+    ) -> None:
+        self.engine = engine
+        self.corpus = corpus
+        self.training = training
+        self.checkpoints = checkpoints
+        self.progress = progress
+        self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
+        self.accumulation = engine.gradient_accumulation_steps()
+        self.micro_batch = engine.train_batch_size() // self.accumulation
+
+    def train(self) -> None:
+        """Train to the end of the budget, growing on the way, and save."""
+        bar = tqdm(total=self.training.steps, initial=self.engine.global_steps, disable=self.rank != 0, unit="step")
+        while (step := self.engine.global_steps) < self.training.steps:
+            if self.engine.sparkling.due(step):
+                self._grow(step)
+            loss = self._step(step)
+            bar.update()
+            done = step + 1
+            if done % self.training.log_every == 0:
+                mean = self._mean(loss)
+                bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
+                self._log({"Train/loss": mean, "Train/grad_norm": float(self.engine.get_global_grad_norm() or 0.0)})
+            if done < self.training.steps:
+                if done % self.training.evaluate_every == 0:
+                    self.evaluate()
+                if self.training.save_every and done % self.training.save_every == 0:
+                    self._save()
+        bar.close()
+        if not any(name == "end" for name, *_ in self.progress.milestones):
+            self.progress.milestones.append(("end", self.engine.global_steps, self.evaluate()))
+            self._save()
+
+    def _step(self, step: int) -> Tensor:
+        """One optimizer step; returns this rank's mean loss."""
+        losses = []
+        for micro_step in range(step * self.accumulation, (step + 1) * self.accumulation):
+            batch = self.corpus.batch(
+                micro_step,
+                size=self.micro_batch,
+                length=self.training.sequence_length,
+                seed=self.training.seed,
+                rank=self.rank,
+                ranks=self.ranks,
+            )
+            loss = self.engine(**self._on_device(batch))
+            self.engine.backward(loss)
+            self.engine.step()
+            losses.append(loss.detach())
+        tokens = self.engine.train_batch_size() * self.training.sequence_length
+        self.progress.tokens += tokens
+        self.progress.flops += 6.0 * self.engine.sparkling.parameters[1] * tokens
+        return torch.stack(losses).mean()
+
+    def _grow(self, step: int) -> None:
+        before = ("before growth", step)
+        if before not in [(name, at) for name, at, _ in self.progress.milestones]:
+            self.progress.milestones.append((*before, self.evaluate()))
+        self.engine = ds_sparkling.grow_if_due(self.engine, client_state=self.progress.client_state)
+        if self.rank == 0:
+            tqdm.write(self.engine.sparkling.plan.describe(fraction=step / self.training.steps), file=sys.stderr)
+        self.progress.milestones.append(("after growth", step, self.evaluate()))
+
+    @torch.no_grad()
+    def evaluate(self) -> float:
+        """Validation loss over all ranks; goes to the monitor too."""
+        self.engine.eval()
+        batches = self.corpus.validation_batches(
+            size=self.micro_batch,
+            length=self.training.sequence_length,
+            batches=self.training.evaluate_batches,
+            rank=self.rank,
+            ranks=self.ranks,
+        )
+        losses = [self.engine(**self._on_device(batch)) for batch in batches]
+        self.engine.train()
+        loss = self._mean(torch.stack(losses).mean())
+        self._log({"Validation/loss": loss})
+        return loss
+
+    def _on_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tokens.to(self.engine.device) for name, tokens in batch.items()}
+
+    def _mean(self, value: Tensor) -> float:
+        """Mean of a scalar over all ranks."""
+        total = value.float().clone()
+        dist.all_reduce(total)
+        return float(total) / self.ranks
+
+    def _log(self, values: dict[str, float]) -> None:
+        spent = {"Train/tokens": float(self.progress.tokens), "Train/compute_flops": self.progress.flops}
+        samples = self.engine.global_samples
+        self.engine.monitor.write_events([(name, value, samples) for name, value in {**values, **spent}.items()])
+
+    def _save(self) -> None:
+        self.engine.save_checkpoint(str(self.checkpoints), client_state=self.progress.client_state)
+
+    def summary(self) -> str:
+        """The run's outcome as a short table."""
+        total, active = self.engine.sparkling.parameters
+        scratch = 6.0 * active * self.progress.tokens
+        lines = [f"{'validation loss':<16}{'step':>8}{'loss':>10}"]
+        lines += [f"{name:<16}{step:>8}{loss:>10.4f}" for name, step, loss in self.progress.milestones]
+        return "\n".join(
+            [
+                *lines,
+                f"parameters  {total:,} ({active:,} active per token)",
+                f"tokens      {self.progress.tokens:,}",
+                f"compute     {self.progress.flops:.3e} FLOPs; the wide model from scratch: {scratch:.3e} "
+                f"({1 - self.progress.flops / scratch:.1%} saved)",
+            ]
+        )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Everything from the parsed command line to the final table."""
+    config = read_json(args.deepspeed_config)
+    training = typed_block(TrainingConfig, config, "training")
+    model_config = typed_block(OlmoeConfig, config, "model")
+    corpus = Corpus.from_path(args.data) if args.data else Corpus.standard_library()
+    corpus.check(length=training.sequence_length, vocabulary=model_config.vocab_size)
+    output = _output_directory(args)
+    checkpoints = output / "checkpoints"
+    config.setdefault("tensorboard", {"enabled": True, "output_path": str(output), "job_name": "tensorboard"})
+
+    def build_model(**widths: int) -> OlmoeForCausalLM:
+        return OlmoeForCausalLM(OlmoeConfig(**{**asdict(model_config), **widths}))
+
+    torch.manual_seed(training.seed)
+    engine = ds_sparkling.initialize(build_model, config, checkpoint=checkpoints)
+    progress = Progress()
+    if args.resume:
+        _, client_state = engine.load_checkpoint(str(checkpoints))
+        progress = Progress(**client_state["progress"])
+    _say(f"training on {corpus.source}: {len(corpus.train):,} tokens, {len(corpus.validation):,} held out")
+    job = Job(engine, corpus, training, checkpoints, progress)
+    del engine
+    job.train()
+    _say(f"\n{job.summary()}\ncheckpoints {checkpoints}\n\nwatch it:   tensorboard --logdir {output}")
+
+
+def _output_directory(args: argparse.Namespace) -> Path:
+    """The run's directory, the same on every rank: never one that holds another run's checkpoints."""
+    name = f"{Path(args.deepspeed_config).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    chosen: list[Path] = [args.output or Path("runs") / name]
+    if args.resume and args.output is None:
+        earlier = sorted(Path("runs").glob(f"{Path(args.deepspeed_config).stem}-*/checkpoints/latest"))
+        if not earlier:
+            raise CheckpointError(f"--resume: found no run of {args.deepspeed_config} under runs/; pass --output DIR")
+        chosen = [earlier[-1].parents[1]]
+    torch.distributed.broadcast_object_list(chosen)
+    latest = chosen[0] / "checkpoints" / "latest"
+    if args.resume and not latest.is_file():
+        raise CheckpointError(f"--resume: there is no checkpoint in {latest.parent}")
+    if not args.resume and latest.is_file():
+        raise CheckpointError(f"{latest.parent} holds checkpoints; pass --resume to go on, or another --output DIR")
+    return chosen[0]
+
+
+def _say(text: str) -> None:
+    if dist.get_rank() == 0:
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="ds_sparkling/train.py",
+        description="Train a mixture-of-experts language model with DeepSpeed and widen it mid-way.",
+        epilog="Start it with a launcher: deepspeed --num_gpus 2 ds_sparkling/train.py --deepspeed_config FILE",
+    )
+    parser.add_argument("--deepspeed_config", required=True, metavar="FILE", help="the run's JSON (see configs/)")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="PATH",
+        help="a text file, a directory of them, or a .npy of token ids; default: the standard library's own sources",
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="checkpoints and TensorBoard files; default: runs/..."
+    )
+    parser.add_argument("--resume", action="store_true", help="go on from the latest checkpoint in --output")
+    parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point, once per rank."""
+    args = _parse(argv)
+    logging.basicConfig(format="%(message)s")
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    deepspeed.init_distributed()
+    try:
+        run(args)
+    except SparklingError as error:
+        if dist.get_rank() == 0:
+            sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
+    finally:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
