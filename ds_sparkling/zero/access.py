@@ -50,7 +50,8 @@ class Shard:
         pieces: which elements each rank of ``group`` owns.
         rank: this rank's index in ``group``.
         group: the process group the parameter is partitioned over; None if every rank holds all of it.
-        weight: 1-D, the master weights of this rank's piece; possibly padded at the end.
+        weight: 1-D, the master weights of this rank's piece.
+        padded: ``weight`` is padded at the end, so that every rank of the group holds equally many elements.
         master: the tensor the base optimizer steps, which ``weight`` is a part of; None for a frozen parameter.
         states: per-element optimizer state, 1-D like ``weight``, by the optimizer's own key.
         scalars: the rest of the optimizer state (step counters).
@@ -62,6 +63,7 @@ class Shard:
     rank: int
     group: Any
     weight: Tensor
+    padded: bool = False
     master: Tensor | None = None
     states: dict[str, Tensor] = field(default_factory=dict)
     scalars: dict[str, Any] = field(default_factory=dict)
@@ -79,12 +81,10 @@ class Shard:
         if self.group is None or len(self.pieces) == 1:
             return part[:numel].to(device)
         part = part.to(device)
-        if self.pieces == even_pieces(numel, len(self.pieces)):
-            size = padded_piece(numel, len(self.pieces))
-            if part.numel() == size:
-                whole = torch.empty(size * len(self.pieces), dtype=part.dtype, device=device)
-                dist.all_gather_into_tensor(whole, part.contiguous(), group=self.group)
-                return whole[:numel]
+        if self.padded:
+            whole = torch.empty(part.numel() * len(self.pieces), dtype=part.dtype, device=device)
+            dist.all_gather_into_tensor(whole, part.contiguous(), group=self.group)
+            return whole[:numel]
         whole = torch.empty(numel, dtype=part.dtype, device=device)
         for rank, piece in enumerate(self.pieces):
             if piece.numel:
@@ -178,6 +178,9 @@ def finish_writing(engine: DeepSpeedEngine) -> None:
         optimizer.checkpoint_event_epilogue()
     elif isinstance(optimizer, (DeepSpeedZeroOptimizer, BF16_Optimizer)):
         optimizer.update_lp_params()
+        if base_optimizer(engine).state:
+            # DeepSpeed's own getters look the state up through this link, which it makes at the first step.
+            optimizer._lazy_init_hp_params_optimizer_state()
     elif isinstance(optimizer, (FP16_Optimizer, FP16_UnfusedOptimizer)):
         by_id = {id(param): param for param in engine.module.parameters()}
         for shard in _trained(engine, {key: str(key) for key in by_id}):
@@ -283,15 +286,9 @@ def _stage3(optimizer: DeepSpeedZeroOptimizer_Stage3, names: Mapping[int, str]) 
                 raise UnsupportedError(
                     f"{names[id(param)]}: DeepSpeed's partition holds {size} elements, not an even cut"
                 )
-            shard = Shard(
-                names[id(param)],
-                tuple(param.ds_shape),
-                pieces,
-                dist.get_rank(group),
-                group,
-                flat.data[offset : offset + size],
-                flat,
-            )
+            weight = flat.data[offset : offset + size]
+            rank = dist.get_rank(group)
+            shard = Shard(names[id(param)], tuple(param.ds_shape), pieces, rank, group, weight, True, flat)
             yield _with_state(shard, optimizer.optimizer, offset)
             offset += size
 
@@ -310,7 +307,7 @@ def _windows(
         pieces = window_pieces(offset, param.numel(), flat.numel(), ranks)
         start = max(offset - rank * flat.numel(), 0) if pieces[rank].numel else 0
         weight = flat.data[start : start + pieces[rank].numel]
-        shard = Shard(names[id(param)], tuple(param.shape), pieces, rank, group, weight, flat)
+        shard = Shard(names[id(param)], tuple(param.shape), pieces, rank, group, weight, master=flat)
         yield _with_state(shard, optimizer.optimizer, start)
 
 
@@ -318,7 +315,7 @@ def _whole(base: torch.optim.Optimizer, name: str, param: nn.Parameter, master: 
     """Without ZeRO: every rank holds all of the parameter."""
     numel = param.numel()
     weight = master.data.view(-1)[offset : offset + numel]
-    return _with_state(Shard(name, tuple(param.shape), [Piece(0, numel)], 0, None, weight, master), base, offset)
+    return _with_state(Shard(name, tuple(param.shape), [Piece(0, numel)], 0, None, weight, master=master), base, offset)
 
 
 def _frozen(engine: DeepSpeedEngine, names: Mapping[int, str]) -> Iterator[Shard]:
@@ -331,7 +328,7 @@ def _frozen(engine: DeepSpeedEngine, names: Mapping[int, str]) -> Iterator[Shard
             group = param.ds_process_group
             pieces = even_pieces(param.ds_numel, dist.get_world_size(group))
             weight = param.ds_tensor.data
-            yield Shard(name, tuple(param.ds_shape), pieces, dist.get_rank(group), group, weight)
+            yield Shard(name, tuple(param.ds_shape), pieces, dist.get_rank(group), group, weight, True)
         else:
             yield Shard(name, tuple(param.shape), [Piece(0, param.numel())], 0, None, param.data.view(-1))
 

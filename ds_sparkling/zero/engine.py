@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -136,10 +136,9 @@ def initialize(
         found = find_checkpoint(directory, tag) if directory is not None else None
         record = read_record(found) if found is not None else None
         if record is None:
-            names = {axis for stage in block.stages for axis in stage.widths} | set(block.widths or ())
-            widths = base_widths(build_model, sorted(names), block.widths)
-            axes = probe(build_model, widths)
-            record = GrowthRecord(widths, axes)
+            record = GrowthRecord(dict(block.widths or {}), {})
+        axes = [axis for stage in block.stages for axis in stage.widths]
+        record = _knowing(record, [*record.widths, *axes], build_model)
         _check_stages(build_model, block, record)
     run = GrowingRun(
         build_model,
@@ -225,6 +224,7 @@ def _grow(
     with preserved_rng():
         consensus = Consensus("planning the growth")
         with consensus:
+            run = replace(run, record=_knowing(run.record, [*run.widths, *widths], run.build_model))
             plan = _plan(engine, run, widths)
             build_on_meta(run.build_model, {**run.widths, **widths})
             old = access.shards(engine)
@@ -256,6 +256,15 @@ def _grow(
     return grown
 
 
+def _knowing(record: GrowthRecord, axes: Iterable[str], build_model: BuildModel) -> GrowthRecord:
+    """``record``, with ``axes`` probed if it doesn't know them all."""
+    widths = base_widths(build_model, axes, record.widths)
+    if record.axes and widths.keys() == record.widths.keys():
+        return record
+    started = {axis: record.initial_widths.get(axis, width) for axis, width in widths.items()}
+    return replace(record, initial_widths=started, axes=probe(build_model, widths))
+
+
 def _plan(engine: DeepSpeedEngine, run: GrowingRun, widths: Mapping[str, int]) -> GrowthPlan:
     """The plan in the engine's parameter names; an empty ``widths`` plans a rebuild."""
     return make_plan(
@@ -276,12 +285,6 @@ def _check_stages(build_model: BuildModel, config: SparklingConfig, record: Grow
     for number, stage in enumerate(config.stages, start=1):
         if stage.at_step in happened:
             continue
-        unknown = [axis for axis in stage.widths if axis not in widths]
-        if unknown:
-            raise ConfigError(
-                f"{BLOCK}.stages[{number - 1}] grows {', '.join(unknown)}, which the checkpoint's growth record "
-                f"doesn't know (it knows {', '.join(sorted(widths))})"
-            )
         model = build_on_meta(build_model, widths)
         shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
         plan = make_plan(shapes, record.axes, widths, stage.widths, config.strategy, stage=number)
