@@ -67,7 +67,7 @@ class Workers:
             port = probe.getsockname()[1]
         for rank in range(self.ranks):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self.ranks, port, theirs), daemon=True)
+            process = context.Process(target=_serve, args=(rank, self.ranks, port, theirs))
             process.start()
             self._connections.append(ours)
             self._processes.append(process)

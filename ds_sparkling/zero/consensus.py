@@ -14,10 +14,15 @@ class Consensus:
 
     Use it as a context manager around work that may fail on one rank alone; collectives must stay outside, or be
     reached on every rank whatever failed. A second failure doesn't replace the first.
+
+    Args:
+        doing: what is being done, for the error.
+        way_out: what a user can do when it failed, for the error.
     """
 
-    def __init__(self, doing: str) -> None:
+    def __init__(self, doing: str, way_out: str = "") -> None:
         self._doing = doing
+        self._way_out = f"; {way_out}" if way_out else ""
         self._error: Exception | None = None
 
     def __enter__(self) -> Consensus:
@@ -50,7 +55,7 @@ class Consensus:
         torch.distributed.all_gather_object(reports, self._report())
         rank, report = next((rank, report) for rank, report in enumerate(reports) if report is not None)
         kind, message = report
-        raise kind(f"{self._doing} failed on rank {rank}: {message}") from self._error
+        raise kind(f"{self._doing} failed on rank {rank}: {message}{self._way_out}") from self._error
 
     def _report(self) -> tuple[type[SparklingError], str] | None:
         if self._error is None:

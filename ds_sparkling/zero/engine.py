@@ -17,6 +17,7 @@ from typing import Any
 import deepspeed
 from deepspeed import comm as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.utils import groups
 from torch import nn
 
 from ds_sparkling.config import BLOCK, SparklingConfig, StageConfig, read_json, sparkling_config
@@ -229,8 +230,8 @@ def _grow(
             build_on_meta(run.build_model, {**run.widths, **widths})
             old = access.shards(engine)
         consensus.settle()
+        tag = f"global_step{engine.global_steps}-before-growth{plan.stage}"
         if run.checkpoint_dir is not None and widths:
-            tag = f"global_step{engine.global_steps}-before-growth{plan.stage}"
             engine.save_checkpoint(run.checkpoint_dir, tag=tag, client_state=dict(client_state or {}))
         text = plan.describe()
         if dist.get_rank() == 0:
@@ -243,7 +244,7 @@ def _grow(
             record = run.record.after(plan, step=carried.step, planned_step=planned_step)
             run = replace(run, record=record, plan=plan)
         grown = _engine(replace(run, arguments={**run.arguments, "training_data": None}))
-        consensus = Consensus("growing")
+        consensus = Consensus("growing", _way_out(run, widths, tag))
         with consensus:
             carried.check(grown)
         consensus.settle()
@@ -263,6 +264,12 @@ def _knowing(record: GrowthRecord, axes: Iterable[str], build_model: BuildModel)
         return record
     started = {axis: record.initial_widths.get(axis, width) for axis, width in widths.items()}
     return replace(record, initial_widths=started, axes=probe(build_model, widths))
+
+
+def _way_out(run: GrowingRun, widths: Mapping[str, int], tag: str) -> str:
+    if run.checkpoint_dir is None or not widths:
+        return "the engine is lost; resume from the last checkpoint"
+    return f"the engine is lost, its state just before is in {Path(run.checkpoint_dir) / tag}; resume from there"
 
 
 def _plan(engine: DeepSpeedEngine, run: GrowingRun, widths: Mapping[str, int]) -> GrowthPlan:
@@ -301,14 +308,20 @@ def _check_stages(build_model: BuildModel, config: SparklingConfig, record: Grow
 def _engine(run: GrowingRun) -> DeepSpeedEngine:
     """Build the model at the widths in force and put an engine around it."""
     config = copy.deepcopy(run.ds_config)
-    with deepspeed.zero.Init(config_dict_or_path=copy.deepcopy(config), enabled=zero_stage(config) == 3):
+    # The engine's own group, so that parameters made here and those AutoEP makes later share their sub-groups, and
+    # checkpoints have the layout that DeepSpeed gives a model built outside zero.Init.
+    with deepspeed.zero.Init(
+        data_parallel_group=groups._get_data_parallel_group(),
+        config_dict_or_path=copy.deepcopy(config),
+        enabled=zero_stage(config) == 3,
+    ):
         model = run.build_model(**run.widths)
     arguments = dict(run.arguments)
-    groups = arguments.pop("model_parameters")
+    model_parameters = arguments.pop("model_parameters")
     engine, *_ = deepspeed.initialize(
         model=model,
         config=config,
-        model_parameters=None if groups is None else groups(model),
+        model_parameters=None if model_parameters is None else model_parameters(model),
         **arguments,
     )
     if type(engine) is not DeepSpeedEngine:

@@ -138,10 +138,11 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
 
 
 def train(engine: Any, steps: int) -> list[float]:
-    """Train until ``steps`` optimizer steps are done in all; this rank's losses. Batches go by the engine's counter."""
+    """Train until ``steps`` optimizer steps are done in all; this rank's losses. Batches go by the counters."""
     losses = []
+    accumulation = engine.gradient_accumulation_steps()
     while engine.global_steps < steps:
-        loss = engine(*batch(engine.micro_steps))
+        loss = engine(*batch(engine.global_steps * accumulation + engine.micro_steps % accumulation))
         engine.backward(loss)
         engine.step()
         losses.append(float(loss.detach()))
