@@ -1,0 +1,55 @@
+"""The ``ds-sparkling`` command: one subcommand per tool."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+
+
+def _train(arguments: Sequence[str]) -> None:
+    """Start the main job under DeepSpeed's launcher."""
+    parser = argparse.ArgumentParser(
+        prog="ds-sparkling train",
+        description="Start ds_sparkling/train.py under the deepspeed launcher. All other arguments go to the job.",
+        add_help=False,
+    )
+    parser.add_argument(
+        "--num_gpus", default="2", help="processes to start on this machine (CPU processes without GPU)"
+    )
+    options, job = parser.parse_known_args(arguments)
+    if {"-h", "--help"} & set(job):
+        parser.print_help()
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", options.num_gpus]
+    sys.exit(subprocess.call([*launcher, "--module", "ds_sparkling.train", *job]))
+
+
+def _tool(module: str) -> Callable[[Sequence[str]], None]:
+    def run(arguments: Sequence[str]) -> None:
+        importlib.import_module(module).main(arguments)
+
+    return run
+
+
+#: name -> (what runs it, one line of help)
+COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
+    "train": (_train, "train a mixture-of-experts language model and widen it mid-way"),
+    "bench-regrow": (_tool("ds_sparkling.benchmarks.regrow"), "time and memory of a live growth against other ways"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of the ``ds-sparkling`` console script."""
+    commands = "\n".join(f"  {name:<14}{text}" for name, (_, text) in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="ds-sparkling",
+        description="Widen a mixture-of-experts model in the middle of DeepSpeed training.",
+        epilog=f"commands:\n{commands}\n\n'ds-sparkling COMMAND --help' tells more.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    COMMANDS[arguments.command][0](arguments.arguments)

@@ -1,0 +1,179 @@
+"""The main job from a user's hand: launcher, growth, table, TensorBoard, stop and resume."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from ds_sparkling.config import read_json, sparkling_config, typed_block
+from ds_sparkling.data import Corpus
+from ds_sparkling.errors import ConfigError
+from ds_sparkling.growth import make_plan
+from ds_sparkling.models.olmoe import OlmoeConfig, OlmoeForCausalLM
+from ds_sparkling.probe import build_on_meta, probe
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs").glob("*.json"))
+
+
+def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
+    with socket.socket() as probe_socket:
+        probe_socket.bind(("127.0.0.1", 0))
+        port = probe_socket.getsockname()[1]
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(port)]
+    command = [*launcher, str(ROOT / "ds_sparkling" / "train.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=ROOT)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The quickstart's config, much shorter."""
+    data: dict[str, Any] = read_json(ROOT / "configs" / "quickstart.json")
+    data["model"] |= {"hidden_size": 16, "moe_intermediate_size": 8, "num_hidden_layers": 1, "head_dim": 8}
+    data["training"] |= {"steps": 8, "sequence_length": 32, "evaluate_every": 2, "evaluate_batches": 2}
+    data["training"] |= {"save_every": 2, "log_every": 1}
+    data["sparkling"]["stages"] = [{"at_step": 4, "widths": {"hidden_size": 32, "moe_intermediate_size": 16}}]
+    path = tmp_path_factory.mktemp("config") / "short.json"
+    path.write_text(json.dumps(data))
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(config: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    output = tmp_path_factory.mktemp("run")
+    return output, launch("--deepspeed_config", str(config), "--output", str(output))
+
+
+def table(text: str) -> list[str]:
+    lines = text.splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith("validation loss"))
+    return lines[start : start + 7]
+
+
+def test_the_job_trains_grows_and_reports(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    output, run = finished
+    assert run.returncode == 0, run.stderr[-3000:]
+    before, after, end = (line.split()[-1] for line in table(run.stdout)[1:4])
+    assert before == after
+    assert float(end) < float(before)
+    assert f"tensorboard --logdir {output}" in run.stdout
+    assert "hidden_size 16 -> 32" in run.stderr
+    assert "8/8" in run.stderr
+
+
+def test_tensorboard_shows_the_run(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    output, _ = finished
+    steps: dict[str, list[int]] = {}
+    for file in sorted((output / "tensorboard").glob("events*")):
+        events = EventAccumulator(str(file))
+        events.Reload()
+        for tag in events.Tags()["scalars"]:
+            steps.setdefault(tag, []).extend(event.step for event in events.Scalars(tag))
+    samples = [16 * step for step in range(1, 9)]
+    for tag in ("Train/loss", "Train/grad_norm", "Train/Samples/lr"):
+        assert steps[tag] == samples
+    assert steps["Growth/stage"] == [64]
+    assert {"Train/tokens", "Train/compute_flops", "Validation/loss"} <= steps.keys()
+
+
+def test_resume_ends_like_the_run_that_never_stopped(
+    config: Path, finished: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    output, run = finished
+    for tag in ("global_step2", "global_step6"):
+        stopped = tmp_path / tag
+        shutil.copytree(output / "checkpoints" / tag, stopped / "checkpoints" / tag)
+        (stopped / "checkpoints" / "latest").write_text(tag)
+        resumed = launch("--deepspeed_config", str(config), "--output", str(stopped), "--resume")
+        assert resumed.returncode == 0, resumed.stderr[-3000:]
+        assert table(resumed.stdout) == table(run.stdout)
+
+
+def test_a_finished_run_is_not_overwritten(
+    config: Path, finished: tuple[Path, subprocess.CompletedProcess[str]]
+) -> None:
+    output, _ = finished
+    again = launch("--deepspeed_config", str(config), "--output", str(output))
+    assert again.returncode != 0
+    assert "pass --resume to go on, or another --output" in again.stderr
+
+
+def test_help() -> None:
+    command = [sys.executable, str(ROOT / "ds_sparkling" / "train.py"), "--help"]
+    text = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    for option in ("--deepspeed_config", "--data", "--output", "--resume"):
+        assert option in text
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_can_be_planned(path: Path) -> None:
+    data = read_json(path)
+    model_config = typed_block(OlmoeConfig, data, "model")
+    block = sparkling_config(data)
+
+    def build_model(**widths: int) -> OlmoeForCausalLM:
+        return OlmoeForCausalLM(OlmoeConfig(**{**vars(model_config), **widths}))
+
+    widths = {"hidden_size": model_config.hidden_size, "moe_intermediate_size": model_config.moe_intermediate_size}
+    shapes = {name: tuple(param.shape) for name, param in build_on_meta(build_model, widths).named_parameters()}
+    for stage in block.stages:
+        make_plan(shapes, probe(build_model, widths), widths, stage.widths, block.strategy, stage=1)
+    steps = data["training"]["steps"]
+    assert data["scheduler"]["params"]["total_num_steps"] == steps
+    assert data["scheduler"]["params"]["warmup_num_steps"] == pytest.approx(0.03 * steps, abs=1)
+    assert block.stages[0].at_step == steps // 2
+
+
+# -- data -------------------------------------------------------------------------------------------------------
+
+
+def test_batches_depend_on_the_step_alone_and_split_over_ranks(tmp_path: Path) -> None:
+    (tmp_path / "text").write_bytes(bytes(range(256)) * 20)
+    corpus = Corpus.from_path(tmp_path / "text")
+    whole = corpus.batch(5, size=8, length=16, seed=1, rank=0, ranks=1)["input_ids"]
+    parts = [corpus.batch(5, size=8, length=16, seed=1, rank=rank, ranks=4) for rank in range(4)]
+    assert [row for part in parts for row in part["input_ids"].tolist()] == whole.tolist()
+    assert (parts[0]["labels"][:, :-1] == parts[0]["input_ids"][:, 1:]).all()
+    assert corpus.batch(6, size=8, length=16, seed=1, rank=0, ranks=1)["input_ids"].tolist() != whole.tolist()
+
+
+def test_training_and_validation_text_do_not_overlap(tmp_path: Path) -> None:
+    for number in range(41):
+        (tmp_path / f"{number:02}.txt").write_bytes(bytes([number]) * 50)
+    corpus = Corpus.from_path(tmp_path)
+    assert set(corpus.validation.tolist()) == {0, 20, 40}
+    assert set(corpus.train.tolist()).isdisjoint({0, 20, 40})
+
+
+def test_token_files(tmp_path: Path) -> None:
+    np.save(tmp_path / "tokens.npy", np.arange(4000, dtype=np.uint16))
+    corpus = Corpus.from_path(tmp_path / "tokens.npy")
+    assert corpus.validation.tolist() == list(range(3800, 4000))
+    with pytest.raises(ConfigError, match=r"token 3999 exceeds the model's vocab_size 256"):
+        corpus.check(length=16, vocabulary=256)
+    np.save(tmp_path / "float.npy", np.zeros(10))
+    with pytest.raises(ConfigError, match=r"float\.npy must hold a 1-D array of an unsigned type"):
+        Corpus.from_path(tmp_path / "float.npy")
+
+
+def test_too_little_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "short").write_bytes(b"too short")
+    with pytest.raises(ConfigError, match="too few for windows of 64"):
+        Corpus.from_path(tmp_path / "short").check(length=64, vocabulary=256)
+    with pytest.raises(ConfigError, match="doesn't exist"):
+        Corpus.from_path(tmp_path / "absent")
+
+
+def test_the_embedded_corpus_is_there() -> None:
+    corpus = Corpus.standard_library()
+    assert len(corpus.train) > 2_000_000
+    assert len(corpus.validation) > 100_000
