@@ -43,6 +43,16 @@ class OptimizerState(str, Enum):
     COPY = "copy"
     DROP = "drop"
 
+    @property
+    def meaning(self) -> str:
+        """What it does, in a few words for a printed plan."""
+        return {
+            OptimizerState.ASYMMETRIC_RESET: "kept for old elements, zero for new ones",
+            OptimizerState.ASYMMETRIC_RESET_SCALED: "kept and rescaled for old elements, zero for new ones",
+            OptimizerState.COPY: "kept for old elements, copied for copies",
+            OptimizerState.DROP: "zero for all elements, step counters too",
+        }[self]
+
 
 #: The init strategies, as (fan-out side, fan-in side).
 INIT_PAIRS = (

@@ -12,6 +12,7 @@ import argparse
 import logging
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -274,6 +275,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parse(argv)
     logging.basicConfig(format="%(message)s")
     deepspeed.utils.logger.setLevel(logging.WARNING)
+    # DeepSpeed calls collectives by names that torch has deprecated.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     deepspeed.init_distributed()
     try:
         run(args)

@@ -129,11 +129,11 @@ class GrowthPlan:
             lines.append(
                 f"  compute saved     {self.compute_saved(fraction):.1%} of training the wide model throughout"
             )
+        lines.append(f"  new units         {self.strategy.pair}; norm gains {self.strategy.norm.value}")
+        lines.append(f"  rescaled by       {self.strategy.scaling.value}: the factors below")
         lines.append(
-            f"  new units         {self.strategy.pair} (norm gains: {self.strategy.norm.value}), "
-            f"scaling {self.strategy.scaling.value}"
+            f"  optimizer state   {self.strategy.optimizer_state.value}: {self.strategy.optimizer_state.meaning}"
         )
-        lines.append(f"  optimizer state   {self.strategy.optimizer_state.value}")
         return "\n".join(lines + self._table())
 
     def _table(self) -> list[str]:

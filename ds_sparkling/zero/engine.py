@@ -171,7 +171,7 @@ def grow_if_due(engine: DeepSpeedEngine, *, client_state: Mapping[str, Any] | No
     stage = run.due(engine.global_steps)
     if stage is None or not _at_boundary(engine):
         return engine
-    if engine.global_steps > stage.at_step:
+    if engine.global_steps > stage.at_step and engine.global_rank == 0:
         logger.warning("the growth planned at step %d happens at step %d", stage.at_step, engine.global_steps)
     return _grow(engine, stage.widths, stage.at_step, client_state)
 
@@ -377,6 +377,8 @@ def _hook_checkpoints(engine: DeepSpeedEngine) -> None:
             if found is not None:
                 _check_record(_run(engine).record, record, found)
         consensus.settle()
+        if found is not None and record is None and engine.global_rank == 0:
+            logger.warning("%s has no growth record; taken as saved at %s", found, _run(engine).widths)
         result = load(load_dir, tag, *args, **kwargs)
         if record is not None and result[0] is not None:
             engine.sparkling = replace(_run(engine), record=record)
@@ -399,7 +401,6 @@ def _check_record(own: GrowthRecord, recorded: GrowthRecord | None, path: Path) 
                 f"{path} has no growth record, but this engine has grown to {own.widths}; load it into an engine at "
                 "the widths it was saved with"
             )
-        logger.warning("%s has no growth record; taken as saved at this engine's widths %s", path, own.widths)
     elif recorded.widths != own.widths:
         raise CheckpointError(
             f"{path} was saved at widths {recorded.widths}, this engine has {own.widths}; build it with "

@@ -58,6 +58,7 @@ def topologies() -> list[Case]:
         Case(2, 0, bf16=True),
         Case(1, 3, bf16=True, tied=False),
         Case(3, 3, 3, tied=False),
+        Case(2, 3, bf16=True, zero={"offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}}),
     ]
 
 

@@ -1,0 +1,60 @@
+"""The README's examples run as they stand."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny
+from distributed import Workers
+
+from ds_sparkling.config import SparklingConfig
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+def block(language: str) -> str:
+    (found,) = re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    return str(found)
+
+
+def run_example(code: str, directory: str) -> tuple[int, int]:
+    """The training-loop example, with the names it takes as given."""
+    import itertools
+    import os
+
+    os.chdir(directory)
+    case = tiny.Case(2, 3, 2, sparkling={"stages": [{"at_step": 2, "widths": {"hidden_size": 12}}]})
+    Path("config.json").write_text(json.dumps(case.config))
+    inputs = (dict(zip(("input_ids", "labels"), tiny.batch(step), strict=True)) for step in itertools.count())
+    names = {"build_model": case.build_model, "total_steps": 4, "batches": inputs}
+    exec(code, names)
+    engine = names["engine"]
+    return engine.global_steps, engine.sparkling.widths["hidden_size"]  # type: ignore[attr-defined]
+
+
+def test_the_training_loop_runs(workers: Callable[[int], Workers], tmp_path: Path) -> None:
+    assert workers(2).run(run_example, block("python"), str(tmp_path)) == [(4, 12), (4, 12)]
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "global_step4"
+
+
+def test_the_json_block_shows_the_defaults() -> None:
+    shown = json.loads("{" + block("json") + "}")["sparkling"]
+    assert SparklingConfig.from_dict(shown) == SparklingConfig()
+
+
+def test_the_files_named_exist() -> None:
+    named = re.findall(r"`((?:ds_sparkling|tests|tools|configs)/[\w./-]*)`", README)
+    assert len(named) > 8
+    for path in named:
+        assert (Path(__file__).parents[1] / path).exists(), path
+
+
+@pytest.mark.parametrize("option", ["--data", "--resume", "--help"])
+def test_the_options_named_exist(option: str) -> None:
+    assert f"`{option}" in README
+    source = (Path(__file__).parents[1] / "ds_sparkling" / "train.py").read_text()
+    assert option in source or option == "--help"
