@@ -9,69 +9,33 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 from deepspeed import comm as dist
+from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.utils import groups
 from torch import nn
 
-from ds_sparkling.config import BLOCK, SparklingConfig, StageConfig, read_json, sparkling_config
-from ds_sparkling.errors import CheckpointError, ConfigError, GrowthError, PlanError, UnsupportedError
-from ds_sparkling.growth import GrowthPlan, count_parameters, make_plan
-from ds_sparkling.probe import BuildModel, base_widths, build_on_meta, probe
+from ds_sparkling.config import read_json, sparkling_config
+from ds_sparkling.errors import ConfigError, GrowthError, PlanError, UnsupportedError
+from ds_sparkling.probe import BuildModel, build_on_meta
 from ds_sparkling.record import GrowthRecord, find_checkpoint, read_record
 from ds_sparkling.zero import access
 from ds_sparkling.zero.carry import Carried, preserved_rng
+from ds_sparkling.zero.checkpoints import hook_checkpoints
 from ds_sparkling.zero.consensus import Consensus
 from ds_sparkling.zero.monitoring import close_monitors, mark_growth
-from ds_sparkling.zero.naming import engine_axes
-from ds_sparkling.zero.regrow import logical_shapes, move
+from ds_sparkling.zero.planning import check_stages, knowing, parameter_counts, plan_growth
+from ds_sparkling.zero.regrow import move
+from ds_sparkling.zero.run import GrowingRun, at_boundary, run_of
 from ds_sparkling.zero.support import refuse_unsupported, zero_stage
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class GrowingRun:
-    """What an engine needs to know to grow; it hangs on the engine as ``engine.sparkling``.
-
-    Attributes:
-        build_model: makes the model from the axis widths.
-        ds_config: the DeepSpeed config, ``"sparkling"`` block included.
-        config: that block, parsed.
-        arguments: further arguments of ``deepspeed.initialize``.
-        record: the growths so far.
-        checkpoint_dir: where to save before a growth; None if nowhere.
-        plan: the growth that made this engine; None for the first one.
-        parameters: total and active (per token) parameters of this engine's model.
-    """
-
-    build_model: BuildModel
-    ds_config: dict[str, Any]
-    config: SparklingConfig
-    arguments: dict[str, Any]
-    record: GrowthRecord
-    checkpoint_dir: str | None
-    plan: GrowthPlan | None = None
-    parameters: tuple[int, int] = (0, 0)
-
-    @property
-    def widths(self) -> dict[str, int]:
-        """The widths in force."""
-        return self.record.widths
-
-    def due(self, step: int) -> StageConfig | None:
-        """The first planned stage that is due when ``step`` optimizer steps are done and hasn't happened."""
-        happened = {stage.planned_step for stage in self.record.stages}
-        for stage in self.config.stages:
-            if stage.at_step <= step and stage.at_step not in happened:
-                return stage
-        return None
 
 
 def initialize(
@@ -103,7 +67,7 @@ def initialize(
         arguments: further arguments of ``deepspeed.initialize`` (``training_data``, ``collate_fn`` ...).
 
     Returns:
-        The engine, with its :class:`GrowingRun` as ``engine.sparkling``.
+        The engine, with its :class:`~ds_sparkling.zero.run.GrowingRun` as ``engine.sparkling``.
 
     Raises:
         ConfigError, PlanError, UnsupportedError, CheckpointError: before any memory is taken.
@@ -133,14 +97,17 @@ def initialize(
     deepspeed.init_distributed()
     if block.stages and block.checkpoint_before_growth and directory is None and dist.get_rank() == 0:
         logger.warning("no checkpoint directory is known, so none is written before a growth; pass checkpoint=DIR")
-    with preserved_rng():
+    consensus = Consensus("planning")
+    with consensus, preserved_rng():
         found = find_checkpoint(directory, tag) if directory is not None else None
         record = read_record(found) if found is not None else None
         if record is None:
             record = GrowthRecord(dict(block.widths or {}), {})
         axes = [axis for stage in block.stages for axis in stage.widths]
-        record = _knowing(record, [*record.widths, *axes], build_model)
-        _check_stages(build_model, block, record)
+        record = knowing(record, [*record.widths, *axes], build_model)
+        check_stages(build_model, block, record)
+    consensus.settle()
+    assert record is not None
     run = GrowingRun(
         build_model,
         ds_config,
@@ -167,9 +134,9 @@ def grow_if_due(engine: DeepSpeedEngine, *, client_state: Mapping[str, Any] | No
     Raises:
         As :func:`grow`.
     """
-    run = _run(engine)
+    run = run_of(engine)
     stage = run.due(engine.global_steps)
-    if stage is None or not _at_boundary(engine):
+    if stage is None or not at_boundary(engine):
         return engine
     if engine.global_steps > stage.at_step and engine.global_rank == 0:
         logger.warning("the growth planned at step %d happens at step %d", stage.at_step, engine.global_steps)
@@ -216,8 +183,8 @@ def _grow(
     planned_step: int | None,
     client_state: Mapping[str, Any] | None,
 ) -> DeepSpeedEngine:
-    run = _run(engine)
-    if not _at_boundary(engine):
+    run = run_of(engine)
+    if not at_boundary(engine):
         raise GrowthError(
             f"growth in the middle of gradient accumulation (micro step {engine.micro_steps}): grow after the engine "
             "has stepped"
@@ -225,8 +192,8 @@ def _grow(
     with preserved_rng():
         consensus = Consensus("planning the growth")
         with consensus:
-            run = replace(run, record=_knowing(run.record, [*run.widths, *widths], run.build_model))
-            plan = _plan(engine, run, widths)
+            run = replace(run, record=knowing(run.record, [*run.widths, *widths], run.build_model))
+            plan = plan_growth(engine, run, widths)
             build_on_meta(run.build_model, {**run.widths, **widths})
             old = access.shards(engine)
         consensus.settle()
@@ -257,52 +224,10 @@ def _grow(
     return grown
 
 
-def _knowing(record: GrowthRecord, axes: Iterable[str], build_model: BuildModel) -> GrowthRecord:
-    """``record``, with ``axes`` probed if it doesn't know them all."""
-    widths = base_widths(build_model, axes, record.widths)
-    if record.axes and widths.keys() == record.widths.keys():
-        return record
-    started = {axis: record.initial_widths.get(axis, width) for axis, width in widths.items()}
-    return replace(record, initial_widths=started, axes=probe(build_model, widths))
-
-
 def _way_out(run: GrowingRun, widths: Mapping[str, int], tag: str) -> str:
     if run.checkpoint_dir is None or not widths:
         return "the engine is lost; resume from the last checkpoint"
     return f"the engine is lost, its state just before is in {Path(run.checkpoint_dir) / tag}; resume from there"
-
-
-def _plan(engine: DeepSpeedEngine, run: GrowingRun, widths: Mapping[str, int]) -> GrowthPlan:
-    """The plan in the engine's parameter names; an empty ``widths`` plans a rebuild."""
-    return make_plan(
-        logical_shapes(engine),
-        engine_axes(engine, run.record.axes),
-        run.widths,
-        widths,
-        run.config.strategy,
-        stage=len(run.record.stages) + 1,
-        active_share=_active_share(engine.module),
-    )
-
-
-def _check_stages(build_model: BuildModel, config: SparklingConfig, record: GrowthRecord) -> None:
-    """Plan every stage still to come on the meta device, so that a mistake shows at the start and not at its step."""
-    widths = record.widths
-    happened = {stage.planned_step for stage in record.stages}
-    for number, stage in enumerate(config.stages, start=1):
-        if stage.at_step in happened:
-            continue
-        model = build_on_meta(build_model, widths)
-        shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
-        plan = make_plan(shapes, record.axes, widths, stage.widths, config.strategy, stage=number)
-        widths = {**widths, **stage.widths}
-        wide = build_on_meta(build_model, widths)
-        for name, param in wide.named_parameters():
-            if tuple(param.shape) != plan.param(name).after:
-                raise ConfigError(
-                    f"{BLOCK}.stages[{number - 1}]: build_model makes {name} {tuple(param.shape)} at {widths}, "
-                    f"planned was {plan.param(name).after}"
-                )
 
 
 def _engine(run: GrowingRun) -> DeepSpeedEngine:
@@ -316,6 +241,10 @@ def _engine(run: GrowingRun) -> DeepSpeedEngine:
         enabled=zero_stage(config) == 3,
     ):
         model = run.build_model(**run.widths)
+    if isinstance(model, PipelineModule):
+        raise UnsupportedError(
+            "build_model made a PipelineModule; pipeline parallelism can't be combined with growth yet"
+        )
     arguments = dict(run.arguments)
     model_parameters = arguments.pop("model_parameters")
     engine, *_ = deepspeed.initialize(
@@ -326,83 +255,6 @@ def _engine(run: GrowingRun) -> DeepSpeedEngine:
     )
     if type(engine) is not DeepSpeedEngine:
         raise UnsupportedError(f"a {type(engine).__name__} can't be grown yet; only DeepSpeed's plain engine can")
-    shapes, axes = logical_shapes(engine), engine_axes(engine, run.record.axes)
-    share = _active_share(engine.module)
-    engine.sparkling = replace(run, parameters=(count_parameters(shapes, axes), count_parameters(shapes, axes, share)))
-    _hook_checkpoints(engine)
+    engine.sparkling = replace(run, parameters=parameter_counts(engine, run.record))
+    hook_checkpoints(engine)
     return engine
-
-
-def _run(engine: DeepSpeedEngine) -> GrowingRun:
-    run = getattr(engine, "sparkling", None)
-    if not isinstance(run, GrowingRun):
-        raise GrowthError("this engine wasn't made by ds_sparkling.initialize, so it can't grow")
-    return run
-
-
-def _at_boundary(engine: DeepSpeedEngine) -> bool:
-    """Whether no gradient has been accumulated since the last optimizer step."""
-    if not engine.managed_gradient_accumulation():
-        return bool(engine._unmanaged_backward_count == 0)
-    return bool(engine.micro_steps % engine.gradient_accumulation_steps() == 0)
-
-
-def _active_share(model: nn.Module) -> float:
-    """Share of the stacked experts that one token uses, from the model's config; 1 if it doesn't tell."""
-    config = getattr(model, "config", None)
-    top_k = getattr(config, "num_experts_per_tok", None)
-    for name in ("num_experts", "n_routed_experts", "num_local_experts"):
-        experts = getattr(config, name, None)
-        if isinstance(experts, int) and isinstance(top_k, int):
-            return top_k / experts
-    return 1.0
-
-
-def _hook_checkpoints(engine: DeepSpeedEngine) -> None:
-    """Make the engine's own ``save_checkpoint`` and ``load_checkpoint`` carry and check the growth record."""
-    save, load = engine.save_checkpoint, engine.load_checkpoint
-
-    def save_checkpoint(save_dir: str, tag: str | None = None, *args: Any, **kwargs: Any) -> Any:
-        tag = f"global_step{engine.global_steps}" if tag is None else str(tag)
-        rank = engine.local_rank if engine.use_node_local_storage() else engine.global_rank
-        if rank == 0:
-            _run(engine).record.write(Path(save_dir) / tag)
-        return save(save_dir, tag, *args, **kwargs)
-
-    def load_checkpoint(load_dir: str, tag: str | None = None, *args: Any, **kwargs: Any) -> Any:
-        consensus = Consensus(f"loading {load_dir}")
-        with consensus:
-            found = find_checkpoint(load_dir, tag)
-            record = None if found is None else read_record(found)
-            if found is not None:
-                _check_record(_run(engine).record, record, found)
-        consensus.settle()
-        if found is not None and record is None and engine.global_rank == 0:
-            logger.warning("%s has no growth record; taken as saved at %s", found, _run(engine).widths)
-        result = load(load_dir, tag, *args, **kwargs)
-        if record is not None and result[0] is not None:
-            engine.sparkling = replace(_run(engine), record=record)
-            stage = engine.sparkling.due(engine.global_steps)
-            if stage is not None and engine.global_rank == 0:
-                logger.info(
-                    "the growth planned at step %d is due: call grow_if_due before the next step", stage.at_step
-                )
-        return result
-
-    engine.save_checkpoint = save_checkpoint
-    engine.load_checkpoint = load_checkpoint
-
-
-def _check_record(own: GrowthRecord, recorded: GrowthRecord | None, path: Path) -> None:
-    """The checkpoint's widths must be the engine's."""
-    if recorded is None:
-        if own.stages:
-            raise CheckpointError(
-                f"{path} has no growth record, but this engine has grown to {own.widths}; load it into an engine at "
-                "the widths it was saved with"
-            )
-    elif recorded.widths != own.widths:
-        raise CheckpointError(
-            f"{path} was saved at widths {recorded.widths}, this engine has {own.widths}; build it with "
-            f"initialize(..., checkpoint={str(path.parent)!r}, tag={path.name!r})"
-        )

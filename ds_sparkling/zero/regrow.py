@@ -20,16 +20,6 @@ from ds_sparkling.zero.consensus import Consensus
 from ds_sparkling.zero.naming import ExpertSlice, expert_slices
 
 
-def logical_shapes(engine: DeepSpeedEngine) -> dict[str, tuple[int, ...]]:
-    """Shape of every parameter with all experts counted, in the module's order."""
-    slices = expert_slices(engine)
-    shapes = {}
-    for name, param in engine.module.named_parameters():
-        shape = tuple(getattr(param, "ds_shape", param.shape))
-        shapes[name] = (slices[name].experts, *shape[1:]) if name in slices else shape
-    return shapes
-
-
 @torch.no_grad()
 def move(plan: GrowthPlan, old: dict[str, Shard], engine: DeepSpeedEngine, consensus: Consensus) -> None:
     """Fill the fresh ``engine`` with the grown contents of ``old``, which is emptied on the way.

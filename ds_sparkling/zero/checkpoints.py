@@ -1,0 +1,70 @@
+"""The growth record's way into and out of DeepSpeed's checkpoints."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from deepspeed.runtime.engine import DeepSpeedEngine
+
+from ds_sparkling.errors import CheckpointError
+from ds_sparkling.record import GrowthRecord, find_checkpoint, read_record
+from ds_sparkling.zero.consensus import Consensus
+from ds_sparkling.zero.run import run_of
+
+logger = logging.getLogger(__name__)
+
+
+def hook_checkpoints(engine: DeepSpeedEngine) -> None:
+    """Make the engine's own ``save_checkpoint`` and ``load_checkpoint`` carry and check the growth record."""
+    save, load = engine.save_checkpoint, engine.load_checkpoint
+
+    def save_checkpoint(save_dir: str, tag: str | None = None, *args: Any, **kwargs: Any) -> Any:
+        tag = f"global_step{engine.global_steps}" if tag is None else str(tag)
+        rank = engine.local_rank if engine.use_node_local_storage() else engine.global_rank
+        consensus = Consensus(f"saving to {save_dir}")
+        with consensus:
+            if rank == 0:
+                run_of(engine).record.write(Path(save_dir) / tag)
+        consensus.settle()
+        return save(save_dir, tag, *args, **kwargs)
+
+    def load_checkpoint(load_dir: str, tag: str | None = None, *args: Any, **kwargs: Any) -> Any:
+        consensus = Consensus(f"loading {load_dir}")
+        with consensus:
+            found = find_checkpoint(load_dir, tag)
+            record = None if found is None else read_record(found)
+            if found is not None:
+                _check_record(run_of(engine).record, record, found)
+        consensus.settle()
+        if found is not None and record is None and engine.global_rank == 0:
+            logger.warning("%s has no growth record; taken as saved at %s", found, run_of(engine).widths)
+        result = load(load_dir, tag, *args, **kwargs)
+        if record is not None and result[0] is not None:
+            engine.sparkling = replace(run_of(engine), record=record)
+            stage = engine.sparkling.due(engine.global_steps)
+            if stage is not None and engine.global_rank == 0:
+                logger.info(
+                    "the growth planned at step %d is due: call grow_if_due before the next step", stage.at_step
+                )
+        return result
+
+    engine.save_checkpoint = save_checkpoint
+    engine.load_checkpoint = load_checkpoint
+
+
+def _check_record(own: GrowthRecord, recorded: GrowthRecord | None, path: Path) -> None:
+    """The checkpoint's widths must be the engine's."""
+    if recorded is None:
+        if own.stages:
+            raise CheckpointError(
+                f"{path} has no growth record, but this engine has grown to {own.widths}; load it into an engine at "
+                "the widths it was saved with"
+            )
+    elif recorded.widths != own.widths:
+        raise CheckpointError(
+            f"{path} was saved at widths {recorded.widths}, this engine has {own.widths}; build it with "
+            f"initialize(..., checkpoint={str(path.parent)!r}, tag={path.name!r})"
+        )

@@ -1,0 +1,67 @@
+"""What an engine needs to know to grow."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from deepspeed.runtime.engine import DeepSpeedEngine
+
+from ds_sparkling.config import SparklingConfig, StageConfig
+from ds_sparkling.errors import GrowthError
+from ds_sparkling.growth import GrowthPlan
+from ds_sparkling.probe import BuildModel
+from ds_sparkling.record import GrowthRecord
+
+
+@dataclass(frozen=True)
+class GrowingRun:
+    """A training run that grows; it hangs on the engine as ``engine.sparkling``.
+
+    Attributes:
+        build_model: makes the model from the axis widths.
+        ds_config: the DeepSpeed config, ``"sparkling"`` block included.
+        config: that block, parsed.
+        arguments: further arguments of ``deepspeed.initialize``.
+        record: the growths so far.
+        checkpoint_dir: where to save before a growth; None if nowhere.
+        plan: the growth that made this engine; None for the first one.
+        parameters: total and active (per token) parameters of this engine's model.
+    """
+
+    build_model: BuildModel
+    ds_config: dict[str, Any]
+    config: SparklingConfig
+    arguments: dict[str, Any]
+    record: GrowthRecord
+    checkpoint_dir: str | None
+    plan: GrowthPlan | None = None
+    parameters: tuple[int, int] = (0, 0)
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """The widths in force."""
+        return self.record.widths
+
+    def due(self, step: int) -> StageConfig | None:
+        """The first planned stage that is due when ``step`` optimizer steps are done and hasn't happened."""
+        happened = {stage.planned_step for stage in self.record.stages}
+        for stage in self.config.stages:
+            if stage.at_step <= step and stage.at_step not in happened:
+                return stage
+        return None
+
+
+def run_of(engine: DeepSpeedEngine) -> GrowingRun:
+    """The engine's :class:`GrowingRun`; GrowthError if it has none."""
+    run = getattr(engine, "sparkling", None)
+    if not isinstance(run, GrowingRun):
+        raise GrowthError("this engine wasn't made by ds_sparkling.initialize, so it can't grow")
+    return run
+
+
+def at_boundary(engine: DeepSpeedEngine) -> bool:
+    """Whether no gradient has been accumulated since the last optimizer step."""
+    if not engine.managed_gradient_accumulation():
+        return bool(engine._unmanaged_backward_count == 0)
+    return bool(engine.micro_steps % engine.gradient_accumulation_steps() == 0)
