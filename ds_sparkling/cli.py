@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -26,17 +25,16 @@ def _train(arguments: Sequence[str]) -> None:
     sys.exit(subprocess.call([*launcher, "--module", "ds_sparkling.train", *job]))
 
 
-def _tool(module: str) -> Callable[[Sequence[str]], None]:
-    def run(arguments: Sequence[str]) -> None:
-        importlib.import_module(module).main(arguments)
+def _bench_regrow(arguments: Sequence[str]) -> None:
+    from ds_sparkling.benchmarks.regrow import main as bench
 
-    return run
+    bench(arguments)
 
 
 #: name -> (what runs it, one line of help)
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "train": (_train, "train a mixture-of-experts language model and widen it mid-way"),
-    "bench-regrow": (_tool("ds_sparkling.benchmarks.regrow"), "time and memory of a live growth against other ways"),
+    "bench-regrow": (_bench_regrow, "time and memory of a live growth against other ways"),
 }
 
 

@@ -109,8 +109,10 @@ def read_json(config: str | Path | Mapping[str, Any]) -> dict[str, Any]:
         data = json.loads(path.read_text())
     except FileNotFoundError:
         raise ConfigError(f"config file {path} doesn't exist") from None
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file {path} isn't JSON: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"config file {path} can't be read: {error.strerror}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"config file {path} must hold a JSON object, found {type(data).__name__}")
     return data
@@ -118,9 +120,9 @@ def read_json(config: str | Path | Mapping[str, Any]) -> dict[str, Any]:
 
 def sparkling_config(config: Mapping[str, Any]) -> SparklingConfig:
     """The checked ``"sparkling"`` block of a DeepSpeed config; all defaults if there is none."""
-    near = difflib.get_close_matches(BLOCK, config, n=1, cutoff=0.8)
-    if near and near[0] != BLOCK:
-        raise ConfigError(f"unknown key {near[0]!r} in the DeepSpeed config; did you mean {BLOCK!r}?")
+    for key in config:
+        if key != BLOCK and difflib.get_close_matches(str(key).lower(), [BLOCK], cutoff=0.8):
+            raise ConfigError(f"unknown key {key!r} in the DeepSpeed config; did you mean {BLOCK!r}?")
     return SparklingConfig.from_dict(_mapping(config.get(BLOCK, {}), BLOCK))
 
 

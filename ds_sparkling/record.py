@@ -41,7 +41,7 @@ class StageRecord:
         return {
             "step": self.step,
             "planned_step": self.planned_step,
-            "widths": self.widths,
+            "widths": dict(self.widths),
             "strategy": self.strategy.to_dict(),
         }
 
@@ -80,7 +80,7 @@ class GrowthRecord:
     def to_dict(self) -> dict[str, Any]:
         return {
             "format": _FORMAT,
-            "initial_widths": self.initial_widths,
+            "initial_widths": dict(self.initial_widths),
             "widths": self.widths,
             "stages": [stage.to_dict() for stage in self.stages],
             "axes": {name: axes.to_dict() for name, axes in self.axes.items()},
@@ -115,12 +115,10 @@ def read_record(checkpoint: Path) -> GrowthRecord | None:
     """
     path = checkpoint / FILE_NAME
     try:
-        text = path.read_text()
+        return GrowthRecord.from_dict(json.loads(path.read_text()))
     except FileNotFoundError:
         return None
-    try:
-        return GrowthRecord.from_dict(json.loads(text))
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"growth record {path} can't be read: {type(error).__name__}: {error}") from error
 
 
@@ -135,6 +133,8 @@ def find_checkpoint(directory: str | os.PathLike[str], tag: str | None = None) -
     if tag is None and not latest.is_file():
         return None
     name = tag if tag is not None else latest.read_text().strip()
+    if not name:
+        raise CheckpointError(f"{latest} is empty; write the tag to load into it, or pass tag=")
     path = root / name
     if not path.is_dir():
         source = "given" if tag is not None else f"named in {latest}"

@@ -90,7 +90,7 @@ class GrowthPlan:
     def to_dict(self) -> dict[str, Any]:
         return {
             "stage": self.stage,
-            "growths": [vars(growth) for growth in self.growths],
+            "growths": [dict(vars(growth)) for growth in self.growths],
             "strategy": self.strategy.to_dict(),
             "params": [
                 {"name": p.name, "axes": p.axes.to_dict(), "before": list(p.before), "after": list(p.after)}

@@ -115,14 +115,16 @@ def unit_scales(growth: AxisGrowth, strategy: Strategy) -> UnitScales:
         factor = rms_factor(d, d_new, strategy.fan_out is Init.COPY and strategy.fan_in is Init.COPY)
     else:
         factor = 1.0
+    # Zero units don't add to the RMS that RMSNorm divides by, so old units come out of it this much larger.
+    louder = math.sqrt(d_new / d) if growth.normed and strategy.fan_out is Init.ZERO else 1.0
     scaled = ones * factor
     return UnitScales(
         fan_out=ones,
         fan_in=scaled,
         gain=ones,
         head_gain=scaled,
-        fan_out_gradient=scaled,
-        fan_in_gradient=ones,
-        gain_gradient=scaled,
-        head_gain_gradient=ones,
+        fan_out_gradient=scaled * louder,
+        fan_in_gradient=ones * louder,
+        gain_gradient=scaled * louder,
+        head_gain_gradient=ones * louder,
     )

@@ -1,0 +1,1 @@
+"""What the package's operations cost, measured against what they can't do without."""
