@@ -1,0 +1,90 @@
+"""Mean and root mean square that don't depend on the order of summation."""
+
+from __future__ import annotations
+
+import math
+import random
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ds_sparkling.growth.spread import Spread, spread
+
+#: Weights of very different sizes, so that a floating-point sum would depend on its order.
+entries = st.lists(st.floats(-100, 100, width=32) | st.floats(-(2.0**-10), 2.0**-10, width=32), min_size=1, max_size=60)
+
+
+def exact(values: list[float]) -> tuple[Fraction, Fraction]:
+    """Mean and mean square without any rounding."""
+    fractions = [Fraction(value) for value in values]
+    return sum(fractions) / Fraction(len(values)), sum(f * f for f in fractions) / Fraction(len(values))
+
+
+def tensor(values: list[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32)
+
+
+@given(entries)
+def test_mean_and_rms_are_exact_to_24_bits_of_the_largest_entry(values: list[float]) -> None:
+    mean, mean_square = exact(values)
+    found = spread(tensor(values))
+    largest = max(abs(value) for value in values)
+    rounding = 2.0**-24 * largest  # each entry is rounded to 2^-24 of a power of two, which is at most 2 x largest
+    assert abs(found.mean - float(mean)) <= rounding * 1.0001
+    # The root mean square is a norm: rounding entries by at most r moves it by at most r.
+    assert abs(found.rms - math.sqrt(mean_square)) <= rounding * 1.0001 + 1e-15 * largest
+
+
+@given(entries, st.randoms(use_true_random=False))
+def test_the_order_of_the_entries_does_not_matter(values: list[float], rng: random.Random) -> None:
+    shuffled = rng.sample(values, len(values))
+    assert spread(tensor(shuffled)) == spread(tensor(values))
+
+
+@given(entries, st.integers(-20, 20))
+def test_a_power_of_two_scales_exactly(values: list[float], power: int) -> None:
+    old, scaled = spread(tensor(values)), spread(tensor(values).double() * 2.0**power)
+    assert scaled == Spread(old.mean * 2.0**power, old.rms * 2.0**power)
+
+
+def test_shape_and_strides_do_not_matter() -> None:
+    matrix = torch.randn(7, 5)
+    assert spread(matrix) == spread(matrix.T) == spread(matrix.flatten().view(5, 7, 1))
+
+
+def test_a_matrix_of_several_chunks_counts_every_entry() -> None:
+    """2^20 entries are summed at a time; the last entry, alone in the second chunk, must count."""
+    n = (1 << 20) + 1
+    matrix = torch.zeros(n)
+    matrix[-1] = 1024.0
+    assert spread(matrix) == Spread(1024.0 / n, math.sqrt(1024.0**2 / n))
+    matrix[0] = -1024.0
+    assert spread(matrix) == Spread(0.0, math.sqrt(2 * 1024.0**2 / n))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_every_dtype_is_measured_at_its_values(dtype: torch.dtype) -> None:
+    matrix = torch.tensor([1.0, -2.0, 3.0, 0.5], dtype=dtype)
+    found = spread(matrix)
+    assert found.mean == 0.625
+    assert found.rms == math.sqrt((1 + 4 + 9 + 0.25) / 4)
+    assert found.std == pytest.approx(float(matrix.double().std(correction=0)))
+
+
+def test_the_std_of_a_constant_is_zero_and_not_nan() -> None:
+    """The mean's square can exceed the mean square by a rounding; a square root of that would be NaN."""
+    for value in (0.0, 0.1, 1 / 3, 1e-30, -7.3):
+        found = spread(torch.full((7,), value))
+        assert found.std == pytest.approx(0.0, abs=1e-7 * abs(value))
+        assert found.mean == pytest.approx(value, rel=1e-6)
+    assert Spread(mean=0.1, rms=math.nextafter(0.1, 0)).std == 0.0
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_entries_that_are_not_finite_are_refused(bad: float) -> None:
+    with pytest.raises(ValueError, match="NaN or Inf"):
+        spread(torch.tensor([1.0, bad, 2.0]))

@@ -1,0 +1,595 @@
+"""Widening against a reference that looks at one element at a time, and against itself in pieces.
+
+The reference below shares no code with the package: it decodes every index by the layout that axes.py states and
+multiplies by the method's factors in NumPy scalars of the tensor's precision, so results are compared bit for bit.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections import Counter
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ds_sparkling.axes import FIXED, Dim, ParamAxes, Role
+from ds_sparkling.errors import PlanError
+from ds_sparkling.growth import GrowthPlan, Widener, make_plan
+from ds_sparkling.growth.spread import spread
+from ds_sparkling.strategy import INIT_PAIRS, Init, OptimizerState, Scaling, Strategy
+
+Shape = tuple[int, ...]
+COPY_COPY = (Init.COPY, Init.COPY)
+ZERO_COPY = (Init.ZERO, Init.COPY)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One parameter, ``w``, of a model whose axes are ``h`` and ``i``."""
+
+    axes: ParamAxes
+    widths: dict[str, int]
+    wide: dict[str, int]  # of the axes that grow
+    normed: frozenset[str]
+    strategy: Strategy
+    seed: int
+
+    @property
+    def plan(self) -> GrowthPlan:
+        axes = {"w": self.axes}
+        shapes = {"w": self.shape(self.widths)}
+        for axis in self.widths:  # an axis needs a parameter to grow, and a gain to be normed
+            role = Role.GAIN if axis in self.normed else Role.FAN_IN
+            axes[f"{axis}.weight"] = ParamAxes((Dim(axis, role),))
+            shapes[f"{axis}.weight"] = (self.widths[axis],)
+        return make_plan(shapes, axes, self.widths, self.wide, self.strategy, stage=1)
+
+    def shape(self, widths: dict[str, int]) -> Shape:
+        """The fixed dimensions are 3 and 2 long (experts: 3)."""
+        sizes = itertools.cycle((3, 2))
+        fixed = [next(sizes) for _ in self.axes.dims]
+        return tuple(
+            size if dim.axis is None else dim.segments * widths[dim.axis] * dim.block
+            for dim, size in zip(self.axes.dims, fixed, strict=True)
+        )
+
+    def old(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed)
+        return torch.randn(self.shape(self.widths), generator=generator, dtype=torch.float64).to(dtype)
+
+
+@st.composite
+def dims(draw: st.DrawFn, roles: tuple[Role, ...] = (Role.FAN_OUT, Role.FAN_IN)) -> Dim:
+    if draw(st.integers(0, 3)) == 0:
+        return FIXED
+    role, segments = draw(st.sampled_from(roles)), draw(st.integers(1, 2))
+    alive = draw(st.sampled_from([(), (0,), (segments - 1,)]))
+    return Dim(draw(st.sampled_from(["h", "i"])), role, draw(st.integers(1, 2)), segments, alive)
+
+
+@st.composite
+def parameters(draw: st.DrawFn) -> ParamAxes:
+    kind = draw(st.sampled_from(["scalar", "gain", "vector", "matrix", "matrix", "experts", "experts"]))
+    if kind == "scalar":
+        return ParamAxes(())
+    if kind == "gain":
+        return ParamAxes((draw(dims((Role.GAIN,))),), head_gain=draw(st.booleans()))
+    if kind == "vector":
+        return ParamAxes((draw(dims()),))
+    matrix = draw(dims()), draw(dims())
+    return ParamAxes((FIXED, *matrix), stacked_experts=True) if kind == "experts" else ParamAxes(matrix)
+
+
+@st.composite
+def cases(
+    draw: st.DrawFn,
+    pairs: tuple[tuple[Init, Init], ...] = INIT_PAIRS,
+    norms: tuple[Init, ...] = (Init.COPY,),
+    states: tuple[OptimizerState, ...] = tuple(OptimizerState),
+) -> Case:
+    axes = draw(parameters())
+    widths = {axis: draw(st.integers(1, 4)) for axis in ("h", "i")}
+    growing = draw(st.sampled_from([("h",), ("i",), ("h", "i")]))
+    wide = {axis: draw(st.integers(widths[axis] + 1, 3 * widths[axis] + 2)) for axis in growing}
+    normed = frozenset(draw(st.sampled_from([(), ("h",), ("h", "i")])))
+    normed |= {dim.axis for dim in axes.dims if dim.axis is not None and dim.role is Role.GAIN}
+    pair = draw(st.sampled_from(pairs))
+    scaling = draw(st.sampled_from(Scaling))
+    if scaling is Scaling.FUNCTION and pair not in (COPY_COPY, ZERO_COPY):
+        scaling = Scaling.RMS
+    norm = draw(st.sampled_from(norms)) if scaling is not Scaling.FUNCTION else Init.COPY
+    strategy = Strategy(*pair, norm, scaling, draw(st.sampled_from(states)), seed=draw(st.integers(0, 3)))
+    return Case(axes, widths, wide, normed, strategy, draw(st.integers(0, 99)))
+
+
+def whole(case: Case, dtype: torch.dtype = torch.float32) -> Tensor:
+    widener = Widener(case.plan, "w")
+    out = torch.full((widener.numel,), math.nan, dtype=dtype)
+    widener.weight(case.old(dtype), out)
+    return out
+
+
+def whole_state(case: Case, key: str, old: Tensor) -> Tensor:
+    widener = Widener(case.plan, "w")
+    out = torch.full((widener.numel,), math.nan, dtype=old.dtype)
+    widener.state(key, old, out)
+    return out
+
+
+# -- the reference -------------------------------------------------------------------------------------------------
+
+
+def locate(dim: Dim, index: int, before: int, after: int) -> tuple[int, int, int]:
+    """(segment, unit, source index) of index ``(s * d' + u) * block + b``; unit j is a copy of unit j mod d."""
+    unit, entry = divmod(index, dim.block)
+    segment, unit = divmod(unit, after)
+    return segment, unit, (segment * before + unit % before) * dim.block + entry
+
+
+def weight_factors(case: Case, dim: Dim) -> list[float]:
+    """The method's factor of every unit of a dimension (Sec. 3.2), from its definition."""
+    assert dim.axis is not None
+    d, d_new = case.widths[dim.axis], case.wide[dim.axis]
+    normed, strategy = dim.axis in case.normed, case.strategy
+    consumes = dim.role is Role.FAN_IN or (dim.role is Role.GAIN and case.axes.head_gain)
+    if strategy.scaling is Scaling.NONE:
+        return [1.0] * d_new
+    if strategy.scaling is Scaling.RMS:
+        c = d_new / d - 1
+        factor = math.sqrt(d / d_new)
+        if (strategy.fan_out, strategy.fan_in) == COPY_COPY:
+            factor = 1 / math.sqrt(1 + 3 * c) if c <= 1 else 1 / (1 + c)
+        return [factor if consumes else 1.0] * d_new
+    if strategy.fan_out is Init.ZERO:
+        return [math.sqrt(d / d_new) if consumes and normed else 1.0] * d_new
+    counts = Counter(unit % d for unit in range(d_new))
+    m = [counts[unit % d] for unit in range(d_new)]
+    a = [math.sqrt(d_new / d / k) if normed else 1.0 for k in m]
+    if dim.role is Role.FAN_OUT:
+        return a
+    if dim.role is Role.FAN_IN:
+        return [1 / (k * x) for k, x in zip(m, a, strict=True)]
+    return [d / d_new if consumes else 1.0] * d_new
+
+
+def gradient_factors(case: Case, dim: Dim) -> list[float]:
+    """What an old element's gradient is multiplied by, with copies on both sides."""
+    assert dim.axis is not None
+    as_weight = replace(case, axes=replace(case.axes, head_gain=False))
+    d, d_new = case.widths[dim.axis], case.wide[dim.axis]
+    counts = Counter(unit % d for unit in range(d_new))
+    consumed = weight_factors(as_weight, replace(dim, role=Role.FAN_IN))
+    produced = weight_factors(as_weight, replace(dim, role=Role.FAN_OUT))
+    if dim.role is Role.FAN_OUT:
+        return consumed
+    if dim.role is Role.FAN_IN:
+        return produced
+    if case.axes.head_gain:
+        return [x * x for x in produced]
+    if case.strategy.scaling is Scaling.FUNCTION:
+        return [1 / counts[unit % d] for unit in range(d_new)]
+    return consumed
+
+
+def element(value: float, factors: list[tuple[float, bool]], dtype: type[np.floating]) -> float:
+    """``value`` times its dimensions' factors: those that all units share are multiplied first and rounded once."""
+    shared = math.prod(factor for factor, uniform in factors if uniform)
+    result = dtype(value) * dtype(shared)
+    for factor, uniform in factors:
+        if not uniform:
+            result = result * dtype(factor)
+    return float(result)
+
+
+def reference(case: Case, old: Tensor, *, state: str | None = None) -> Tensor:
+    """The grown weight, or optimizer state ``state``, one element at a time; NaN where an entry is drawn."""
+    strategy, mode = case.strategy, case.strategy.optimizer_state
+    dtype = np.float64 if old.dtype is torch.float64 else np.float32
+    factors_of = weight_factors if state is None else gradient_factors
+    scaled = state is None or mode is OptimizerState.ASYMMETRIC_RESET_SCALED
+    power = {None: 1, "exp_avg": 1, "momentum_buffer": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}[state]
+    after = {**case.widths, **case.wide}
+    out = torch.empty(case.shape(after), dtype=torch.float64)
+    for index in itertools.product(*map(range, out.shape)):
+        source, inits, factors = [], [], []
+        for dim, i in zip(case.axes.dims, index, strict=True):
+            if dim.axis not in case.wide:
+                source.append(i)
+                continue
+            segment, unit, from_index = locate(dim, i, case.widths[dim.axis], case.wide[dim.axis])
+            source.append(from_index)
+            if unit >= case.widths[dim.axis]:
+                init = {Role.GAIN: strategy.norm, Role.FAN_OUT: strategy.fan_out, Role.FAN_IN: strategy.fan_in}
+                assert dim.role is not None
+                chosen = init[dim.role]
+                inits.append(Init.COPY if chosen is Init.ZERO and segment in dim.alive else chosen)
+            per_unit = [factor**power for factor in factors_of(case, dim)] if scaled else [1.0]
+            factors.append((per_unit[unit if scaled else 0], len(set(per_unit)) == 1))
+        value = element(float(old[tuple(source)]), factors, dtype)
+        if state is None:
+            value = 0.0 if Init.ZERO in inits else math.nan if Init.RANDOM in inits else value
+        elif mode is OptimizerState.DROP or (inits and not (mode is OptimizerState.COPY and set(inits) == {Init.COPY})):
+            value = 0.0
+        out[index] = value
+    return out.to(old.dtype)
+
+
+# -- weights -------------------------------------------------------------------------------------------------------
+
+
+@given(cases(pairs=(COPY_COPY, ZERO_COPY)))
+@settings(max_examples=200, deadline=None)
+def test_copies_and_zeros_are_the_references_bit_for_bit(case: Case) -> None:
+    expected = reference(case, case.old())
+    assert torch.equal(whole(case).view(expected.shape), expected)
+    # In fp64 the factors' own last bit shows, which depends on how their formula is written.
+    expected = reference(case, case.old(torch.float64))
+    torch.testing.assert_close(whole(case, torch.float64).view(expected.shape), expected, rtol=2e-15, atol=0)
+
+
+@given(cases(norms=(Init.COPY, Init.RANDOM)))
+@settings(max_examples=150, deadline=None)
+def test_random_entries_are_where_they_belong_and_the_rest_is_the_references(case: Case) -> None:
+    expected = reference(case, case.old())
+    found = whole(case).view(expected.shape)
+    drawn = expected.isnan()
+    assert torch.equal(found[~drawn], expected[~drawn])
+    assert bool(found.isfinite().all())
+    # No two alike, so none is a copy; but gains are drawn around their mean, and one gain alone has no spread.
+    if case.old().numel() > 1:
+        assert len(set(found[drawn].tolist())) == int(drawn.sum())
+
+
+def test_a_doubled_matrix_by_hand() -> None:
+    """Rows and columns double: the copied rows below, the columns to the right, everything halved for the fan-in."""
+    axes = ParamAxes((Dim("h", Role.FAN_OUT), Dim("i", Role.FAN_IN)))
+    case = Case(axes, {"h": 1, "i": 2}, {"h": 2, "i": 4}, frozenset(), Strategy(), seed=0)
+    out = torch.empty(8)
+    Widener(case.plan, "w").weight(torch.tensor([[2.0, 6.0]]), out)
+    assert out.view(2, 4).tolist() == [[1.0, 3.0, 1.0, 3.0], [1.0, 3.0, 1.0, 3.0]]
+
+
+def test_fused_gate_and_up_grow_each_for_itself_and_zeros_spare_the_gate() -> None:
+    axes = ParamAxes((Dim("i", Role.FAN_OUT, segments=2, alive=(0,)), FIXED))
+    old = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0], [7.0, 8.0]])  # two gate rows, two up rows
+    for pair, up in ((COPY_COPY, [[5.0, 6.0]]), (ZERO_COPY, [[0.0, 0.0]])):
+        case = Case(axes, {"i": 2}, {"i": 3}, frozenset(), Strategy(*pair), seed=0)
+        out = torch.empty(12)
+        plan = make_plan({"w": (4, 2)}, {"w": axes}, case.widths, case.wide, case.strategy, stage=1)
+        Widener(plan, "w").weight(old, out)
+        assert out.view(6, 2).tolist() == [[1.0, 2.0], [3.0, 4.0], [1.0, 2.0], [5.0, 6.0], [7.0, 8.0], *up]
+
+
+# -- any piece, in any order, of any experts -----------------------------------------------------------------------
+
+dtypes = st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16])
+all_cases = cases(norms=(Init.COPY, Init.RANDOM))
+
+
+@given(all_cases, dtypes, st.data())
+@settings(max_examples=150, deadline=None)
+def test_any_pieces_in_any_order_make_the_whole(case: Case, dtype: torch.dtype, data: st.DataObject) -> None:
+    expected = whole(case, dtype)
+    numel = expected.numel()
+    cuts = data.draw(st.lists(st.integers(0, numel), max_size=6), label="cuts")
+    pieces = list(itertools.pairwise([0, *sorted(cuts), numel]))
+    widener, plan = None, case.plan
+    found = torch.full_like(expected, math.nan)
+    for start, stop in data.draw(st.permutations(pieces), label="order"):
+        if widener is None or data.draw(st.booleans(), label="a rank of its own"):
+            widener = Widener(plan, "w")
+        widener.weight(case.old(dtype), found[start:stop], start)
+    assert torch.equal(found, expected)
+
+
+@given(all_cases.filter(lambda case: case.axes.stacked_experts), dtypes, st.data())
+@settings(max_examples=100, deadline=None)
+def test_a_slice_of_the_experts_is_that_slice_of_the_whole(case: Case, dtype: torch.dtype, data: st.DataObject) -> None:
+    old, experts = case.old(dtype), case.shape(case.widths)[0]
+    expected = whole(case, dtype).view(experts, -1)
+    first = data.draw(st.integers(0, experts - 1))
+    last = data.draw(st.integers(first + 1, experts))
+    widener = Widener(case.plan, "w", (first, last))
+    assert widener.numel == expected[first:last].numel()
+    cut = data.draw(st.integers(0, widener.numel))
+    found = torch.full((widener.numel,), math.nan, dtype=dtype)
+    widener.weight(old[first:last], found[cut:], cut)
+    widener.weight(old[first:last], found[:cut])
+    assert torch.equal(found.view(last - first, -1), expected[first:last])
+
+
+@given(cases(), st.sampled_from(["exp_avg", "exp_avg_sq"]), st.data())
+@settings(max_examples=100, deadline=None)
+def test_pieces_of_states_make_the_whole(case: Case, key: str, data: st.DataObject) -> None:
+    old = case.old().abs()
+    expected = whole_state(case, key, old)
+    cut = data.draw(st.integers(0, expected.numel()))
+    found = torch.full_like(expected, math.nan)
+    widener = Widener(case.plan, "w")
+    widener.state(key, old, found[cut:], cut)
+    widener.state(key, old, found[:cut])
+    assert torch.equal(found, expected)
+
+
+def test_draws_longer_than_a_chunk_fit_together() -> None:
+    """65536 elements are drawn at a time; neither the chunks' borders nor a cut inside one may show."""
+    axes = ParamAxes((FIXED, Dim("i", Role.FAN_OUT), Dim("h", Role.FAN_IN)), stacked_experts=True)
+    strategy = Strategy(Init.RANDOM, Init.RANDOM)
+    old = torch.randn(3, 40, 300, generator=torch.Generator().manual_seed(0))
+    old *= torch.tensor([0.1, 1.0, 10.0]).view(3, 1, 1)
+    widths, wide = {"i": 40, "h": 300}, {"i": 400, "h": 303}
+    plan = make_plan({"w": tuple(old.shape)}, {"w": axes}, widths, wide, strategy, stage=1)
+    expected = torch.empty(3 * 400 * 303)
+    Widener(plan, "w").weight(old, expected)
+    found = torch.empty_like(expected)
+    for start, stop in ((0, 70_000), (70_000, 70_001), (70_001, 250_000), (250_000, found.numel())):
+        Widener(plan, "w").weight(old, found[start:stop], start)
+    assert torch.equal(found, expected)
+    rms = expected.view(3, 400, 303)[:, 40:].square().mean((1, 2)).sqrt()
+    torch.testing.assert_close(rms, math.sqrt(300 / 303) * torch.tensor([0.1, 1.0, 10.0]), rtol=0.03, atol=0)
+
+
+# -- random entries ------------------------------------------------------------------------------------------------
+
+
+def random_plan(name: str = "w", seed: int = 0, stage: int = 1, before: int = 64, after: int = 192) -> GrowthPlan:
+    axes = ParamAxes(
+        (FIXED, Dim("i", Role.FAN_OUT, segments=2, alive=(0,)), Dim("h", Role.FAN_IN)), stacked_experts=True
+    )
+    strategy = Strategy(Init.RANDOM, Init.RANDOM, seed=seed)
+    shapes = {name: (2, 2 * before, 64)}
+    return make_plan(shapes, {name: axes}, {"i": before, "h": 64}, {"i": after, "h": 128}, strategy, stage=stage)
+
+
+def random_old() -> Tensor:
+    """Two experts' gate and up, four matrices of different sizes and means."""
+    matrix = torch.randn(2, 2, 64 * 64, generator=torch.Generator().manual_seed(0))
+    size = torch.tensor([[0.1, 0.5], [2.0, 10.0]])[..., None]
+    return (size * (matrix + torch.tensor([[0.0, 1.0], [-1.0, 2.0]])[..., None])).view(2, 128, 64)
+
+
+def drawn(plan: GrowthPlan, name: str = "w", old: Tensor | None = None) -> Tensor:
+    out = torch.empty(math.prod(plan.param(name).after))
+    Widener(plan, name).weight(random_old() if old is None else old, out)
+    return out.view(plan.param(name).after)
+
+
+def test_random_entries_have_zero_mean_and_their_own_matrixs_rms() -> None:
+    """Per expert and per segment, and scaled with the tensor; rms is the std about zero, which entries are drawn at."""
+    grown = drawn(random_plan()).view(2, 2, 192, 128) / math.sqrt(0.5)
+    old = random_old().view(2, 2, 64, 64)
+    for expert, half in itertools.product(range(2), range(2)):
+        new = torch.cat([grown[expert, half, 64:].flatten(), grown[expert, half, :64, 64:].flatten()])
+        rms = float(old[expert, half].square().mean().sqrt())
+        assert float(new.square().mean().sqrt()) == pytest.approx(rms, rel=0.02)
+        assert abs(float(new.mean())) < 5 * rms / math.sqrt(new.numel())
+        assert torch.equal(grown[expert, half, :64, :64], (old[expert, half] * math.sqrt(0.5)) / math.sqrt(0.5))
+
+
+def test_random_gains_have_the_old_gains_mean_and_std() -> None:
+    axes = {"norm.weight": ParamAxes((Dim("h", Role.GAIN),))}
+    old = 1.5 + 0.2 * torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    plan = make_plan({"norm.weight": (1000,)}, axes, {"h": 1000}, {"h": 9000}, Strategy(norm=Init.RANDOM), stage=1)
+    grown = drawn(plan, "norm.weight", old)
+    assert torch.equal(grown[:1000], old)
+    new = grown[1000:]
+    assert float(new.mean()) == pytest.approx(float(old.mean()), abs=5 * 0.2 / math.sqrt(8000))
+    assert float(new.std()) == pytest.approx(float(old.std(correction=0)), rel=0.05)
+
+
+def test_gains_are_random_only_when_norm_says_so() -> None:
+    axes = {"norm.weight": ParamAxes((Dim("h", Role.GAIN),)), "w": ParamAxes((Dim("h", Role.FAN_OUT), FIXED))}
+    shapes: dict[str, Shape] = {"norm.weight": (4,), "w": (4, 2)}
+    gain, weight = torch.arange(1.0, 5), torch.arange(8.0).view(4, 2)
+    for strategy, gains_copied, rows_copied in (
+        (Strategy(Init.RANDOM, Init.COPY), True, False),
+        (Strategy(norm=Init.RANDOM), False, True),
+    ):
+        plan = make_plan(shapes, axes, {"h": 4}, {"h": 8}, strategy, stage=1)
+        assert torch.equal(drawn(plan, "norm.weight", gain)[4:], gain) is gains_copied
+        assert torch.equal(drawn(plan, "w", weight)[4:], weight) is rows_copied
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"stage": 2}, {"name": "v"}], ids=["seed", "stage", "name"])
+def test_other_seeds_stages_and_names_draw_other_numbers(change: dict[str, int | str]) -> None:
+    first = drawn(random_plan())
+    other = drawn(random_plan(**change), str(change.get("name", "w")))  # type: ignore[arg-type]
+    old = torch.zeros_like(first, dtype=torch.bool).view(2, 2, 192, 128)
+    old[:, :, :64, :64] = True
+    same = (first == other).view_as(old)
+    assert bool(same[old].all())
+    assert float(same[~old].float().mean()) < 1e-3
+
+
+def test_a_draw_depends_on_nothing_but_its_index_and_its_matrixs_rms() -> None:
+    """The order of the old entries doesn't matter, nor do other experts' values."""
+    old = random_old()
+    first = drawn(random_plan())
+    shuffled = old.clone()
+    shuffled[0] = old[0].view(2, -1).flip(1).view(128, 64)
+    shuffled[1] *= 3
+    second = drawn(random_plan(), old=shuffled)
+    new_rows = torch.arange(384) % 192 >= 64
+    assert torch.equal(second[0, new_rows], first[0, new_rows])
+    torch.testing.assert_close(second[1, new_rows], 3 * first[1, new_rows])
+
+
+# -- precisions ----------------------------------------------------------------------------------------------------
+
+
+@given(all_cases, st.sampled_from([torch.bfloat16, torch.float16]))
+@settings(max_examples=150, deadline=None)
+def test_half_precisions_are_computed_in_fp32_and_rounded_once(case: Case, half: torch.dtype) -> None:
+    """From a half-precision weight to any dtype, and from a master weight to the compute copy."""
+    old = case.old(half)
+    widener = Widener(case.plan, "w")
+    exact, rounded, master = torch.empty(widener.numel), torch.empty(widener.numel, dtype=half), case.old()
+    widener.weight(old.float(), exact)
+    widener.weight(old, rounded)
+    assert torch.equal(rounded, exact.to(half))
+    upcast = torch.empty(widener.numel)
+    widener.weight(old, upcast)
+    assert torch.equal(upcast, exact)
+    widener.weight(master, exact)
+    widener.weight(master, rounded)
+    assert torch.equal(rounded, exact.to(half))
+
+
+def test_rounding_once_differs_from_rounding_every_factor() -> None:
+    """Shows that the property above has something to find: with two factors per element, three roundings differ."""
+    axes = ParamAxes((Dim("h", Role.FAN_OUT), Dim("i", Role.FAN_IN)))
+    strategy = Strategy(scaling=Scaling.FUNCTION)
+    case = Case(axes, {"h": 20, "i": 20}, {"h": 30, "i": 30}, frozenset({"h"}), strategy, seed=0)
+    row = torch.tensor(weight_factors(case, axes.dims[0]))
+    column = torch.tensor(weight_factors(case, axes.dims[1]))
+    unit = torch.arange(30) % 20
+    copied = case.old(torch.bfloat16)[unit][:, unit]
+    stepwise = copied * row.bfloat16()[:, None] * column.bfloat16()
+    assert not torch.equal(whole(case, torch.bfloat16).view(30, 30), stepwise)
+
+
+# -- gradients reach zeroed units ----------------------------------------------------------------------------------
+
+
+def test_zeroed_units_of_an_expert_are_not_dead() -> None:
+    """With gate and up both zero neither would ever get a gradient; with the gate alive all get one by step two."""
+    axes = {
+        "gate_up": ParamAxes((Dim("i", Role.FAN_OUT, segments=2, alive=(0,)), FIXED)),
+        "down": ParamAxes((FIXED, Dim("i", Role.FAN_IN))),
+    }
+    generator = torch.Generator().manual_seed(0)
+    old = {"gate_up": torch.randn(8, 5, generator=generator), "down": torch.randn(5, 4, generator=generator)}
+    shapes = {name: tuple(weight.shape) for name, weight in old.items()}
+    plan = make_plan(shapes, axes, {"i": 4}, {"i": 8}, Strategy(*ZERO_COPY), stage=1)
+    wide = {name: drawn(plan, name, weight).requires_grad_() for name, weight in old.items()}
+    gate, up = wide["gate_up"].detach().chunk(2)
+    assert torch.equal(gate[4:], gate[:4])
+    assert not up[4:].any()
+
+    x, target = torch.randn(16, 5, generator=generator), torch.randn(16, 5, generator=generator)
+    touched = {name: torch.zeros_like(weight, dtype=torch.bool) for name, weight in wide.items()}
+    optimizer = torch.optim.SGD(wide.values(), lr=0.1)
+    for _ in range(2):
+        g, u = F.linear(x, wide["gate_up"]).chunk(2, dim=-1)
+        loss = (F.linear(F.silu(g) * u, wide["down"]) - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        for name, weight in wide.items():
+            assert weight.grad is not None
+            touched[name] |= weight.grad != 0
+        optimizer.step()
+    assert all(bool(mask.all()) for mask in touched.values())
+
+
+# -- optimizer states ----------------------------------------------------------------------------------------------
+
+STATE_KEYS = ["exp_avg", "exp_avg_sq", "momentum_buffer", "max_exp_avg_sq"]
+
+
+@given(cases(pairs=(COPY_COPY,)), st.sampled_from(STATE_KEYS))
+@settings(max_examples=200, deadline=None)
+def test_states_are_the_references_bit_for_bit(case: Case, key: str) -> None:
+    old = case.old()
+    expected = reference(case, old, state=key)
+    assert torch.equal(whole_state(case, key, old).view(expected.shape), expected)
+
+
+@given(
+    cases(
+        norms=(Init.COPY, Init.RANDOM),
+        states=(OptimizerState.ASYMMETRIC_RESET, OptimizerState.COPY, OptimizerState.DROP),
+    ),
+    st.sampled_from([*STATE_KEYS[:3], "my_own_state"]),
+)
+@settings(max_examples=100, deadline=None)
+def test_states_of_units_that_are_not_copies_start_at_zero(case: Case, key: str) -> None:
+    """Under every init; and a state of unknown degree is fine wherever nothing is rescaled."""
+    old = case.old()
+    expected = reference(case, old, state="exp_avg")
+    assert torch.equal(whole_state(case, key, old).view(expected.shape), expected)
+
+
+def test_the_four_modes_by_hand() -> None:
+    """Doubled rows with a doubled consumer: old rows' gradients halve, so their second moment quarters."""
+    axes = {"w": ParamAxes((Dim("h", Role.FAN_OUT),))}
+    old = torch.tensor([4.0, 8.0])
+    expected = {
+        OptimizerState.ASYMMETRIC_RESET: ([4.0, 8.0, 0.0, 0.0], [4.0, 8.0, 0.0, 0.0]),
+        OptimizerState.ASYMMETRIC_RESET_SCALED: ([2.0, 4.0, 0.0, 0.0], [1.0, 2.0, 0.0, 0.0]),
+        OptimizerState.COPY: ([4.0, 8.0, 4.0, 8.0], [4.0, 8.0, 4.0, 8.0]),
+        OptimizerState.DROP: ([0.0] * 4, [0.0] * 4),
+    }
+    assert expected.keys() == set(OptimizerState)
+    for mode, states in expected.items():
+        plan = make_plan({"w": (2,)}, axes, {"h": 2}, {"h": 4}, Strategy(optimizer_state=mode), stage=1)
+        for key, values in zip(("exp_avg", "exp_avg_sq"), states, strict=True):
+            out = torch.full((4,), math.nan)
+            Widener(plan, "w").state(key, old, out)
+            assert out.tolist() == values, (mode, key)
+
+
+def test_a_state_of_unknown_degree_can_not_be_rescaled() -> None:
+    axes = {"w": ParamAxes((Dim("h", Role.FAN_OUT),))}
+    strategy = Strategy(optimizer_state=OptimizerState.ASYMMETRIC_RESET_SCALED)
+    plan = make_plan({"w": (2,)}, axes, {"h": 2}, {"h": 4}, strategy, stage=1)
+    with pytest.raises(PlanError, match=r"'prodigy_s'.*exp_avg.*use 'asymmetric_reset'"):
+        Widener(plan, "w").state("prodigy_s", torch.ones(2), torch.empty(4))
+
+
+# -- misuse --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("old", "out", "start"),
+    [
+        pytest.param(torch.ones(5), torch.empty(8), 0, id="old too large"),
+        pytest.param(torch.ones(3), torch.empty(8), 0, id="old too small"),
+        pytest.param(torch.ones(4), torch.empty(9), 0, id="out too large"),
+        pytest.param(torch.ones(4), torch.empty(4), 5, id="piece past the end"),
+        pytest.param(torch.ones(4), torch.empty(4), -1, id="negative start"),
+        pytest.param(torch.ones(4), torch.empty(4, 2), 0, id="out not flat"),
+    ],
+)
+def test_sizes_that_contradict_the_plan_are_refused_by_name(old: Tensor, out: Tensor, start: int) -> None:
+    axes = {"layer.w": ParamAxes((Dim("h", Role.FAN_OUT), FIXED)), "q": ParamAxes((FIXED, FIXED))}
+    plan = make_plan({"layer.w": (2, 2), "q": (2, 2)}, axes, {"h": 2}, {"h": 4}, Strategy(), stage=1)
+    with pytest.raises(PlanError, match=r"layer\.w"):
+        Widener(plan, "layer.w").weight(old, out, start)
+    with pytest.raises(PlanError, match=r"layer\.w"):
+        Widener(plan, "layer.w").state("exp_avg", old, out, start)
+
+
+def test_only_stacked_experts_have_slices() -> None:
+    axes = {"w": ParamAxes((Dim("h", Role.FAN_OUT), FIXED))}
+    plan = make_plan({"w": (2, 2)}, axes, {"h": 2}, {"h": 4}, Strategy(), stage=1)
+    with pytest.raises(PlanError, match="w isn't a tensor of stacked experts"):
+        Widener(plan, "w", (0, 1))
+    with pytest.raises(PlanError, match="'v'"):
+        Widener(plan, "v")
+
+
+def test_the_old_tensor_is_left_as_it_was() -> None:
+    rng = random.Random(0)
+    for pair in INIT_PAIRS:
+        axes = ParamAxes((Dim("h", Role.FAN_OUT), Dim("i", Role.FAN_IN)))
+        case = Case(axes, {"h": 3, "i": 2}, {"h": 5, "i": 4}, frozenset(), Strategy(*pair), seed=rng.randint(0, 9))
+        old = case.old()
+        out = torch.empty(20)
+        Widener(case.plan, "w").weight(old, out)
+        assert torch.equal(old, case.old())
+
+
+def test_drawing_after_weights_that_are_not_finite_is_refused() -> None:
+    old = random_old()
+    old[1, 3, 3] = math.nan
+    with pytest.raises(ValueError, match="NaN or Inf"):
+        drawn(random_plan(), old=old)
+    assert math.isfinite(spread(old[0]).rms)
