@@ -6,6 +6,7 @@ They were checked against the versions in :data:`CHECKED_VERSIONS`.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import itertools
 import math
@@ -16,6 +17,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
@@ -207,9 +209,16 @@ def strip(engine: DeepSpeedEngine) -> None:
         wrapper.__dict__.clear()
     engine.__dict__.clear()
     engine.__class__ = _GrownEngine
+    release_memory()
+
+
+def release_memory() -> None:
+    """Give back what DeepSpeed's reference cycles, the accelerator's cache and the C heap hold on to."""
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    get_accelerator().empty_cache()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc keeps freed host memory otherwise
+    if trim is not None:
+        trim(0)
 
 
 class _GrownEngine:

@@ -26,6 +26,7 @@ def move(plan: GrowthPlan, old: dict[str, Shard], engine: DeepSpeedEngine, conse
 
     Collective. A failure of one rank's own work is kept in ``consensus``, and its collectives go on.
     """
+    access.release_memory()
     access.begin_writing(engine)
     with consensus:
         access.make_states(engine, old, drop=plan.strategy.optimizer_state is OptimizerState.DROP)
