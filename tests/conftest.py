@@ -6,6 +6,11 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from distributed import Workers
+from hypothesis import HealthCheck, settings
+
+# A busy machine is no failure.
+settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("unhurried")
 
 
 @pytest.fixture(scope="session")

@@ -88,15 +88,16 @@ def _serve(rank: int, ranks: int, port: int, connection: Connection) -> None:
 
     import deepspeed
     import torch
+    import torch._dynamo  # DeepSpeed's first engine would import it
 
     warnings.filterwarnings("ignore", category=FutureWarning)
     deepspeed.utils.logger.setLevel(logging.ERROR)
     torch.set_num_threads(1)
     deepspeed.init_distributed(verbose=False)
-    # Building an engine collects garbage several times; don't make it walk through every imported module.
-    gc.collect()
-    gc.freeze()
     while True:
+        # Building an engine collects garbage several times; don't make it walk through every imported module.
+        gc.collect()
+        gc.freeze()
         try:
             job, args = connection.recv()
         except EOFError:
@@ -106,7 +107,6 @@ def _serve(rank: int, ranks: int, port: int, connection: Connection) -> None:
         except Exception:
             answer = (False, traceback.format_exc())
         _forget_expert_groups()
-        gc.collect()
         connection.send(answer)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ds_sparkling.axes import FIXED, Dim, ParamAxes, Role
@@ -106,7 +106,6 @@ records = st.builds(GrowthRecord, widths, st.dictionaries(names, param_axes, max
 
 
 @given(records)
-@settings(deadline=None)
 def test_every_record_survives_json(record: GrowthRecord) -> None:
     assert GrowthRecord.from_dict(json.loads(json.dumps(record.to_dict()))) == record
 

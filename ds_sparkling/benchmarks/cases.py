@@ -30,7 +30,7 @@ class Case:
     def model(self) -> OlmoeConfig:
         """A model of about ``parameters`` parameters, nearly all of them in its experts; its widths are x16."""
         hidden = max(int(math.sqrt(self.parameters / (_PER_AREA / 2))) // 32 * 32, 32)
-        rest = count_parameters(_config(hidden, 16)) - _PER_AREA * hidden * 16
+        rest = _count(_config(hidden, 16)) - _PER_AREA * hidden * 16
         inner = math.ceil((self.parameters - rest) / (_PER_AREA * hidden) / 16) * 16
         return _config(hidden, max(inner, 16))
 
@@ -45,9 +45,21 @@ class Case:
         """The widths after the growth: twice those before."""
         return {axis: 2 * width for axis, width in self.narrow.items()}
 
+    @property
+    def parameters_before(self) -> int:
+        return _count(self.model)
+
+    @property
+    def parameters_after(self) -> int:
+        return _count(self.build_config(**self.wide))
+
     def build(self, **widths: int) -> OlmoeForCausalLM:
         """The model at ``widths``."""
-        return OlmoeForCausalLM(OlmoeConfig(**{**asdict(self.model), **widths}))
+        return OlmoeForCausalLM(self.build_config(**widths))
+
+    def build_config(self, **widths: int) -> OlmoeConfig:
+        """The model's sizes at ``widths``."""
+        return OlmoeConfig(**{**asdict(self.model), **widths})
 
 
 @dataclass(frozen=True)
@@ -62,10 +74,6 @@ class Sample:
     budget: int
 
 
-def count_parameters(config: OlmoeConfig) -> int:
-    return sum(param.numel() for param in build_on_meta(lambda: OlmoeForCausalLM(config), {}).parameters())
-
-
 def _config(hidden: int, inner: int) -> OlmoeConfig:
     return OlmoeConfig(
         vocab_size=256,
@@ -78,3 +86,7 @@ def _config(hidden: int, inner: int) -> OlmoeConfig:
         num_experts=_EXPERTS,
         num_experts_per_tok=2,
     )
+
+
+def _count(config: OlmoeConfig) -> int:
+    return sum(param.numel() for param in build_on_meta(lambda: OlmoeForCausalLM(config), {}).parameters())

@@ -29,6 +29,8 @@ from ds_sparkling.zero import access
 _TOKENS = 32
 #: Parameters of the model that everything is done with once before anything counts.
 _WARM_UP = 100_000
+#: More bytes per parameter after the growth than the ranks together ever hold during it.
+_TOUCHED = 28
 
 _T = TypeVar("_T")
 
@@ -63,10 +65,11 @@ def samples(case: Case, scratch: Path) -> list[Sample]:
 
 
 def _sample(case: Case, baseline: int, scratch: Path) -> Sample:
+    _touch_memory(case)
     grown = _measure_growth(case, baseline)
     start, engine = _timed(_engine, case, case.wide)
     access.strip(engine)
-    copy, _ = _timed(torch.Tensor.copy_, torch.ones(grown.held // 4), torch.ones(grown.held // 4))
+    copy, _ = _timed(torch.Tensor.clone, torch.ones(grown.held // 4))
     engine = trained_engine(case)
     files, engine = _timed(
         through_files, engine, case.narrow, case.wide, lambda: _engine(case, case.wide), scratch / "files"
@@ -197,6 +200,12 @@ def _of_all(value: _T) -> list[_T]:
     values: list[Any] = [None] * dist.get_world_size()
     torch.distributed.all_gather_object(values, value)
     return values
+
+
+def _touch_memory(case: Case) -> None:
+    """Write to as much memory as the case will need and free it: a virtual machine's host may be slow to back it."""
+    torch.ones(case.parameters_after * _TOUCHED // case.ranks, dtype=torch.uint8)
+    dist.barrier()
 
 
 def settle() -> None:

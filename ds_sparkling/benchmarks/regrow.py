@@ -1,6 +1,6 @@
 """What growing a live engine costs in time and memory, against a bare memory copy and against the way through files.
 
-    python tools/bench_regrow.py --ranks 1 2 4 --parameters 5e6 25e6 100e6
+    python tools/bench_regrow.py --ranks 1 2 4 --parameters 5e6 12e6 25e6
 
 The model is an OLMoE with 8 experts, trained on CPUs with ZeRO-3, fp32 and torch's AdamW for one step, so that the
 moments exist; experts are parallel over pairs of ranks where there is more than one rank. The growth doubles the
@@ -12,8 +12,8 @@ Times are wall times that begin at a barrier, on the slowest rank:
 
 - grow: ds_sparkling.grow, without a checkpoint.
 - engine start: ds_sparkling.initialize at the wide widths. It is a part of every growth.
-- memory copy: dst.copy_(src) over as many bytes as the grown rank holds of fp32 weights and both moments, source and
-  destination touched before, on all ranks at once.
+- memory copy: src.clone() of as many bytes as the grown rank holds of fp32 weights and both moments, on all ranks at
+  once. Like a growth, it writes to memory that the process has to ask the system for.
 - save+convert+load: the plain way around a growth, not a clever one. The narrow engine saves a checkpoint; rank 0
   alone reads all ranks' optimizer files (memory-mapped), joins the whole fp32 weights and moments in its memory,
   widens them there and saves them in one file; every rank starts the wide engine and copies its own pieces out of
@@ -47,7 +47,7 @@ from pathlib import Path
 import torch.multiprocessing
 from tqdm import tqdm
 
-from ds_sparkling.benchmarks.cases import EXPERT_PARALLEL, Case, Sample, count_parameters
+from ds_sparkling.benchmarks.cases import EXPERT_PARALLEL, Case, Sample
 
 _MIB = 2**20
 
@@ -67,7 +67,7 @@ _COLUMNS = (
     ("peak/budget", "{:.3f}"),
 )
 _LEGEND = f"""\
-Medians, on the slowest rank. grow includes engine start. memory copy: the grown rank's fp32 weights and moments, once.
+Medians, on the slowest rank. grow includes engine start. memory copy: clone of the grown rank's weights and moments.
 budget: old fp32 weights and moments + grown engine. Experts over {EXPERT_PARALLEL} ranks where there is more than one.
 """
 
@@ -99,8 +99,8 @@ class Row:
         budget = statistics.median(sample.budget for sample in samples)
         return cls(
             ranks=case.ranks,
-            parameters_before=count_parameters(case.model),
-            parameters_after=count_parameters(case.build(**case.wide).config),
+            parameters_before=case.parameters_before,
+            parameters_after=case.parameters_after,
             grow_s=grow,
             engine_start_s=start,
             memory_copy_s=copy,
@@ -161,9 +161,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--parameters",
         type=lambda text: int(float(text)),
         nargs="+",
-        default=[5_000_000, 25_000_000, 100_000_000],
+        default=[5_000_000, 12_000_000, 25_000_000],
         metavar="N",
-        help="parameters of the model before the growth, about (default: 5e6 25e6 100e6)",
+        help="parameters of the model before the growth, about (default: 5e6 12e6 25e6)",
     )
     parser.add_argument("--repeat", type=int, default=3, metavar="N", help="repetitions of every case (default: 3)")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="threads of every rank (default: 1)")

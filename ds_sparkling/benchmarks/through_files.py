@@ -21,7 +21,7 @@ from ds_sparkling.partition import Piece
 from ds_sparkling.zero import access
 from ds_sparkling.zero.access import Shard
 from ds_sparkling.zero.naming import ExpertSlice, engine_axes, expert_slices
-from ds_sparkling.zero.regrow import logical_shapes
+from ds_sparkling.zero.planning import logical_shapes
 
 _WEIGHT = "weight"
 _STATES = ("exp_avg", "exp_avg_sq")
@@ -138,7 +138,14 @@ def _templates(saved: Mapping[str, Any]) -> dict[str, Shard]:
     states = dict.fromkeys(_STATES, nothing)
     return {
         name: Shard(
-            name, tuple(tensors[_WEIGHT].shape), [], 0, None, nothing, None, states, {"step": saved["steps"][name]}
+            name,
+            tuple(tensors[_WEIGHT].shape),
+            pieces=[],
+            rank=0,
+            group=None,
+            weight=nothing,
+            states=states,
+            scalars={"step": saved["steps"][name]},
         )
         for name, tensors in saved["tensors"].items()
     }

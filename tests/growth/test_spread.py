@@ -51,6 +51,13 @@ def test_a_power_of_two_scales_exactly(values: list[float], power: int) -> None:
     assert scaled == Spread(old.mean * 2.0**power, old.rms * 2.0**power)
 
 
+def test_entries_are_rounded_to_the_nearest_unit_and_not_cut_off() -> None:
+    """Cutting off would make small weights of both signs smaller, and the spread of what is drawn after them."""
+    unit = 2.0**-23  # of a largest entry of 1
+    found = spread(tensor([1.0, *[0.9 * unit] * 9, *[-0.9 * unit] * 6]))
+    assert found == Spread((1 + 3 * unit) / 16, math.sqrt((1 + 15 * unit**2) / 16))
+
+
 def test_shape_and_strides_do_not_matter() -> None:
     matrix = torch.randn(7, 5)
     assert spread(matrix) == spread(matrix.T) == spread(matrix.flatten().view(5, 7, 1))
@@ -64,6 +71,9 @@ def test_a_matrix_of_several_chunks_counts_every_entry() -> None:
     assert spread(matrix) == Spread(1024.0 / n, math.sqrt(1024.0**2 / n))
     matrix[0] = -1024.0
     assert spread(matrix) == Spread(0.0, math.sqrt(2 * 1024.0**2 / n))
+    # To the last bit: entries that use all of theirs, summed in another split.
+    matrix = torch.randn((1 << 20) + 1000, generator=torch.Generator().manual_seed(0))
+    assert spread(matrix) == spread(matrix.flip(0))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])

@@ -75,9 +75,12 @@ def dims(draw: st.DrawFn, roles: tuple[Role, ...] = (Role.FAN_OUT, Role.FAN_IN))
     return Dim(draw(st.sampled_from(["h", "i"])), role, draw(st.integers(1, 2)), segments, alive)
 
 
+KINDS = ("scalar", "gain", "vector", "matrix", "matrix", "experts", "experts")
+
+
 @st.composite
-def parameters(draw: st.DrawFn) -> ParamAxes:
-    kind = draw(st.sampled_from(["scalar", "gain", "vector", "matrix", "matrix", "experts", "experts"]))
+def parameters(draw: st.DrawFn, kinds: tuple[str, ...] = KINDS) -> ParamAxes:
+    kind = draw(st.sampled_from(kinds))
     if kind == "scalar":
         return ParamAxes(())
     if kind == "gain":
@@ -94,8 +97,9 @@ def cases(
     pairs: tuple[tuple[Init, Init], ...] = INIT_PAIRS,
     norms: tuple[Init, ...] = (Init.COPY,),
     states: tuple[OptimizerState, ...] = tuple(OptimizerState),
+    kinds: tuple[str, ...] = KINDS,
 ) -> Case:
-    axes = draw(parameters())
+    axes = draw(parameters(kinds))
     widths = {axis: draw(st.integers(1, 4)) for axis in ("h", "i")}
     growing = draw(st.sampled_from([("h",), ("i",), ("h", "i")]))
     wide = {axis: draw(st.integers(widths[axis] + 1, 3 * widths[axis] + 2)) for axis in growing}
@@ -226,7 +230,7 @@ def reference(case: Case, old: Tensor, *, state: str | None = None) -> Tensor:
 
 
 @given(cases(pairs=(COPY_COPY, ZERO_COPY)))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_copies_and_zeros_are_the_references_bit_for_bit(case: Case) -> None:
     expected = reference(case, case.old())
     assert torch.equal(whole(case).view(expected.shape), expected)
@@ -236,7 +240,7 @@ def test_copies_and_zeros_are_the_references_bit_for_bit(case: Case) -> None:
 
 
 @given(cases(norms=(Init.COPY, Init.RANDOM)))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_random_entries_are_where_they_belong_and_the_rest_is_the_references(case: Case) -> None:
     expected = reference(case, case.old())
     found = whole(case).view(expected.shape)
@@ -275,7 +279,7 @@ all_cases = cases(norms=(Init.COPY, Init.RANDOM))
 
 
 @given(all_cases, dtypes, st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_any_pieces_in_any_order_make_the_whole(case: Case, dtype: torch.dtype, data: st.DataObject) -> None:
     expected = whole(case, dtype)
     numel = expected.numel()
@@ -290,8 +294,8 @@ def test_any_pieces_in_any_order_make_the_whole(case: Case, dtype: torch.dtype, 
     assert torch.equal(found, expected)
 
 
-@given(all_cases.filter(lambda case: case.axes.stacked_experts), dtypes, st.data())
-@settings(max_examples=100, deadline=None)
+@given(cases(norms=(Init.COPY, Init.RANDOM), kinds=("experts",)), dtypes, st.data())
+@settings(max_examples=100)
 def test_a_slice_of_the_experts_is_that_slice_of_the_whole(case: Case, dtype: torch.dtype, data: st.DataObject) -> None:
     old, experts = case.old(dtype), case.shape(case.widths)[0]
     expected = whole(case, dtype).view(experts, -1)
@@ -307,7 +311,7 @@ def test_a_slice_of_the_experts_is_that_slice_of_the_whole(case: Case, dtype: to
 
 
 @given(cases(), st.sampled_from(["exp_avg", "exp_avg_sq"]), st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_pieces_of_states_make_the_whole(case: Case, key: str, data: st.DataObject) -> None:
     old = case.old().abs()
     expected = whole_state(case, key, old)
@@ -323,17 +327,19 @@ def test_draws_longer_than_a_chunk_fit_together() -> None:
     """65536 elements are drawn at a time; neither the chunks' borders nor a cut inside one may show."""
     axes = ParamAxes((FIXED, Dim("i", Role.FAN_OUT), Dim("h", Role.FAN_IN)), stacked_experts=True)
     strategy = Strategy(Init.RANDOM, Init.RANDOM)
-    old = torch.randn(3, 40, 300, generator=torch.Generator().manual_seed(0))
+    old = torch.randn(3, 300, 300, generator=torch.Generator().manual_seed(0))
     old *= torch.tensor([0.1, 1.0, 10.0]).view(3, 1, 1)
-    widths, wide = {"i": 40, "h": 300}, {"i": 400, "h": 303}
+    widths, wide = {"i": 300, "h": 300}, {"i": 600, "h": 303}
     plan = make_plan({"w": tuple(old.shape)}, {"w": axes}, widths, wide, strategy, stage=1)
-    expected = torch.empty(3 * 400 * 303)
+    expected = torch.full((3 * 600 * 303,), math.nan)
     Widener(plan, "w").weight(old, expected)
     found = torch.empty_like(expected)
-    for start, stop in ((0, 70_000), (70_000, 70_001), (70_001, 250_000), (250_000, found.numel())):
+    short = range(250_000, found.numel(), 20_000)  # within one chunk each, which shows what a long draw left out
+    cuts = [0, 70_000, 70_001, *short, found.numel()]
+    for start, stop in itertools.pairwise(cuts):
         Widener(plan, "w").weight(old, found[start:stop], start)
     assert torch.equal(found, expected)
-    rms = expected.view(3, 400, 303)[:, 40:].square().mean((1, 2)).sqrt()
+    rms = expected.view(3, 600, 303)[:, 300:].square().mean((1, 2)).sqrt()
     torch.testing.assert_close(rms, math.sqrt(300 / 303) * torch.tensor([0.1, 1.0, 10.0]), rtol=0.03, atol=0)
 
 
@@ -426,7 +432,7 @@ def test_a_draw_depends_on_nothing_but_its_index_and_its_matrixs_rms() -> None:
 
 
 @given(all_cases, st.sampled_from([torch.bfloat16, torch.float16]))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_half_precisions_are_computed_in_fp32_and_rounded_once(case: Case, half: torch.dtype) -> None:
     """From a half-precision weight to any dtype, and from a master weight to the compute copy."""
     old = case.old(half)
@@ -495,7 +501,7 @@ STATE_KEYS = ["exp_avg", "exp_avg_sq", "momentum_buffer", "max_exp_avg_sq"]
 
 
 @given(cases(pairs=(COPY_COPY,)), st.sampled_from(STATE_KEYS))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_states_are_the_references_bit_for_bit(case: Case, key: str) -> None:
     old = case.old()
     expected = reference(case, old, state=key)
@@ -509,7 +515,7 @@ def test_states_are_the_references_bit_for_bit(case: Case, key: str) -> None:
     ),
     st.sampled_from([*STATE_KEYS[:3], "my_own_state"]),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_states_of_units_that_are_not_copies_start_at_zero(case: Case, key: str) -> None:
     """Under every init; and a state of unknown degree is fine wherever nothing is rescaled."""
     old = case.old()
