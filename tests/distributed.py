@@ -82,6 +82,8 @@ def _serve(rank: int, ranks: int, port: int, connection: Connection) -> None:
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
         OMP_NUM_THREADS="1",
+        DS_ACCELERATOR="cpu",  # several ranks, wherever the tests run
+        TORCHDYNAMO_DISABLE="1",  # Muon would compile its kernels on every rank
     )
     import logging
     import warnings

@@ -351,6 +351,8 @@ def _with_state(shard: Shard, base: torch.optim.Optimizer, offset: int) -> Shard
     master = shard.master
     assert master is not None
     for key, value in base.state.get(master, {}).items():
+        if value is None:
+            continue  # state that this optimizer doesn't use, like the momentum of SGD without it
         if isinstance(value, Tensor) and value.shape == master.shape:
             shard.states[key] = value.view(-1)[offset : offset + shard.weight.numel()]
         elif isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.dim() == 0):

@@ -247,9 +247,11 @@ def test_random_entries_are_where_they_belong_and_the_rest_is_the_references(cas
     drawn = expected.isnan()
     assert torch.equal(found[~drawn], expected[~drawn])
     assert bool(found.isfinite().all())
-    # No two alike, so none is a copy; but gains are drawn around their mean, and one gain alone has no spread.
+    # Hardly two alike, so they aren't copies; of thousands a few may meet on one fp32 number. Gains are drawn around
+    # their mean, and one gain alone has no spread.
     if case.old().numel() > 1:
-        assert len(set(found[drawn].tolist())) == int(drawn.sum())
+        count = int(drawn.sum())
+        assert len(set(found[drawn].tolist())) >= 0.99 * count - 2
 
 
 def test_a_doubled_matrix_by_hand() -> None:

@@ -61,6 +61,42 @@ def test_rebuild_continues_bit_for_bit(case: Case, workers: Pool) -> None:
         assert states_equal(state, state_again)
 
 
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "sgd": {"type": "SGD", "params": {"lr": 1e-2}},
+    "sgd-momentum": {"type": "SGD", "params": {"lr": 1e-2, "momentum": 0.9, "nesterov": True}},
+    "adam-amsgrad": {"type": "AdamW", "params": {"lr": 1e-3, "amsgrad": True, "torch_adam": True}},
+    "rmsprop": {"type": "RMSprop", "params": {"lr": 1e-3, "centered": True}},
+    "muon": {"type": "Muon", "params": {"lr": 1e-2, "momentum": 0.9}},
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_rebuild_and_growth_with_other_optimizers(name: str, workers: Pool) -> None:
+    zero = {"sub_group_size": 300, **({"reduce_scatter": False} if name == "muon" else {})}
+    top = {"optimizer": OPTIMIZERS[name], "zero_allow_untested_optimizer": True}
+    case = Case(2, 3, 2, zero=zero, top=top)
+    pool = workers(2)
+    assert pool.run(losses_around, case, "rebuild") == pool.run(losses_around, case, None)
+    for before, after, end in pool.run(losses_around, case, "grow"):
+        assert after == pytest.approx(before, rel=1e-6)
+        assert end != after
+
+
+def losses_around(case: Case, what: str | None) -> tuple[float, float, float]:
+    import ds_sparkling
+
+    engine = tiny.initialize(case)
+    tiny.train(engine, 3)
+    before = tiny.evaluate(engine)
+    if what == "rebuild":
+        engine = ds_sparkling.rebuild(engine)
+    elif what == "grow":
+        engine = ds_sparkling.grow(engine, JOINT)
+    after = tiny.evaluate(engine)
+    tiny.train(engine, 6)
+    return before, after, tiny.evaluate(engine)
+
+
 # -- twins ------------------------------------------------------------------------------------------------------
 
 
