@@ -105,10 +105,11 @@ def probe(build_model: BuildModel, widths: Mapping[str, int]) -> dict[str, Param
                     )
                 owner = modules[name.rpartition(".")[0]]
                 dims[name][position] = _dim(name, owner, len(shape), position, axis, before // width)
-    return _with_tied_heads(
-        model,
-        {name: ParamAxes(tuple(param_dims), stacked_experts=len(param_dims) == 3) for name, param_dims in dims.items()},
-    )
+    axes = {}
+    for name, param_dims in dims.items():
+        owner = modules[name.rpartition(".")[0]]
+        axes[name] = ParamAxes(tuple(param_dims), stacked_experts=_stacks_experts(owner, len(param_dims)))
+    return _with_tied_heads(model, axes)
 
 
 def _dim(name: str, owner: nn.Module, ndim: int, position: int, axis: str, multiple: int) -> Dim:
@@ -136,12 +137,17 @@ def _role(name: str, owner: nn.Module, ndim: int, position: int) -> Role:
     elif "norm" in type(owner).__name__.lower() and ndim == 1:
         if name.endswith("weight"):
             return Role.GAIN
-    elif ndim == 3 and position > 0:  # stacked experts, [experts, out, in]
+    elif _stacks_experts(owner, ndim) and position > 0:
         return Role.FAN_OUT if position == 1 else Role.FAN_IN
     raise PlanError(
         f"{name}: can't tell the role of dimension {position} in a {type(owner).__name__}; known are nn.Linear, "
         "nn.Embedding, RMSNorm gains and stacked experts [experts, out, in]"
     )
+
+
+def _stacks_experts(owner: nn.Module, ndim: int) -> bool:
+    """Whether a parameter is taken for experts stacked as [experts, out, in]: 3-D, and of no module of torch's own."""
+    return ndim == 3 and not type(owner).__module__.startswith("torch.nn")
 
 
 def _refuse_moving_buffers(model: nn.Module, moved: nn.Module, axis: str) -> None:

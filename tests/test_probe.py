@@ -318,3 +318,13 @@ def test_an_axis_without_any_width_is_refused() -> None:
         base_widths(build_olmoe, ["depth"], None)
     with pytest.raises(PlanError, match="'width'"):
         base_widths(lambda width=None: nn.Linear(width or 4, 3), ["width"], None)
+
+
+def test_a_convolution_is_not_taken_for_stacked_experts() -> None:
+    class Convolved(nn.Module):
+        def __init__(self, hidden: int) -> None:
+            super().__init__()
+            self.conv = nn.Conv1d(hidden, 8, 3, bias=False)
+
+    with pytest.raises(PlanError, match=r"conv\.weight: can't tell the role of dimension 1 in a Conv1d"):
+        probe(Convolved, {"hidden": 4})

@@ -167,7 +167,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--repeat", type=int, default=3, metavar="N", help="repetitions of every case (default: 3)")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="threads of every rank (default: 1)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here too, as a list of objects")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here too, case by case, as objects")
     args = parser.parse_args(argv)
     for ranks in args.ranks:
         if ranks < 1 or (ranks > 1 and ranks % EXPERT_PARALLEL):
@@ -179,10 +179,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point: measure all cases and write the table."""
     args = _parse(argv)
     cases = [Case(ranks, size, args.repeat, args.threads) for size in args.parameters for ranks in args.ranks]
-    rows = [measure(case) for case in tqdm(cases, desc="benchmark", unit="case")]
+    rows: list[Row] = []
+    for case in tqdm(cases, desc="benchmark", unit="case"):
+        rows.append(measure(case))
+        if args.json is not None:
+            args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     sys.stdout.write(f"{_table(rows)}\n\n{_LEGEND}")
-    if args.json is not None:
-        args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,10 @@ class AxisGrowth:
 
 
 def rms_factor(before: int, after: int, both_copied: bool) -> float:
-    """The factor on a tensor whose fan-in grows, so that RMS(y)/RMS(x) stays (Eq. 14, 16).
+    """The factor on a tensor whose fan-in grows (Eq. 14, 16).
+
+    It keeps RMS(y)/RMS(x), but for new columns that are zero, which App. B rescales like random ones: there the ratio
+    right after the growth is ``sqrt(d/d')`` times what it was.
 
     ``sqrt(d/d')`` unless producing rows and consuming columns are both copied; then ``1/sqrt(1 + 3c)`` for c <= 1 and
     ``1/(1 + c)`` above.

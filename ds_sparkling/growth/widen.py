@@ -77,6 +77,8 @@ class Widener:
         self._key = stream_key(plan.strategy.seed, plan.stage, name)
         if experts is not None and not self.param.axes.stacked_experts:
             raise PlanError(f"{name} isn't a tensor of stacked experts, so it has no slice {experts}")
+        if experts is not None and not 0 <= experts[0] < experts[1] <= self.param.before[0]:
+            raise PlanError(f"{name} stacks {self.param.before[0]} experts, which {experts} isn't a range of")
         first, last = experts if experts is not None else (0, self.param.before[0] if self.param.before else 0)
         if experts is not None:
             self.before = (last - first, *self.param.before[1:])

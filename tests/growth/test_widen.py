@@ -584,6 +584,14 @@ def test_only_stacked_experts_have_slices() -> None:
         Widener(plan, "v")
 
 
+@pytest.mark.parametrize("experts", [(-1, 1), (1, 1), (0, 4), (3, 4)])
+def test_a_slice_outside_the_experts_is_refused(experts: tuple[int, int]) -> None:
+    axes = {"w": ParamAxes((FIXED, Dim("h", Role.FAN_OUT), FIXED), stacked_experts=True)}
+    plan = make_plan({"w": (3, 2, 2)}, axes, {"h": 2}, {"h": 4}, Strategy(), stage=1)
+    with pytest.raises(PlanError, match="w stacks 3 experts"):
+        Widener(plan, "w", experts)
+
+
 def test_the_old_tensor_is_left_as_it_was() -> None:
     rng = random.Random(0)
     for pair in INIT_PAIRS:

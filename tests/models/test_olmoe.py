@@ -152,7 +152,7 @@ def test_labels_are_scored_where_they_stand() -> None:
     labels = TOKENS.flip(1)
     log_probabilities = model(TOKENS).detach().float().log_softmax(-1)
     picked = [float(log_probabilities[b, t, labels[b, t]]) for b in range(3) for t in range(7)]
-    assert float(model(TOKENS, labels)) == pytest.approx(-sum(picked) / 21, rel=1e-5)
+    assert model(TOKENS, labels).item() == pytest.approx(-sum(picked) / 21, rel=1e-5)
 
 
 def test_the_balancing_loss_is_added_in_training_only() -> None:
@@ -166,9 +166,9 @@ def test_the_balancing_loss_is_added_in_training_only() -> None:
     assert len(logits) == 2
     model.train()
     trained_loss = model(TOKENS, TOKENS)
-    assert float(trained_loss - evaluated) == pytest.approx(0.5 * float(load_balancing_loss(logits, 2)), rel=1e-4)
+    assert (trained_loss - evaluated).item() == pytest.approx(0.5 * load_balancing_loss(logits, 2).item(), rel=1e-4)
     model.config.router_aux_loss_coef = 0.0
-    assert float(model(TOKENS, TOKENS)) == pytest.approx(float(evaluated), rel=1e-6)
+    assert model(TOKENS, TOKENS).item() == pytest.approx(evaluated.item(), rel=1e-6)
 
 
 def test_forward_leaves_no_hooks_behind_even_when_it_fails() -> None:
@@ -200,7 +200,7 @@ def test_weights_are_drawn_at_the_papers_std() -> None:
         if "norm" in name:
             assert torch.equal(param, torch.ones_like(param))
         else:
-            assert float(param.std()) == pytest.approx(0.02, rel=0.1), name
+            assert param.std().item() == pytest.approx(0.02, rel=0.1), name
             assert "bias" not in name
 
 
