@@ -132,6 +132,8 @@ def _rank(rank: int, case: Case, port: int, scratch: Path) -> None:
         taken = samples(case, scratch)
     if rank == 0:
         (scratch / "samples.json").write_text(json.dumps([asdict(sample) for sample in taken]))
+    sys.stderr.flush()
+    os._exit(0)  # with several ranks, the interpreter's own way out aborts now and then in a thread of the backend
 
 
 def _free_port() -> int:
