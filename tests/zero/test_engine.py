@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -181,16 +182,23 @@ def test_the_old_engine_says_that_it_is_gone(workers: Pool) -> None:
 
 
 def live_bytes() -> int:
-    """Bytes of all tensors that Python can reach, every storage once."""
+    """Bytes of all tensors that Python can reach, every storage once.
+
+    The least of some measurements: gloo's threads let go of the last collective's buffer a little after it is done.
+    """
     import gc
 
-    gc.collect()
-    storages = {}
-    for thing in gc.get_objects():
-        if isinstance(thing, torch.Tensor) and thing.device.type != "meta":
-            storage = thing.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
+    def measure() -> int:
+        time.sleep(0.1)
+        gc.collect()
+        storages = {}
+        for thing in gc.get_objects():
+            if isinstance(thing, torch.Tensor) and thing.device.type != "meta":
+                storage = thing.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+        return sum(storages.values())
+
+    return min(measure() for _ in range(4))
 
 
 def memory_after_rebuild(stage: int) -> tuple[int, int]:
