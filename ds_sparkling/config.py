@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ds_sparkling.errors import ConfigError
-from ds_sparkling.strategy import Init, OptimizerState, Scaling, Strategy
+from ds_sparkling.strategy import (
+    BiasCorrection,
+    Init,
+    OptimizerState,
+    Rewarmup,
+    Scaling,
+    Strategy,
+)
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -38,9 +45,10 @@ class SparklingConfig:
     Attributes:
         stages: planned growths, by ``at_step``.
         widths: widths to start with, where they aren't ``build_model``'s defaults.
-        strategy: init, scaling, optimizer state and seed of every stage.
+        strategy: init, scaling, optimizer state, re-warm-up and seed of every stage.
         checkpoint_dir: where checkpoints live; resumed from, and written to before a growth.
         checkpoint_before_growth: whether to save just before each growth.
+        log_every: optimizer steps between points of the growth's curves in the monitors; 0 for none.
     """
 
     stages: tuple[StageConfig, ...] = ()
@@ -48,6 +56,7 @@ class SparklingConfig:
     strategy: Strategy = field(default_factory=Strategy)
     checkpoint_dir: str | None = None
     checkpoint_before_growth: bool = True
+    log_every: int = 10
 
     @classmethod
     def from_dict(cls, block: Mapping[str, Any]) -> SparklingConfig:
@@ -65,9 +74,12 @@ class SparklingConfig:
                 "init",
                 "scaling",
                 "optimizer_state",
+                "rewarmup",
+                "bias_correction",
                 "seed",
                 "checkpoint_dir",
                 "checkpoint_before_growth",
+                "log_every",
             },
         )
         init = _mapping(block.get("init", {}), f"{BLOCK}.init")
@@ -78,6 +90,8 @@ class SparklingConfig:
             norm=_choice(init, f"{BLOCK}.init", "norm", Init.COPY),
             scaling=_choice(block, BLOCK, "scaling", Scaling.RMS),
             optimizer_state=_choice(block, BLOCK, "optimizer_state", OptimizerState.ASYMMETRIC_RESET),
+            rewarmup=_rewarmup(block.get("rewarmup", {})),
+            bias_correction=_choice(block, BLOCK, "bias_correction", BiasCorrection.RESTART),
             seed=_integer(block.get("seed", 0), f"{BLOCK}.seed"),
         )
         widths = block.get("widths")
@@ -87,12 +101,16 @@ class SparklingConfig:
         before_growth = block.get("checkpoint_before_growth", True)
         if not isinstance(before_growth, bool):
             raise ConfigError(f"{BLOCK}.checkpoint_before_growth must be true or false, got {before_growth!r}")
+        log_every = _integer(block.get("log_every", cls.log_every), f"{BLOCK}.log_every")
+        if log_every < 0:
+            raise ConfigError(f"{BLOCK}.log_every must not be negative, got {log_every}")
         return cls(
             stages=_stages(block.get("stages", [])),
             widths=None if widths is None else _widths(widths, f"{BLOCK}.widths"),
             strategy=strategy,
             checkpoint_dir=checkpoint_dir,
             checkpoint_before_growth=before_growth,
+            log_every=log_every,
         )
 
 
@@ -141,8 +159,8 @@ def typed_block(kind: type[_D], config: Mapping[str, Any], name: str) -> _D:
                 raise ConfigError(f"{name} lacks {key!r}")
         elif entry.type == "int":
             _integer(block[key], f"{name}.{key}")
-        elif entry.type == "float" and (isinstance(block[key], bool) or not isinstance(block[key], (int, float))):
-            raise ConfigError(f"{name}.{key} must be a number, got {block[key]!r}")
+        elif entry.type == "float":
+            _number(block[key], f"{name}.{key}")
         elif entry.type in ("bool", "str") and type(block[key]).__name__ != entry.type:
             raise ConfigError(f"{name}.{key} must be a {entry.type}, got {block[key]!r}")
     try:
@@ -178,6 +196,18 @@ def _stages(value: Any) -> tuple[StageConfig, ...]:
     return tuple(stages)
 
 
+def _rewarmup(value: Any) -> Rewarmup:
+    path = f"{BLOCK}.rewarmup"
+    block = _mapping(value, path)
+    _check_keys(block, path, {"ratio", "steps", "scope", "curve"})
+    return Rewarmup(
+        ratio=_number(block.get("ratio", Rewarmup.ratio), f"{path}.ratio"),
+        steps=_integer(block.get("steps", Rewarmup.steps), f"{path}.steps"),
+        scope=_choice(block, path, "scope", Rewarmup.scope),
+        curve=_choice(block, path, "curve", Rewarmup.curve),
+    )
+
+
 def _widths(value: Any, path: str) -> dict[str, int]:
     widths = _mapping(value, path)
     for axis, width in widths.items():
@@ -196,6 +226,12 @@ def _integer(value: Any, path: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise ConfigError(f"{path} must be an integer, got {value!r}")
     return value
+
+
+def _number(value: Any, path: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ConfigError(f"{path} must be a number, got {value!r}")
+    return float(value)
 
 
 def _choice(block: Mapping[str, Any], path: str, key: str, default: _E) -> _E:

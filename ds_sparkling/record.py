@@ -122,14 +122,20 @@ def read_record(checkpoint: Path) -> GrowthRecord | None:
         raise CheckpointError(f"growth record {path} can't be read: {type(error).__name__}: {error}") from error
 
 
-def find_checkpoint(directory: str | os.PathLike[str], tag: str | None = None) -> Path | None:
+def find_checkpoint(
+    directory: str | os.PathLike[str], tag: str | None = None, *, universal: bool = False
+) -> Path | None:
     """The checkpoint directory that ``load_checkpoint(directory, tag)`` would load; None if there is none yet.
 
+    Args:
+        directory, tag: as in ``load_checkpoint``.
+        universal: whether the engine loads universal checkpoints, whose newest is named in ``latest_universal``.
+
     Raises:
-        CheckpointError: if a tag is given, or named by ``latest``, and doesn't exist.
+        CheckpointError: if a tag is given, or named in ``latest``, and doesn't exist.
     """
     root = Path(directory)
-    latest = root / "latest"
+    latest = root / ("latest_universal" if universal else "latest")
     if tag is None and not latest.is_file():
         return None
     name = tag if tag is not None else latest.read_text().strip()

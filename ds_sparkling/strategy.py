@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -44,6 +45,11 @@ class OptimizerState(str, Enum):
     DROP = "drop"
 
     @property
+    def resets_new(self) -> bool:
+        """Whether new elements start with empty state while old ones keep theirs."""
+        return self in (OptimizerState.ASYMMETRIC_RESET, OptimizerState.ASYMMETRIC_RESET_SCALED)
+
+    @property
     def meaning(self) -> str:
         """What it does, in a few words for a printed plan."""
         return {
@@ -52,6 +58,73 @@ class OptimizerState(str, Enum):
             OptimizerState.COPY: "kept for old elements, copied for copies",
             OptimizerState.DROP: "zero for all elements, step counters too",
         }[self]
+
+
+class Scope(str, Enum):
+    """Which elements a re-warm-up lifts: those the stage made (Eq. 27-28), all of them, or none."""
+
+    NEW = "new"
+    ALL = "all"
+    NONE = "none"
+
+
+class Curve(str, Enum):
+    """How the re-warmed rate goes on after its peak.
+
+    ``cosine`` is the paper's (Eq. 27-28): down to the base schedule's end. ``factor`` stays at ratio times the base
+    rate, whatever the base schedule does. ``auto`` takes ``cosine`` where the base schedule is in its cosine phase.
+    """
+
+    AUTO = "auto"
+    COSINE = "cosine"
+    FACTOR = "factor"
+
+
+class BiasCorrection(str, Enum):
+    """The step count that Adam's bias correction takes for new elements.
+
+    ``restart`` counts from their birth, as for a parameter of their own. ``inherit`` goes on with the tensor's count.
+    """
+
+    RESTART = "restart"
+    INHERIT = "inherit"
+
+
+@dataclass(frozen=True)
+class Rewarmup:
+    """The learning-rate re-warm-up after a growth (method, Sec. 4.2.2).
+
+    Attributes:
+        ratio: peak rate over the base rate at the growth (rho).
+        steps: optimizer steps from the base rate up to the peak (tau_w).
+        scope: which elements follow it.
+        curve: what comes after the peak.
+    """
+
+    ratio: float = 1.3
+    steps: int = 250
+    scope: Scope = Scope.NEW
+    curve: Curve = Curve.AUTO
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.ratio) and self.ratio > 0):
+            raise ConfigError(f"rewarmup.ratio must be positive, got {self.ratio}")
+        if self.steps < 0:
+            raise ConfigError(f"rewarmup.steps must not be negative, got {self.steps}")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"ratio": self.ratio, "steps": self.steps, "scope": self.scope.value, "curve": self.curve.value}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Rewarmup:
+        return cls(float(data["ratio"]), int(data["steps"]), Scope(data["scope"]), Curve(data["curve"]))
+
+    @property
+    def meaning(self) -> str:
+        """What it does, in a few words for a printed plan."""
+        if self.scope is Scope.NONE:
+            return "none: new elements follow the base rate"
+        return f"to {self.ratio:g}x the base rate in {self.steps} steps, for {self.scope.value} elements"
 
 
 #: The init strategies, as (fan-out side, fan-in side).
@@ -73,6 +146,8 @@ class Strategy:
     norm: Init = Init.COPY
     scaling: Scaling = Scaling.RMS
     optimizer_state: OptimizerState = OptimizerState.ASYMMETRIC_RESET
+    rewarmup: Rewarmup = Rewarmup()
+    bias_correction: BiasCorrection = BiasCorrection.RESTART
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -102,6 +177,8 @@ class Strategy:
             "init": {"fan_out": self.fan_out.value, "fan_in": self.fan_in.value, "norm": self.norm.value},
             "scaling": self.scaling.value,
             "optimizer_state": self.optimizer_state.value,
+            "rewarmup": self.rewarmup.to_dict(),
+            "bias_correction": self.bias_correction.value,
             "seed": self.seed,
         }
 
@@ -114,5 +191,7 @@ class Strategy:
             Init(init["norm"]),
             Scaling(data["scaling"]),
             OptimizerState(data["optimizer_state"]),
+            Rewarmup.from_dict(data["rewarmup"]),
+            BiasCorrection(data["bias_correction"]),
             int(data["seed"]),
         )

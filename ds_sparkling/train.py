@@ -30,6 +30,7 @@ from ds_sparkling.config import read_json, typed_block
 from ds_sparkling.data import Corpus
 from ds_sparkling.errors import CheckpointError, SparklingError
 from ds_sparkling.models.olmoe import OlmoeConfig, OlmoeForCausalLM
+from ds_sparkling.zero.monitoring import log_twin_cosine
 
 
 @dataclass(frozen=True)
@@ -162,6 +163,7 @@ class Job:
         self.engine.train()
         loss = self._mean(torch.stack(losses).mean())
         self._log({"Validation/loss": loss})
+        log_twin_cosine(self.engine)
         return loss
 
     def _on_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:

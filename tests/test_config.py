@@ -66,7 +66,7 @@ def test_every_key_reaches_its_field() -> None:
             StageConfig(1000, {"hidden_size": 128, "moe_intermediate_size": 96}),
         ),
         widths={"hidden_size": 64, "moe_intermediate_size": 32},
-        strategy=Strategy(Init.RANDOM, Init.ZERO, Init.RANDOM, Scaling.NONE, OptimizerState.DROP, 7),
+        strategy=Strategy(Init.RANDOM, Init.ZERO, Init.RANDOM, Scaling.NONE, OptimizerState.DROP, seed=7),
         checkpoint_dir="ckpt",
         checkpoint_before_growth=False,
     )

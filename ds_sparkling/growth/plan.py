@@ -134,6 +134,7 @@ class GrowthPlan:
         lines.append(
             f"  optimizer state   {self.strategy.optimizer_state.value}: {self.strategy.optimizer_state.meaning}"
         )
+        lines.append(f"  re-warm-up        {self.strategy.rewarmup.meaning}")
         return "\n".join(lines + self._table())
 
     def _table(self) -> list[str]:

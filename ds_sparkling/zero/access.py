@@ -74,6 +74,12 @@ class Shard:
     def piece(self) -> Piece:
         return self.pieces[self.rank]
 
+    @property
+    def offset(self) -> int:
+        """Where ``weight`` begins in the master tensor."""
+        assert self.master is not None
+        return int(self.weight.storage_offset()) - int(self.master.storage_offset())
+
     def gather(self, part: Tensor, device: torch.device) -> Tensor:
         """The whole parameter (flattened) from every rank's ``part``, which is ``weight`` or one of ``states``.
 
@@ -121,6 +127,13 @@ def group_names(engine: DeepSpeedEngine) -> list[frozenset[str]]:
     for group, params in _param_groups(engine):
         members[group].update(names[id(param)] for param in params)
     return [frozenset(group) for group in members]
+
+
+def master_groups(engine: DeepSpeedEngine) -> dict[Tensor, int]:
+    """Every tensor that the base optimizer steps, and the index of its parameter group."""
+    names = {id(param): name for name, param in engine.module.named_parameters()}
+    groups = {names[id(param)]: group for group, params in _param_groups(engine) for param in params}
+    return {shard.master: groups[shard.name] for shard in _trained(engine, names) if shard.master is not None}
 
 
 def make_states(engine: DeepSpeedEngine, templates: Mapping[str, Shard], *, drop: bool) -> None:

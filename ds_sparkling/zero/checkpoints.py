@@ -10,6 +10,7 @@ from typing import Any
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from ds_sparkling.errors import CheckpointError
+from ds_sparkling.optim.step import BirthStep
 from ds_sparkling.record import GrowthRecord, find_checkpoint, read_record
 from ds_sparkling.zero.consensus import Consensus
 from ds_sparkling.zero.run import run_of
@@ -17,8 +18,13 @@ from ds_sparkling.zero.run import run_of
 logger = logging.getLogger(__name__)
 
 
-def hook_checkpoints(engine: DeepSpeedEngine) -> None:
-    """Make the engine's own ``save_checkpoint`` and ``load_checkpoint`` carry and check the growth record."""
+def hook_checkpoints(engine: DeepSpeedEngine, step: BirthStep) -> None:
+    """Make the engine's own ``save_checkpoint`` and ``load_checkpoint`` carry and check the growth record.
+
+    Args:
+        engine: the engine.
+        step: its optimizer step, which has to look at the birth stages anew after a load.
+    """
     save, load = engine.save_checkpoint, engine.load_checkpoint
 
     def save_checkpoint(save_dir: str, tag: str | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -34,7 +40,7 @@ def hook_checkpoints(engine: DeepSpeedEngine) -> None:
     def load_checkpoint(load_dir: str, tag: str | None = None, *args: Any, **kwargs: Any) -> Any:
         consensus = Consensus(f"loading {load_dir}")
         with consensus:
-            found = find_checkpoint(load_dir, tag)
+            found = find_checkpoint(load_dir, tag, universal=engine.load_universal_checkpoint())
             record = None if found is None else read_record(found)
             if found is not None:
                 _check_record(run_of(engine).record, record, found)
@@ -44,6 +50,8 @@ def hook_checkpoints(engine: DeepSpeedEngine) -> None:
         result = load(load_dir, tag, *args, **kwargs)
         if record is not None and result[0] is not None:
             engine.sparkling = replace(run_of(engine), record=record)
+            step.forget_segments()
+            _check_schedule(engine, found)
             stage = engine.sparkling.due(engine.global_steps)
             if stage is not None and engine.global_rank == 0:
                 logger.info(
@@ -53,6 +61,33 @@ def hook_checkpoints(engine: DeepSpeedEngine) -> None:
 
     engine.save_checkpoint = save_checkpoint
     engine.load_checkpoint = load_checkpoint
+
+
+def _check_schedule(engine: DeepSpeedEngine, path: Path | None) -> None:
+    """The scheduler must know every growth in the record, and the groups must be those that were saved.
+
+    Raises:
+        CheckpointError: if the loaded schedule is that of another run.
+    """
+    scheduler, stages = engine.lr_scheduler, len(run_of(engine).record.stages)
+    if not scheduler.births and stages:
+        scheduler.settle(stages)
+        if engine.global_rank == 0:
+            logger.warning(
+                "no re-warm-up was loaded from %s: the elements of all %d growths follow the base rate", path, stages
+            )
+    if len(scheduler.births) != stages:
+        raise CheckpointError(
+            f"{path}: the scheduler's state knows {len(scheduler.births)} growths, the growth record {stages}; they "
+            "belong to different checkpoints"
+        )
+    if engine.load_universal_checkpoint():
+        changed = scheduler.restore_groups()
+        if changed and engine.global_rank == 0:
+            logger.warning(
+                "DeepSpeed's universal checkpoint gave every parameter group the first one's settings; restored %s",
+                ", ".join(changed),
+            )
 
 
 def _check_record(own: GrowthRecord, recorded: GrowthRecord | None, path: Path) -> None:

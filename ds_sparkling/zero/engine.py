@@ -29,10 +29,11 @@ from ds_sparkling.zero import access
 from ds_sparkling.zero.carry import Carried, preserved_rng
 from ds_sparkling.zero.checkpoints import hook_checkpoints
 from ds_sparkling.zero.consensus import Consensus
-from ds_sparkling.zero.monitoring import close_monitors, mark_growth
+from ds_sparkling.zero.monitoring import close_monitors, hook_monitors, mark_growth
 from ds_sparkling.zero.planning import check_stages, knowing, parameter_counts, plan_growth
 from ds_sparkling.zero.regrow import move
 from ds_sparkling.zero.run import GrowingRun, at_boundary, run_of
+from ds_sparkling.zero.stepping import check_restart, hook_step
 from ds_sparkling.zero.support import refuse_unsupported, zero_stage
 
 logger = logging.getLogger(__name__)
@@ -99,7 +100,8 @@ def initialize(
         logger.warning("no checkpoint directory is known, so none is written before a growth; pass checkpoint=DIR")
     consensus = Consensus("planning")
     with consensus, preserved_rng():
-        found = find_checkpoint(directory, tag) if directory is not None else None
+        universal = bool((ds_config.get("checkpoint") or {}).get("load_universal"))
+        found = find_checkpoint(directory, tag, universal=universal) if directory is not None else None
         record = read_record(found) if found is not None else None
         if record is None:
             record = GrowthRecord(dict(block.widths or {}), {})
@@ -196,6 +198,7 @@ def _grow(
             plan = plan_growth(engine, run, widths)
             build_on_meta(run.build_model, {**run.widths, **widths})
             old = access.shards(engine)
+            check_restart(old, run.config.strategy)
         consensus.settle()
         tag = f"global_step{engine.global_steps}-before-growth{plan.stage}"
         if run.checkpoint_dir is not None and widths:
@@ -218,6 +221,8 @@ def _grow(
         move(plan, old, grown, consensus)
         with consensus:
             carried.restore(grown)
+            if widths:
+                grown.lr_scheduler.born(plan.strategy)
         consensus.settle()
     if widths:
         mark_growth(grown, plan, text)
@@ -256,5 +261,7 @@ def _engine(run: GrowingRun) -> DeepSpeedEngine:
     if type(engine) is not DeepSpeedEngine:
         raise UnsupportedError(f"a {type(engine).__name__} can't be grown yet; only DeepSpeed's plain engine can")
     engine.sparkling = replace(run, parameters=parameter_counts(engine, run.record))
-    hook_checkpoints(engine)
+    step = hook_step(engine)
+    hook_checkpoints(engine, step)
+    hook_monitors(engine, step)
     return engine

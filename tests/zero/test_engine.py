@@ -15,7 +15,7 @@ import torch
 from distributed import Workers
 from tiny import Case
 
-from ds_sparkling.strategy import OptimizerState, Strategy
+from ds_sparkling.strategy import OptimizerState, Rewarmup, Scope, Strategy
 
 Pool = Callable[[int], Workers]
 JOINT = {"hidden_size": 12, "moe_intermediate_size": 10}
@@ -101,32 +101,32 @@ def losses_around(case: Case, what: str | None) -> tuple[float, float, float]:
 # -- twins ------------------------------------------------------------------------------------------------------
 
 
-def twin_distance(state: OptimizerState) -> float:
-    """Largest difference between a copied unit's weights and its source's, 6 steps after the growth."""
+def twin_cosine(state: OptimizerState, scope: Scope) -> float:
+    """Mean cosine between copied units and their sources, 6 steps after the growth (Fig. 2)."""
     import ds_sparkling
+    from ds_sparkling.zero.monitoring import log_twin_cosine
 
     engine = tiny.initialize(Case(2, 3, 2))
     tiny.train(engine, 3)
-    tiny.with_strategy(engine, Strategy(optimizer_state=state))
+    tiny.with_strategy(engine, Strategy(optimizer_state=state, rewarmup=Rewarmup(2.0, 2, scope)))
     engine = ds_sparkling.grow(engine, {"moe_intermediate_size": 10})
     tiny.train(engine, 9)
-    weights, _ = tiny.local_state(engine)
-    name = "layers.0.mlp.experts.w{}"
-    rows = [weights[name.format(i)]["weight"] for i in (1, 3)]
-    columns = weights[name.format(2)]["weight"]
-    return max(
-        *(float((w[:, 5:] - w[:, :5]).abs().max()) for w in rows),
-        float((columns[..., 5:] - columns[..., :5]).abs().max()),
-    )
+    cosine = log_twin_cosine(engine)
+    assert cosine is not None
+    return cosine
 
 
 @pytest.mark.parametrize("state", [OptimizerState.COPY, OptimizerState.DROP])
-def test_symmetric_states_lock_the_twins(state: OptimizerState, workers: Pool) -> None:
-    assert max(workers(2).run(twin_distance, state)) < 1e-6
+@pytest.mark.parametrize("scope", [Scope.NONE, Scope.ALL])
+def test_symmetric_states_lock_the_twins(state: OptimizerState, scope: Scope, workers: Pool) -> None:
+    assert min(workers(2).run(twin_cosine, state, scope)) > 1 - 1e-9
 
 
-def test_asymmetric_reset_parts_the_twins(workers: Pool) -> None:
-    assert min(workers(2).run(twin_distance, OptimizerState.ASYMMETRIC_RESET)) > 1e-3
+def test_asymmetric_reset_parts_the_twins_and_a_rewarmup_parts_them_faster(workers: Pool) -> None:
+    parted = workers(2).run(twin_cosine, OptimizerState.ASYMMETRIC_RESET, Scope.NONE)
+    faster = workers(2).run(twin_cosine, OptimizerState.ASYMMETRIC_RESET, Scope.NEW)
+    assert max(parted) < 1 - 1e-4
+    assert all(1 - new > 1.2 * (1 - none) for new, none in zip(faster, parted, strict=True))
 
 
 # -- when growth happens ----------------------------------------------------------------------------------------

@@ -17,12 +17,13 @@ STAGES = [
     {"at_step": 3, "widths": {"hidden_size": 12, "moe_intermediate_size": 10}},
     {"at_step": 6, "widths": {"moe_intermediate_size": 15}},
 ]
+GROWING = {"stages": STAGES, "rewarmup": {"ratio": 1.5, "steps": 3}}
 CASES = [
-    Case(2, 3, 2, sparkling={"stages": STAGES}, zero={"sub_group_size": 500}),
-    Case(2, 2, 2, accumulation=2, sparkling={"stages": STAGES}),
-    Case(2, 3, bf16=True, groups=True, sparkling={"stages": STAGES}),
-    Case(3, 1, bf16=True, frozen=True, sparkling={"stages": STAGES}),
-    Case(1, 0, sparkling={"stages": STAGES}),
+    Case(2, 3, 2, sparkling=GROWING, zero={"sub_group_size": 500}),
+    Case(2, 2, 2, accumulation=2, sparkling={**GROWING, "bias_correction": "inherit"}),
+    Case(2, 3, bf16=True, groups=True, sparkling=GROWING),
+    Case(3, 1, bf16=True, frozen=True, sparkling={"stages": STAGES, "rewarmup": {"steps": 2, "curve": "factor"}}),
+    Case(1, 0, sparkling={"stages": STAGES, "rewarmup": {"steps": 1, "scope": "all"}}),
 ]
 
 
@@ -69,6 +70,7 @@ def summary(engine: Any) -> tuple[Any, tuple[Any, ...]]:
         engine.global_samples,
         engine.skipped_steps,
         engine.get_lr(),
+        [engine.lr_scheduler.rates(group) for group in range(len(engine.get_lr()))],
         engine.sparkling.widths,
     )
     return tiny.local_state(engine), counters
@@ -83,10 +85,11 @@ def test_resume_equals_the_uninterrupted_run(case: Case, workers: Callable[[int]
         "global_step3",
         "global_step3-before-growth1",
         "global_step4",
+        "global_step5",
         "global_step6-before-growth2",
     ]
     assert {*tags} <= {path.name for path in tmp_path.iterdir()}
-    for tag in [*tags, "global_step8"]:
+    for tag in [*tags, "global_step7", "global_step8"]:
         for (losses, end), (start, rest, end_resumed) in zip(
             whole, pool.run(resumed, case, str(tmp_path), tag), strict=True
         ):

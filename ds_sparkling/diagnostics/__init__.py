@@ -1,0 +1,1 @@
+"""What tells whether a growth goes well: statistics of tensors, knowing no engine."""

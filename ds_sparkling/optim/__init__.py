@@ -1,0 +1,1 @@
+"""Inside the optimizer step: a learning rate and an age per element."""

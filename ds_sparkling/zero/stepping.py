@@ -1,0 +1,80 @@
+"""The engine's optimizer step and scheduler, made to tell birth stages apart."""
+
+from __future__ import annotations
+
+import math
+
+from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import Tensor
+
+from ds_sparkling.errors import UnsupportedError
+from ds_sparkling.growth import births_of_piece
+from ds_sparkling.optim.elementwise import steps_elementwise
+from ds_sparkling.optim.scheduler import RewarmupScheduler
+from ds_sparkling.optim.segments import Segment, segments_of
+from ds_sparkling.optim.step import BirthStep
+from ds_sparkling.strategy import BiasCorrection, Scope, Strategy
+from ds_sparkling.zero import access
+from ds_sparkling.zero.naming import engine_axes
+from ds_sparkling.zero.run import run_of
+
+
+def hook_step(engine: DeepSpeedEngine) -> BirthStep:
+    """Put a :class:`RewarmupScheduler` into the engine's slot and a :class:`BirthStep` into its base optimizer.
+
+    Returns:
+        The step.
+
+    Raises:
+        UnsupportedError: if birth stages are to be treated differently and the optimizer can't be stepped in pieces.
+    """
+    optimizer = access.base_optimizer(engine)
+    groups = access.master_groups(engine)
+    if _tells_stages_apart(run_of(engine).config.strategy):
+        for master, index in {group: (master, group) for master, group in groups.items()}.values():
+            if not steps_elementwise(optimizer, optimizer.param_groups[index], master):
+                raise UnsupportedError(
+                    f"{type(optimizer).__name__} updates an element by looking at others, so new elements can't have a "
+                    "learning rate of their own: use an elementwise optimizer like AdamW, or set "
+                    'rewarmup.scope to "none" and bias_correction to "inherit"'
+                )
+    engine.lr_scheduler = RewarmupScheduler(engine.lr_scheduler, optimizer)
+    return BirthStep(optimizer, engine.lr_scheduler, groups, lambda: birth_segments(engine))
+
+
+def check_restart(shards: dict[str, access.Shard], strategy: Strategy) -> None:
+    """Refuse to restart the bias correction of an optimizer that keeps more numbers per tensor than a step count.
+
+    Raises:
+        UnsupportedError: names the number.
+    """
+    if strategy.bias_correction is not BiasCorrection.RESTART:
+        return
+    for shard in shards.values():
+        others = shard.scalars.keys() - {"step"}
+        if others and "step" in shard.scalars:
+            raise UnsupportedError(
+                f"the optimizer keeps {sorted(others)} per tensor, which can't start anew for some elements; set "
+                'bias_correction to "inherit"'
+            )
+
+
+def birth_segments(engine: DeepSpeedEngine) -> dict[Tensor, tuple[Segment, ...]]:
+    """The birth stages of all elements of every tensor that the base optimizer steps, by what the record tells."""
+    record = run_of(engine).record
+    axes, history = engine_axes(engine, record.axes), record.width_history
+    pieces: dict[Tensor, list[tuple[int, int, Tensor | None]]] = {}
+    for shard in access.shards(engine).values():
+        if shard.master is None:
+            continue
+        births = births_of_piece(axes[shard.name], shard.shape, history, shard.piece.start, shard.piece.stop)
+        made = births.to(shard.master.device) if births.any() else None
+        pieces.setdefault(shard.master, []).append((shard.offset, shard.offset + shard.piece.numel, made))
+    return {
+        master: segments_of(sorted(parts, key=lambda part: part[0]), math.prod(master.shape))
+        for master, parts in pieces.items()
+    }
+
+
+def _tells_stages_apart(strategy: Strategy) -> bool:
+    return strategy.rewarmup.scope is Scope.NEW or strategy.bias_correction is BiasCorrection.RESTART
