@@ -8,6 +8,7 @@ here = Path(__file__).parent
 version = next(
     line.split('"')[1] for line in (here / "ds_sparkling/__init__.py").read_text().splitlines() if "__version__" in line
 )
+plots = ["matplotlib>=3.8"]
 
 setup(
     name="ds-sparkling",
@@ -26,6 +27,9 @@ setup(
         "tensorboard>=2.15",
         "tqdm>=4.60",
     ],
-    extras_require={"dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.13", "types-tqdm"]},
+    extras_require={
+        "plots": plots,
+        "dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.13", "types-tqdm", *plots],
+    },
     entry_points={"console_scripts": ["ds-sparkling = ds_sparkling.cli:main"]},
 )

@@ -31,10 +31,24 @@ def _bench_regrow(arguments: Sequence[str]) -> None:
     bench(arguments)
 
 
+def _plot_schedule(arguments: Sequence[str]) -> None:
+    from ds_sparkling.plot_schedule import main as plot
+
+    plot(arguments)
+
+
+def _bench_step(arguments: Sequence[str]) -> None:
+    from ds_sparkling.benchmarks.step import main as bench
+
+    bench(arguments)
+
+
 #: name -> (what runs it, one line of help)
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "train": (_train, "train a mixture-of-experts language model and widen it mid-way"),
+    "plot-schedule": (_plot_schedule, "learning rates of every birth stage, before the run, as text and picture"),
     "bench-regrow": (_bench_regrow, "time and memory of a live growth against other ways"),
+    "bench-step": (_bench_step, "time and memory of an optimizer step after a growth"),
 }
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ds_sparkling.optim.segments import Segment
+from ds_sparkling.growth import Block
 
 #: Elements looked at per tensor.
 _SAMPLE = 1 << 16
@@ -17,13 +17,13 @@ class UpdateMeter:
     """Call :meth:`start` before a step and :meth:`stop` after it.
 
     Args:
-        segments: the birth stages of the elements of every tensor that is stepped.
+        blocks: the birth stages of the elements of every tensor that is stepped.
         stages: how many birth stages there are, the original elements' included.
     """
 
-    def __init__(self, segments: Mapping[Tensor, Sequence[Segment]], stages: int) -> None:
+    def __init__(self, blocks: Mapping[Tensor, Sequence[Block]], stages: int) -> None:
         self._stages = stages
-        self._samples = [(tensor, *_sample(tensor, parts)) for tensor, parts in segments.items()]
+        self._samples = [(tensor, *_sample(tensor, parts)) for tensor, parts in blocks.items()]
         self._before: list[Tensor] = []
 
     @torch.no_grad()
@@ -43,21 +43,17 @@ class UpdateMeter:
         return sums
 
 
-def _sample(tensor: Tensor, segments: Sequence[Segment]) -> tuple[Tensor, Tensor]:
+def _sample(tensor: Tensor, blocks: Sequence[Block]) -> tuple[Tensor, Tensor]:
     """Indices of the sampled elements, on the tensor's device, and their birth stages, int64 on the CPU."""
-    generator = torch.Generator().manual_seed(tensor.numel())
     if tensor.numel() <= _SAMPLE:
         indices = torch.arange(tensor.numel())
     else:
+        generator = torch.Generator().manual_seed(tensor.numel())
         indices = torch.randint(tensor.numel(), (_SAMPLE,), generator=generator).sort().values
     births = torch.empty(len(indices), dtype=torch.int64)
-    bounds = torch.searchsorted(indices, torch.tensor([segment.stop for segment in segments]))
-    first = 0
-    for segment, last in zip(segments, bounds.tolist(), strict=True):
-        if isinstance(segment.births, int):
-            births[first:last] = segment.births
-        else:
-            local = (indices[first:last] - segment.start).to(segment.births.device)
-            births[first:last] = segment.births[local].cpu().long()
-        first = last
+    bounds = torch.searchsorted(indices, torch.tensor([block.stop for block in blocks])).tolist()
+    for block, first, last in zip(blocks, [0, *bounds], bounds, strict=False):
+        columns = (indices[first:last] - block.start) % block.row
+        run = torch.searchsorted(torch.tensor([run.stop for run in block.runs]), columns, right=True)
+        births[first:last] = torch.tensor([run.stage for run in block.runs])[run]
     return indices.to(tensor.device), births

@@ -1,54 +1,158 @@
 """Birth stages: in which growth each element of a parameter came to be.
 
-An element is as young as the youngest of its indices. The sizes that its axes went through tell that, so no
-checkpoint has to store it.
+An element is as young as the youngest of its indices. The sizes that its axes went through tell that, so no checkpoint
+stores it and no memory goes with the elements: rows whose columns were born alike are told apart as one block.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from ds_sparkling.axes import ParamAxes
+from ds_sparkling.axes import Dim, ParamAxes
 from ds_sparkling.growth.units import birth_of_units
 
 
-def birth_stages(axes: ParamAxes, shape: tuple[int, ...], widths: Mapping[str, tuple[int, ...]]) -> Tensor:
-    """Birth stage of every element, uint8 of shape ``shape``.
+@dataclass(frozen=True)
+class Run:
+    """Columns up to ``stop`` (from where the run before it stops) that were born in ``stage``."""
+
+    stop: int
+    stage: int
+
+
+@dataclass(frozen=True)
+class Block:
+    """Consecutive elements of a flat tensor: ``rows`` rows that are cut into the same runs, whatever their number.
+
+    Attributes:
+        start: the first element's index.
+        rows: how many rows there are.
+        runs: the runs of one row; the last one's ``stop`` is the row's length.
+    """
+
+    start: int
+    rows: int
+    runs: tuple[Run, ...]
+
+    @property
+    def row(self) -> int:
+        """Elements of a row."""
+        return self.runs[-1].stop
+
+    @property
+    def stop(self) -> int:
+        """The index after the last element's."""
+        return self.start + self.rows * self.row
+
+    @property
+    def uniform(self) -> int | None:
+        """The birth stage of all its elements, if it is the same."""
+        return self.runs[0].stage if len(self.runs) == 1 else None
+
+
+def stretch(start: int, stop: int, stage: int) -> Block:
+    """A block of elements that were all born in ``stage``."""
+    return Block(start, 1, (Run(stop - start, stage),))
+
+
+def birth_blocks(
+    axes: ParamAxes, shape: tuple[int, ...], widths: Mapping[str, tuple[int, ...]], start: int, stop: int
+) -> list[Block]:
+    """The birth stages of the elements ``start`` to ``stop`` of a flattened parameter, as blocks that lie end to end.
 
     Args:
         axes: what the parameter's dimensions are.
         shape: its present shape.
         widths: per axis, its width at the start and after every stage; axes that never grew may be left out.
+        start, stop: indices into the flattened parameter; the blocks count from ``start``.
     """
-    return births_of_piece(axes, shape, widths, 0, math.prod(shape)).view(shape)
+    if stop <= start:
+        return []
+    births = [_births_of_dim(dim, size, widths) for dim, size in zip(axes.dims, shape, strict=True)]
+    grown = [position for position, per_index in enumerate(births) if per_index.any()]
+    if not grown:
+        return [stretch(0, stop - start, 0)]
+    last = grown[-1]
+    runs = _runs(births[last], math.prod(shape[last + 1 :]))
+    row = runs[-1].stop
+    # How old the other dimensions allow the elements of each row to be at most.
+    floors = torch.zeros((1,), dtype=torch.uint8)
+    for per_index in births[:last]:
+        floors = torch.maximum(floors[:, None], per_index[None, :]).flatten()
+    blocks: list[Block] = []
+    for first, end, floor in _stretches(floors, start // row, -(-stop // row)):
+        blocks += _cut(first * row, end * row, _floored(runs, floor), start, stop)
+    return join(replace(block, start=block.start - start) for block in blocks)
 
 
-def births_of_piece(
-    axes: ParamAxes, shape: tuple[int, ...], widths: Mapping[str, tuple[int, ...]], start: int, stop: int
-) -> Tensor:
-    """Birth stage of the elements ``start`` to ``stop`` of the flattened parameter, uint8 of shape [stop - start].
+def join(blocks: Iterable[Block]) -> list[Block]:
+    """Blocks that lie end to end, with neighbours of one birth stage joined."""
+    joined: list[Block] = []
+    for block in blocks:
+        stage = block.uniform
+        if joined and stage is not None and joined[-1].uniform == stage:
+            joined[-1] = stretch(joined[-1].start, block.stop, stage)
+        else:
+            joined.append(block if stage is None else stretch(block.start, block.stop, stage))
+    return joined
 
-    Memory goes with the piece, plus at most two slices along the first dimension.
 
-    Args:
-        axes, shape, widths: as in :func:`birth_stages`.
-        start, stop: indices into the flattened parameter.
-    """
-    if not shape or stop <= start:
-        return torch.zeros(max(stop - start, 0), dtype=torch.uint8)
-    below = math.prod(shape[1:])
-    first, last = start // below, -(-stop // below)
-    births = torch.zeros((last - first, *shape[1:]), dtype=torch.uint8)
-    for position, dim in enumerate(axes.dims):
-        if dim.axis is not None and dim.axis in widths:
-            per_unit = birth_of_units(widths[dim.axis])
-            per_index = per_unit.repeat_interleave(dim.block).repeat(dim.segments)
-            if position == 0:
-                per_index = per_index[first:last]
-            trailing = len(shape) - position - 1
-            torch.maximum(births, per_index.view(-1, *[1] * trailing), out=births)
-    return births.view(-1)[start - first * below : stop - first * below]
+def _births_of_dim(dim: Dim, size: int, widths: Mapping[str, tuple[int, ...]]) -> Tensor:
+    """Birth stage of every index of one dimension, uint8."""
+    if dim.axis is None or dim.axis not in widths:
+        return torch.zeros(size, dtype=torch.uint8)
+    return birth_of_units(widths[dim.axis]).repeat_interleave(dim.block).repeat(dim.segments)
+
+
+def _stretches(births: Tensor, start: int, stop: int) -> Iterable[tuple[int, int, int]]:
+    """(first, end, birth) of every stretch of equal entries between ``start`` and ``stop``."""
+    window = births[start:stop]
+    changes = (window[1:] != window[:-1]).nonzero().flatten() + 1
+    bounds = [0, *changes.tolist(), len(window)]
+    for first, end in itertools.pairwise(bounds):
+        yield start + first, start + end, int(window[first])
+
+
+def _runs(births: Tensor, trailing: int) -> tuple[Run, ...]:
+    """The runs of a row, whose indices have ``births`` and hold ``trailing`` elements each."""
+    return tuple(Run(end * trailing, stage) for _, end, stage in _stretches(births, 0, len(births)))
+
+
+def _floored(runs: tuple[Run, ...], floor: int) -> tuple[Run, ...]:
+    """The runs of a row that was itself born in ``floor``."""
+    floored: list[Run] = []
+    for run in runs:
+        stage = max(run.stage, floor)
+        if floored and floored[-1].stage == stage:
+            floored.pop()
+        floored.append(Run(run.stop, stage))
+    return tuple(floored)
+
+
+def _cut(first: int, end: int, runs: tuple[Run, ...], start: int, stop: int) -> list[Block]:
+    """Rows between the elements ``first`` and ``end``, without what lies outside of ``start`` to ``stop``."""
+    row = runs[-1].stop
+    low, high = max(first, start), min(end, stop)
+    blocks = []
+    while low < high:
+        column = (low - first) % row
+        if column or high - low < row:  # a part of a row
+            width = min(row - column, high - low)
+            inside = [
+                Run(min(run.stop, column + width) - column, run.stage)
+                for before, run in zip((0, *(run.stop for run in runs)), runs, strict=False)
+                if before < column + width and run.stop > column
+            ]
+            blocks.append(Block(low, 1, tuple(inside)))
+            low += width
+        else:
+            rows = (high - low) // row
+            blocks.append(Block(low, rows, runs))
+            low += rows * row
+    return blocks

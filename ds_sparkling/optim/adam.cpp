@@ -1,13 +1,12 @@
 // Adam and AdamW over a flat fp32 tensor whose elements have a learning rate and an age by birth stage, in one pass.
 //
 // A plain C interface, so that it builds in a second and without PyTorch's headers. Operations and their order are those
-// of torch.optim.AdamW, or of DeepSpeedCPUAdam, which differ in rounding. Build with -ffp-contract=off: an element's
+// of torch.optim.AdamW(fused=True), or of DeepSpeedCPUAdam, which differ in rounding. Build with -ffp-contract=off: an element's
 // result must not depend on where runs and threads begin.
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 
 extern "C" {
 
@@ -18,12 +17,19 @@ struct Rate {
     float correction;  // torch: sqrt(1 - beta2^t); DeepSpeed: its inverse
 };
 
-// Elements start .. stop - 1, of one birth stage, or of the stages in births.
-struct Segment {
-    int64_t start;
+// Columns of a row up to stop, from where the run before stops, all of one birth stage.
+struct Run {
     int64_t stop;
     int64_t stage;
-    const uint8_t* births;  // null if all are of stage
+};
+
+// rows rows of row elements from start on, each cut into the same runs.
+struct Block {
+    int64_t start;
+    int64_t rows;
+    int64_t row;
+    const Run* runs;
+    int64_t count;
 };
 
 struct Constants {
@@ -84,50 +90,42 @@ inline void run(const Tensors& t, int64_t begin, int64_t end, const Rate rate, c
     }
 }
 
-// The first index from i on (below end) whose birth isn't that of i.
-inline int64_t run_end(const uint8_t* births, int64_t i, int64_t end)
-{
-    const uint8_t birth = births[i];
-    const uint64_t same = 0x0101010101010101ull * birth;
-    for (++i; i + 8 <= end; i += 8) {
-        uint64_t next;
-        std::memcpy(&next, births + i, 8);
-        if (next != same) break;
-    }
-    while (i < end && births[i] == birth) ++i;
-    return i;
-}
-
+// The elements of a block between begin and end.
 template <Flavour flavour, Decay decay>
-void step(const Tensors& t, const Segment* segments, int64_t count, const Rate* rates, const Constants& c, int threads)
+void block_step(const Tensors& t, const Block& block, int64_t begin, int64_t end, const Rate* rates, const Constants& c)
 {
-    int64_t numel = 0;
-    for (int64_t s = 0; s < count; ++s) numel += segments[s].stop - segments[s].start;
-#pragma omp parallel for num_threads(threads) schedule(static, 1)
-    for (int thread = 0; thread < threads; ++thread) {
-        int64_t skip = numel * thread / threads;
-        int64_t left = numel * (thread + 1) / threads - skip;
-        for (int64_t s = 0; s < count && left > 0; ++s) {
-            const Segment& segment = segments[s];
-            const int64_t size = segment.stop - segment.start;
-            if (skip >= size) {
-                skip -= size;
-                continue;
-            }
-            int64_t i = segment.start + skip;
-            const int64_t end = std::min(segment.stop, i + left);
-            skip = 0;
-            left -= end - i;
-            if (segment.births == nullptr) {
-                run<flavour, decay>(t, i, end, rates[segment.stage], c);
-                continue;
-            }
-            while (i < end) {
-                const uint8_t* births = segment.births - segment.start;
-                const int64_t stop = run_end(births, i, end);
-                run<flavour, decay>(t, i, stop, rates[births[i]], c);
+    if (block.count == 1) {
+        run<flavour, decay>(t, begin, end, rates[block.runs[0].stage], c);
+        return;
+    }
+    int64_t i = begin;
+    for (int64_t first = begin - (begin - block.start) % block.row; first < end; first += block.row) {
+        for (int64_t r = 0; r < block.count && i < end; ++r) {
+            const int64_t stop = std::min(first + block.runs[r].stop, end);
+            if (stop > i) {
+                run<flavour, decay>(t, i, stop, rates[block.runs[r].stage], c);
                 i = stop;
             }
+        }
+    }
+}
+
+// Blocks lie end to end; every thread takes an equal stretch of elements.
+template <Flavour flavour, Decay decay>
+void step(const Tensors& t, const Block* blocks, int64_t count, const Rate* rates, const Constants& c, int threads)
+{
+    const Block& last = blocks[count - 1];
+    const int64_t numel = last.start + last.rows * last.row;
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+    for (int thread = 0; thread < threads; ++thread) {
+        const int64_t low = numel * thread / threads;
+        const int64_t high = numel * (thread + 1) / threads;
+        const Block* block = std::upper_bound(
+            blocks, blocks + count, low, [](int64_t i, const Block& candidate) { return i < candidate.start; });
+        for (--block; block != blocks + count && block->start < high; ++block) {
+            const int64_t begin = std::max(low, block->start);
+            const int64_t end = std::min(high, block->start + block->rows * block->row);
+            block_step<flavour, decay>(t, *block, begin, end, rates, c);
         }
     }
 }
@@ -138,7 +136,7 @@ extern "C" void ds_sparkling_adam_step(float* param,
                                        const float* grad,
                                        float* exp_avg,
                                        float* exp_avg_sq,
-                                       const Segment* segments,
+                                       const Block* blocks,
                                        int64_t count,
                                        const Rate* rates,
                                        const Constants* constants,
@@ -149,8 +147,8 @@ extern "C" void ds_sparkling_adam_step(float* param,
     const Tensors t{param, grad, exp_avg, exp_avg_sq};
     const Constants& c = *constants;
     const Decay decay = c.weight_decay == 0.0f ? NONE : decoupled ? DECOUPLED : L2;
-    void (*const steps[2][3])(const Tensors&, const Segment*, int64_t, const Rate*, const Constants&, int) = {
+    void (*const steps[2][3])(const Tensors&, const Block*, int64_t, const Rate*, const Constants&, int) = {
         {step<TORCH, NONE>, step<TORCH, DECOUPLED>, step<TORCH, L2>},
         {step<DEEPSPEED, NONE>, step<DEEPSPEED, DECOUPLED>, step<DEEPSPEED, L2>}};
-    steps[deepspeed ? DEEPSPEED : TORCH][decay](t, segments, count, rates, c, threads);
+    steps[deepspeed ? DEEPSPEED : TORCH][decay](t, blocks, count, rates, c, threads);
 }

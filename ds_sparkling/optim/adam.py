@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils import cpp_extension
 
-from ds_sparkling.optim.segments import Segment
+from ds_sparkling.growth import Block
 from ds_sparkling.optim.treatment import Treatment
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ class AdamKernel:
     """The one-pass step for one optimizer.
 
     Args:
-        optimizer: of any class; only Adam and AdamW of torch, and DeepSpeedCPUAdam, are ever taken.
+        optimizer: of any class; only torch's fused Adam and AdamW, and DeepSpeedCPUAdam, are ever taken.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
@@ -45,7 +45,7 @@ class AdamKernel:
         self._deepspeed = type(optimizer).__name__ == "DeepSpeedCPUAdam"
         self._known = self._deepspeed or type(optimizer) in (torch.optim.Adam, torch.optim.AdamW)
         self._decoupled = getattr(optimizer, "adam_w_mode", isinstance(optimizer, torch.optim.AdamW))
-        self._tables: dict[int, tuple[Sequence[Segment], Any]] = {}
+        self._tables: dict[Tensor, _Table] = {}
 
     def takes(self, group: Mapping[str, Any], param: Tensor) -> bool:
         """Whether the kernel can step ``param`` as its optimizer would."""
@@ -53,6 +53,8 @@ class AdamKernel:
         tensors = [param, param.grad, state.get("exp_avg"), state.get("exp_avg_sq")]
         return (
             self._known
+            # torch's other implementations round as its vector maths library does, which differs between builds.
+            and (self._deepspeed or group.get("fused") is True)
             and all(
                 isinstance(tensor, Tensor)
                 and tensor.device.type == "cpu"
@@ -67,14 +69,14 @@ class AdamKernel:
         )
 
     def step(
-        self, group: Mapping[str, Any], param: Tensor, segments: Sequence[Segment], stages: Sequence[Treatment]
+        self, group: Mapping[str, Any], param: Tensor, blocks: Sequence[Block], stages: Sequence[Treatment]
     ) -> None:
         """Step ``param`` once.
 
         Args:
             group: its parameter group.
             param: 1-D or of any contiguous shape, with its gradient.
-            segments: the birth stages of its elements.
+            blocks: the birth stages of its elements.
             stages: what each birth stage gets.
         """
         state = self._optimizer.state[param]
@@ -82,11 +84,10 @@ class AdamKernel:
         state["step"] += 1
         rate = _deepspeed_rate if self._deepspeed else _torch_rate
         rates = [rate(group, stage.lr, (done if stage.age is None else min(done, stage.age)) + 1) for stage in stages]
-        beta1, beta2 = (float(beta) for beta in group["betas"])
-        one, first, second = (np.float32 if self._deepspeed else np.float64)(1.0), beta1, beta2
-        if self._deepspeed:
-            first, second = np.float32(beta1), np.float32(beta2)
-        constants = (beta1, beta2, one - first, one - second, group["eps"], group["weight_decay"])
+        precision = np.float32 if self._deepspeed else np.float64
+        betas = [precision(beta) for beta in group["betas"]]
+        constants = [*betas, *(precision(1.0) - beta for beta in betas), group["eps"], group["weight_decay"]]
+        table = self._table(param, blocks)
         library = _library()
         assert library is not None
         assert param.grad is not None
@@ -95,8 +96,8 @@ class AdamKernel:
             ctypes.c_void_p(param.grad.data_ptr()),
             ctypes.c_void_p(state["exp_avg"].data_ptr()),
             ctypes.c_void_p(state["exp_avg_sq"].data_ptr()),
-            self._table(param, segments),
-            ctypes.c_int64(len(segments)),
+            table.blocks,
+            ctypes.c_int64(table.count),
             (_Rate * len(rates))(*(_Rate(*rate) for rate in rates)),
             ctypes.byref(_Constants(*(float(constant) for constant in constants))),
             ctypes.c_int(self._deepspeed),
@@ -104,30 +105,34 @@ class AdamKernel:
             ctypes.c_int(torch.get_num_threads()),
         )
 
-    def _table(self, param: Tensor, segments: Sequence[Segment]) -> Any:
-        """The segments as the kernel reads them; made once."""
-        known = self._tables.get(id(param))
-        if known is None or known[0] is not segments:
-            entries = [
-                _Segment(s.start, s.stop, s.births, None)
-                if isinstance(s.births, int)
-                else _Segment(s.start, s.stop, 0, s.births.data_ptr())
-                for s in segments
-            ]
-            known = self._tables[id(param)] = (segments, (_Segment * len(entries))(*entries))
-        return known[1]
+    def forget_blocks(self) -> None:
+        """Other blocks may come for a tensor that was stepped before."""
+        self._tables.clear()
+
+    def _table(self, param: Tensor, blocks: Sequence[Block]) -> _Table:
+        """The blocks as the kernel reads them; made once for those of a grown tensor."""
+        if len(blocks) == 1:
+            return _Table(blocks)
+        if param not in self._tables:
+            self._tables[param] = _Table(blocks)
+        return self._tables[param]
 
 
 class _Rate(ctypes.Structure):
     _fields_ = [("decay", ctypes.c_float), ("step_size", ctypes.c_float), ("correction", ctypes.c_float)]
 
 
-class _Segment(ctypes.Structure):
+class _Run(ctypes.Structure):
+    _fields_ = [("stop", ctypes.c_int64), ("stage", ctypes.c_int64)]
+
+
+class _Block(ctypes.Structure):
     _fields_ = [
         ("start", ctypes.c_int64),
-        ("stop", ctypes.c_int64),
-        ("stage", ctypes.c_int64),
-        ("births", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("row", ctypes.c_int64),
+        ("runs", ctypes.POINTER(_Run)),
+        ("count", ctypes.c_int64),
     ]
 
 
@@ -136,6 +141,20 @@ class _Constants(ctypes.Structure):
         (name, ctypes.c_float)
         for name in ("beta1", "beta2", "one_minus_beta1", "one_minus_beta2", "eps", "weight_decay")
     ]
+
+
+class _Table:
+    """Blocks as the kernel reads them."""
+
+    def __init__(self, blocks: Sequence[Block]) -> None:
+        self._runs = [(_Run * len(block.runs))(*(_Run(run.stop, run.stage) for run in block.runs)) for block in blocks]
+        self.count = len(blocks)
+        self.blocks = (_Block * self.count)(
+            *(
+                _Block(block.start, block.rows, block.row, runs, len(runs))
+                for block, runs in zip(blocks, self._runs, strict=True)
+            )
+        )
 
 
 def _torch_rate(group: Mapping[str, Any], lr: float, t: int) -> tuple[float, float, float]:

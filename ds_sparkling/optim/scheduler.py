@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -60,10 +60,10 @@ class RewarmupScheduler:
         """A growth stage has just happened.
 
         Raises:
-            ConfigError: if its curve is to be a cosine and the base schedule isn't one.
+            ConfigError: if its curve is to be a cosine and the base schedule has none around it.
         """
         starts = tuple(float(group["lr"]) for group in self.optimizer.param_groups)
-        base = cosine_base(self.base, strategy.rewarmup, starts)
+        base = cosine_base(self.base, strategy.rewarmup, len(starts))
         # Copied moments are as old as their source's; only empty ones can start anew.
         restart = strategy.bias_correction is BiasCorrection.RESTART and strategy.optimizer_state.resets_new
         self.births = (*self.births, Birth(strategy.rewarmup, starts, base, restart))
@@ -107,31 +107,33 @@ class RewarmupScheduler:
         return [{key: value for key, value in group.items() if value is not None} for group in plain]
 
 
-def cosine_base(scheduler: Any, rewarmup: Rewarmup, starts: Sequence[float]) -> CosineBase | None:
+def cosine_base(scheduler: Any, rewarmup: Rewarmup, groups: int) -> CosineBase | None:
     """What the paper's curve needs to know of the base schedule; None where new elements get a factor instead.
 
     Known cosines are DeepSpeed's WarmupCosineLR, torch's CosineAnnealingLR, and a SequentialLR that ends in one.
 
     Args:
         scheduler: the base scheduler.
-        rewarmup: ``auto`` takes the cosine once the base schedule's own warm-up is over.
-        starts: the present base rate of every group.
+        rewarmup: ``auto`` takes the cosine if the re-warm-up lies inside it.
+        groups: how many parameter groups there are.
 
     Raises:
-        ConfigError: if ``rewarmup`` asks for a cosine and the base schedule isn't a known one.
+        ConfigError: if ``rewarmup`` asks for a cosine and there is none around it.
     """
-    if rewarmup.curve is Curve.FACTOR:
+    if rewarmup.curve is Curve.FACTOR or rewarmup.scope is Scope.NONE:
         return None
-    known = _cosine(scheduler, len(starts))
+    known = _cosine(scheduler, groups)
     if known is None:
-        if rewarmup.curve is Curve.COSINE:
-            raise ConfigError(
-                f"rewarmup.curve is 'cosine', but a {type(scheduler).__name__} doesn't tell where a cosine ends; use "
-                "WarmupCosineLR, CosineAnnealingLR or curve 'factor'"
-            )
-        return None
-    warming_up, base = known
-    return None if warming_up and rewarmup.curve is Curve.AUTO else base
+        why = f"a {type(scheduler).__name__} doesn't tell where a cosine ends"
+    elif known[0]:
+        why = "the base schedule is still warming up"
+    elif known[1].remaining <= rewarmup.steps:
+        why = f"the base schedule ends in {known[1].remaining} steps, before the re-warm-up does"
+    else:
+        return known[1]
+    if rewarmup.curve is Curve.COSINE:
+        raise ConfigError(f"rewarmup.curve is 'cosine', but {why}; use 'auto' or 'factor'")
+    return None
 
 
 def _cosine(scheduler: Any, groups: int) -> tuple[bool, CosineBase] | None:
@@ -142,12 +144,9 @@ def _cosine(scheduler: Any, groups: int) -> tuple[bool, CosineBase] | None:
         ends = tuple(float(lr) * scheduler.cos_min_ratio for lr in scheduler.org_lrs)
         return last < scheduler.warmup_num_steps, CosineBase(remaining, ends)
     start = 0
+    last = getattr(scheduler, "last_epoch", 0)
     if isinstance(scheduler, SequentialLR):
-        start = scheduler._milestones[-1]
-        before, scheduler = scheduler, scheduler._schedulers[-1]
-        last = before.last_epoch
-    elif isinstance(scheduler, CosineAnnealingLR):
-        last = scheduler.last_epoch
+        start, scheduler = scheduler._milestones[-1], scheduler._schedulers[-1]
     if isinstance(scheduler, CosineAnnealingLR):
         return last < start, CosineBase(start + scheduler.T_max - last, (float(scheduler.eta_min),) * groups)
     return None

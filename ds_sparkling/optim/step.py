@@ -8,24 +8,24 @@ or copies of their state, and the optimizer's own code steps them. Adam on the C
 
 from __future__ import annotations
 
+import functools
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ds_sparkling.growth import Block
+from ds_sparkling.growth.births import stretch
 from ds_sparkling.optim.adam import AdamKernel
 from ds_sparkling.optim.scheduler import RewarmupScheduler
-from ds_sparkling.optim.segments import Segment
 from ds_sparkling.optim.treatment import Treatment, treatments
 from ds_sparkling.schedule import rates_by_birth
 
-#: Elements of a segment with a map that are copied out at a time.
+#: Elements that are copied out at a time.
 _CHUNK = 1 << 20
-
-#: Elements of a tensor: a stretch, or the indices of scattered ones.
-_Where = slice | Tensor
 
 
 class BirthStep:
@@ -35,7 +35,7 @@ class BirthStep:
         optimizer: the base optimizer, whose tensors may be flat partitions.
         scheduler: tells rates and ages.
         groups: the index of the parameter group of every tensor that it steps.
-        segments: makes the segments of every tensor, end to end. Called when they are first needed.
+        blocks: tells the birth stages of every tensor's elements, as blocks end to end; called when first needed.
     """
 
     def __init__(
@@ -43,17 +43,21 @@ class BirthStep:
         optimizer: torch.optim.Optimizer,
         scheduler: RewarmupScheduler,
         groups: Mapping[Tensor, int],
-        segments: Callable[[], Mapping[Tensor, Sequence[Segment]]],
+        blocks: Callable[[], Mapping[Tensor, Sequence[Block]]],
     ) -> None:
         self._optimizer = optimizer
         self._scheduler = scheduler
         self._groups = dict(groups)
-        self._make_segments = segments
-        self._segments: Mapping[Tensor, Sequence[Segment]] | None = None
+        self._make_blocks = blocks
+        self._blocks: Mapping[Tensor, Sequence[Block]] | None = None
         self._own_step = optimizer.step
-        self._kernel: AdamKernel | None = None
-        replacement = types.MethodType(lambda _, *args, **kwargs: self.step(*args, **kwargs), optimizer)
-        optimizer.step = replacement  # type: ignore[method-assign]
+        self._kernel = AdamKernel(optimizer)
+
+        @functools.wraps(self._own_step)  # with the marks that torch's schedulers leave and look for
+        def step(_: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+            return self.step(*args, **kwargs)
+
+        optimizer.step = types.MethodType(step, optimizer)  # type: ignore[method-assign]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, **arguments: Any) -> Any:
@@ -70,13 +74,12 @@ class BirthStep:
             params = []
             for param in group["params"]:
                 stages = self._treatments(group, param)
-                if set(stages) == {Treatment(group["lr"], None)}:
+                if set(stages) == {Treatment(float(group["lr"]), None)}:
                     params.append(param)
                 else:
                     apart.append((group, param, stages))
             as_ever.append({**group, "params": params})
         if not apart:
-            self.forget_segments()  # every curve has met the base curve again
             self._own_step(**arguments)
             return loss
         self._step_groups([group for group in as_ever if group["params"]], arguments)
@@ -85,21 +88,22 @@ class BirthStep:
         return loss
 
     @property
-    def segments(self) -> Mapping[Tensor, Sequence[Segment]]:
-        """The segments of every tensor."""
-        if self._segments is None:
-            self._segments = self._make_segments()
-        return self._segments
+    def blocks(self) -> Mapping[Tensor, Sequence[Block]]:
+        """The birth stages of every tensor's elements."""
+        if self._blocks is None:
+            self._blocks = self._make_blocks()
+        return self._blocks
 
-    def forget_segments(self) -> None:
-        """Let the segments go; they are made again when they are needed."""
-        self._segments = None
+    def forget_blocks(self) -> None:
+        """The birth stages may have changed; they are told anew when they are next needed."""
+        self._blocks = None
+        self._kernel.forget_blocks()
 
     def _treatments(self, group: dict[str, Any], param: Tensor) -> tuple[Treatment, ...]:
         """What the elements of every birth stage get; a single entry if the tensor has no part in it."""
         index = self._groups.get(param)
         if index is None or param.grad is None:
-            return (Treatment(group["lr"], None),)
+            return (Treatment(float(group["lr"]), None),)
         births = self._scheduler.births
         rates = rates_by_birth(births, index, float(group["lr"]))
         return treatments(births, rates, group, self._optimizer.state.get(param, {}))
@@ -108,61 +112,65 @@ class BirthStep:
         self, group: dict[str, Any], param: Tensor, stages: tuple[Treatment, ...], arguments: dict[str, Any]
     ) -> None:
         """Step a tensor whose birth stages are treated differently, or otherwise than its group."""
-        if len(set(stages)) == 1:
-            segments: Sequence[Segment] = (Segment(0, param.numel(), 0),)
-        else:
-            segments = self.segments[param]
-        if self._kernel is None:
-            self._kernel = AdamKernel(self._optimizer)
+        blocks = self.blocks[param] if len(set(stages)) > 1 else [stretch(0, param.numel(), 0)]
         if self._kernel.takes(group, param):
-            self._kernel.step(group, param, segments, stages)
+            self._kernel.step(group, param, blocks, stages)
             return
         state = self._optimizer.state[param]
-        numbers = {key: value for key, value in state.items() if not _per_element(value, param)}
-        for parts in _parts(segments, stages):
-            after = self._step_parts(group, param, parts, arguments)
-        state.update(after)
-        if "step" in numbers:
-            state["step"] = numbers["step"] + 1
+        before = dict(state)
+        numbers: dict[str, Any] = {}
+        for parts in _parts(blocks, stages):
+            numbers = self._step_parts(group, param, parts, before, arguments)
+        state.update(numbers)
+        if "step" in before:
+            state["step"] = before["step"] + 1
 
     def _step_parts(
         self,
         group: dict[str, Any],
         param: Tensor,
-        parts: list[tuple[_Where, Treatment]],
+        parts: dict[Treatment, list[_Part]],
+        before: dict[str, Any],
         arguments: dict[str, Any],
     ) -> dict[str, Any]:
-        """Step some elements as parameters of their own; returns the numbers (like ``step``) in their state."""
-        flat, grad, state = param.data.view(-1), param.grad, self._optimizer.state[param]
-        assert grad is not None
-        pieces = []
-        for where, treatment in parts:
-            piece = flat[where]
-            piece.grad = grad.view(-1)[where]
-            if state:
-                self._optimizer.state[piece] = {
-                    key: value.view(-1)[where] if _per_element(value, param) else _number(key, value, treatment)
-                    for key, value in state.items()
-                }
-            pieces.append(piece)
-        # A group for each, as an optimizer may keep one step count for all tensors of a group.
-        self._step_groups(
-            [{**group, "params": [piece], "lr": stage.lr} for piece, (_, stage) in zip(pieces, parts, strict=True)],
-            arguments,
-        )
+        """Step some elements as parameters of their own; returns the numbers (like ``step``) in their state.
+
+        Args:
+            group: the tensor's parameter group.
+            param: the tensor.
+            parts: which elements, by treatment.
+            before: its optimizer state before the step; if that is empty, the elements' is made in this one.
+            arguments: of the optimizer's own step.
+        """
+        assert param.grad is not None
+        groups, pieces = [], []
+        for treatment, members in parts.items():
+            params = []
+            for part in members:
+                piece = part.of(param.data).reshape(-1)  # 1-D, as a flat partition
+                piece.grad = part.of(param.grad).reshape(-1)
+                if before:
+                    self._optimizer.state[piece] = {
+                        key: part.of(value).reshape(-1)
+                        if _per_element(value, param)
+                        else _number(key, value, treatment)
+                        for key, value in before.items()
+                    }
+                params.append(piece)
+                pieces.append((part, piece))
+            groups.append({**group, "params": params, "lr": treatment.lr})
+        self._step_groups(groups, arguments)
+        state = self._optimizer.state[param]
         numbers = {}
-        for piece, (where, _) in zip(pieces, parts, strict=True):
-            if isinstance(where, Tensor):
-                flat[where] = piece
+        for part, piece in pieces:
+            part.put(param.data, piece)
             for key, value in self._optimizer.state.pop(piece, {}).items():
                 if not _per_element(value, piece):
                     numbers[key] = value
                     continue
                 if key not in state:
                     state[key] = torch.zeros_like(param, dtype=value.dtype, requires_grad=False)
-                whole = state[key].view(-1)
-                if whole[where].data_ptr() != value.data_ptr():
-                    whole[where] = value
+                part.put(state[key], value)
         return numbers
 
     def _step_groups(self, groups: list[dict[str, Any]], arguments: dict[str, Any]) -> None:
@@ -176,26 +184,50 @@ class BirthStep:
             self._optimizer.param_groups = own
 
 
-def _parts(segments: Sequence[Segment], stages: Sequence[Treatment]) -> Iterator[list[tuple[_Where, Treatment]]]:
-    """The elements by treatment: all stretches of one birth stage first, then the mapped segments chunk by chunk."""
-    stretches: list[tuple[_Where, Treatment]] = [
-        (slice(segment.start, segment.stop), stages[segment.births])
-        for segment in segments
-        if isinstance(segment.births, int)
-    ]
-    if stretches:
-        yield stretches
-    for segment in segments:
-        if isinstance(segment.births, int):
-            continue
-        for start in range(segment.start, segment.stop, _CHUNK):
-            births = segment.births[start - segment.start :][:_CHUNK]
-            kinds: dict[Treatment, Tensor] = {}
-            for stage, treatment in enumerate(stages):
-                chosen = births == stage
-                kinds[treatment] = kinds[treatment] | chosen if treatment in kinds else chosen
-            found = [(chosen.nonzero().flatten() + start, treatment) for treatment, chosen in kinds.items()]
-            yield [(where, treatment) for where, treatment in found if len(where)]
+@dataclass(frozen=True)
+class _Part:
+    """Columns ``column`` to ``column + width`` of ``rows`` rows of ``row`` elements that begin at ``start``."""
+
+    start: int
+    rows: int
+    row: int
+    column: int
+    width: int
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """These elements of a tensor, as a view: 1-D if they lie end to end."""
+        flat = tensor.view(-1)
+        if self.rows == 1:
+            return flat[self.start + self.column :][: self.width]
+        return flat[self.start :][: self.rows * self.row].view(self.rows, self.row)[:, self.column :][:, : self.width]
+
+    def put(self, tensor: Tensor, values: Tensor) -> None:
+        """Write ``values`` to these elements, unless they are a view of them."""
+        place = self.of(tensor)
+        if place.data_ptr() != values.data_ptr():
+            place.copy_(values.view(place.shape))
+
+
+def _parts(blocks: Sequence[Block], stages: Sequence[Treatment]) -> Iterator[dict[Treatment, list[_Part]]]:
+    """All elements by treatment, about a chunk of them at a time."""
+    parts: dict[Treatment, list[_Part]] = {}
+    size = 0
+    for block in blocks:
+        # A stretch needs no copies, however long it is.
+        step = block.rows if block.uniform is not None else max(1, _CHUNK // block.row)
+        for first in range(0, block.rows, step):
+            rows = min(step, block.rows - first)
+            column = 0
+            for run in block.runs:
+                part = _Part(block.start + first * block.row, rows, block.row, column, run.stop - column)
+                parts.setdefault(stages[run.stage], []).append(part)
+                column = run.stop
+            size += rows * block.row
+            if size >= _CHUNK:
+                yield parts
+                parts, size = {}, 0
+    if parts:
+        yield parts
 
 
 def _per_element(value: Any, param: Tensor) -> bool:

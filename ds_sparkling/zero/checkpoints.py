@@ -50,7 +50,7 @@ def hook_checkpoints(engine: DeepSpeedEngine, step: BirthStep) -> None:
         result = load(load_dir, tag, *args, **kwargs)
         if record is not None and result[0] is not None:
             engine.sparkling = replace(run_of(engine), record=record)
-            step.forget_segments()
+            step.forget_blocks()
             _check_schedule(engine, found)
             stage = engine.sparkling.due(engine.global_steps)
             if stage is not None and engine.global_rank == 0:

@@ -35,7 +35,7 @@ def hook_monitors(engine: DeepSpeedEngine, step: BirthStep) -> None:
         if not due or (engine.managed_gradient_accumulation() and not engine.is_gradient_accumulation_boundary()):
             return plain_step(*args, **kwargs)
         if growths not in meters:
-            meters[growths] = UpdateMeter(step.segments, growths + 1)
+            meters[growths] = UpdateMeter(step.blocks, growths + 1)
         rates = engine.lr_scheduler.rates(0)
         meters[growths].start()
         result = plain_step(*args, **kwargs)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
+from dataclasses import replace
 
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
 from ds_sparkling.errors import UnsupportedError
-from ds_sparkling.growth import births_of_piece
+from ds_sparkling.growth import Block, birth_blocks
+from ds_sparkling.growth.births import join, stretch
 from ds_sparkling.optim.elementwise import steps_elementwise
 from ds_sparkling.optim.scheduler import RewarmupScheduler
-from ds_sparkling.optim.segments import Segment, segments_of
 from ds_sparkling.optim.step import BirthStep
 from ds_sparkling.strategy import BiasCorrection, Scope, Strategy
 from ds_sparkling.zero import access
@@ -39,7 +39,7 @@ def hook_step(engine: DeepSpeedEngine) -> BirthStep:
                     'rewarmup.scope to "none" and bias_correction to "inherit"'
                 )
     engine.lr_scheduler = RewarmupScheduler(engine.lr_scheduler, optimizer)
-    return BirthStep(optimizer, engine.lr_scheduler, groups, lambda: birth_segments(engine))
+    return BirthStep(optimizer, engine.lr_scheduler, groups, lambda: blocks_of(engine))
 
 
 def check_restart(shards: dict[str, access.Shard], strategy: Strategy) -> None:
@@ -59,21 +59,30 @@ def check_restart(shards: dict[str, access.Shard], strategy: Strategy) -> None:
             )
 
 
-def birth_segments(engine: DeepSpeedEngine) -> dict[Tensor, tuple[Segment, ...]]:
-    """The birth stages of all elements of every tensor that the base optimizer steps, by what the record tells."""
+def blocks_of(engine: DeepSpeedEngine) -> dict[Tensor, list[Block]]:
+    """The birth stages in every tensor that the base optimizer steps, by what the growth record tells."""
     record = run_of(engine).record
     axes, history = engine_axes(engine, record.axes), record.width_history
-    pieces: dict[Tensor, list[tuple[int, int, Tensor | None]]] = {}
+    parts: dict[Tensor, list[Block]] = {}
     for shard in access.shards(engine).values():
-        if shard.master is None:
-            continue
-        births = births_of_piece(axes[shard.name], shard.shape, history, shard.piece.start, shard.piece.stop)
-        made = births.to(shard.master.device) if births.any() else None
-        pieces.setdefault(shard.master, []).append((shard.offset, shard.offset + shard.piece.numel, made))
-    return {
-        master: segments_of(sorted(parts, key=lambda part: part[0]), math.prod(master.shape))
-        for master, parts in pieces.items()
-    }
+        if shard.master is not None:
+            blocks = birth_blocks(axes[shard.name], shard.shape, history, shard.piece.start, shard.piece.stop)
+            placed = [replace(block, start=block.start + shard.offset) for block in blocks]
+            parts.setdefault(shard.master, []).extend(placed)
+    return {master: _padded(blocks, master.numel()) for master, blocks in parts.items()}
+
+
+def _padded(blocks: list[Block], numel: int) -> list[Block]:
+    """Blocks of a flat tensor of ``numel`` elements, end to end; padding counts as original elements."""
+    filled: list[Block] = []
+    end = 0
+    for block in [*sorted(blocks, key=lambda block: block.start), stretch(numel, numel, 0)]:
+        if block.start > end:
+            filled.append(stretch(end, block.start, 0))
+        if block.stop > block.start:
+            filled.append(block)
+        end = block.stop
+    return join(filled)
 
 
 def _tells_stages_apart(strategy: Strategy) -> bool:
