@@ -43,6 +43,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data["model"] |= {"hidden_size": 16, "moe_intermediate_size": 8, "num_hidden_layers": 1, "head_dim": 8}
     data["training"] |= {"steps": 8, "sequence_length": 32, "evaluate_every": 2, "evaluate_batches": 2}
     data["training"] |= {"save_every": 2, "log_every": 1}
+    data["sparkling"]["log_every"] = 1
     data["sparkling"]["stages"] = [{"at_step": 4, "widths": {"hidden_size": 32, "moe_intermediate_size": 16}}]
     path = tmp_path_factory.mktemp("config") / "short.json"
     path.write_text(json.dumps(data))
@@ -75,16 +76,24 @@ def test_the_job_trains_grows_and_reports(finished: tuple[Path, subprocess.Compl
 def test_tensorboard_shows_the_run(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     output, _ = finished
     steps: dict[str, list[int]] = {}
+    last: dict[str, float] = {}
     for file in sorted((output / "tensorboard").glob("events*")):
         events = EventAccumulator(str(file))
         events.Reload()
         for tag in events.Tags()["scalars"]:
             steps.setdefault(tag, []).extend(event.step for event in events.Scalars(tag))
+            last[tag] = events.Scalars(tag)[-1].value
     samples = [16 * step for step in range(1, 9)]
     for tag in ("Train/loss", "Train/grad_norm", "Train/Samples/lr"):
         assert steps[tag] == samples
     assert steps["Growth/stage"] == [64]
     assert {"Train/tokens", "Train/compute_flops", "Validation/loss"} <= steps.keys()
+    for tag in ("lr/old", "lr/new", "update_rms/old", "update_rms/new"):
+        assert steps[tag] == [sample for sample in samples if sample > 64]
+    assert steps["twins/cosine"][0] == 64
+    assert last["lr/new"] > last["lr/old"] > 0
+    assert last["update_rms/new"] > 0
+    assert 0 < last["twins/cosine"] < 1
 
 
 def test_resume_ends_like_the_run_that_never_stopped(

@@ -1,0 +1,40 @@
+"""The sampled size of an update, against looking at every element."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ds_sparkling.diagnostics.updates import UpdateMeter
+from ds_sparkling.growth.births import Block, Run, stretch
+
+BLOCKS = [stretch(0, 7, 0), Block(7, 20, (Run(2, 0), Run(5, 1))), stretch(107, 110, 2)]
+
+
+def test_small_tensors_are_measured_whole() -> None:
+    births = torch.tensor([0] * 7 + [0, 0, 1, 1, 1] * 20 + [2] * 3)
+    tensor, other = torch.randn(110), torch.randn(11, 10)
+    meter = UpdateMeter({tensor: BLOCKS, other: [stretch(0, 110, 1)]}, 3)
+    meter.start()
+    change, other_change = torch.randn(110), torch.randn(11, 10)
+    tensor += change
+    other += other_change
+    sums = meter.stop()
+    squares = [change[births == stage].double().square().sum() for stage in range(3)]
+    squares[1] += other_change.double().square().sum()
+    assert sums[:, 0].tolist() == pytest.approx([float(square) for square in squares], rel=1e-4)
+    assert sums[:, 1].tolist() == [47, 60 + 110, 3]
+
+
+def test_of_large_tensors_a_sample_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ds_sparkling.diagnostics.updates._SAMPLE", 4000)
+    tensor = torch.zeros(100_000)
+    rows = Block(0, 1000, (Run(60, 0), Run(100, 1)))  # a row length that a strided sample would alias with
+    meter = UpdateMeter({tensor: [rows]}, 2)
+    meter.start()
+    tensor.view(1000, 100)[:, :60] += 1.0
+    tensor.view(1000, 100)[:, 60:] += 3.0
+    sums = meter.stop()
+    assert float(sums[:, 1].sum()) == 4000
+    assert float(sums[0, 1]) == pytest.approx(2400, rel=0.1)
+    assert (sums[:, 0] / sums[:, 1]).tolist() == [1.0, 9.0]

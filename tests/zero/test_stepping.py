@@ -1,0 +1,393 @@
+"""The engine's step after growths: every element with the rate and age of its own birth stage, on every topology."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from distributed import Workers
+from tiny import Case
+from torch import Tensor
+
+Pool = Callable[[int], Workers]
+
+STAGES = [
+    {"at_step": 3, "widths": {"moe_intermediate_size": 8}},
+    {"at_step": 5, "widths": {"hidden_size": 9, "moe_intermediate_size": 10}},
+]
+GROWING = {"stages": STAGES, "rewarmup": {"ratio": 1.5, "steps": 3}, "checkpoint_before_growth": False}
+
+
+def optimizer(kind: str, **params: Any) -> dict[str, Any]:
+    return {"optimizer": {"type": kind, "params": {"lr": 1e-2, "weight_decay": 0.1, **params}}}
+
+
+ADAMW = {"betas": [0.9, 0.95], "torch_adam": True}
+CASES = [
+    Case(2, 3, 2, zero={"sub_group_size": 500}),
+    Case(3, 3, groups=True, top=optimizer("AdamW", fused=True, **ADAMW)),
+    Case(4, 3, 4, bf16=True, top=optimizer("AdamW", fused=True, **ADAMW)),
+    Case(2, 2, 2, groups=True, accumulation=2),
+    Case(3, 1, bf16=True, frozen=True, top=optimizer("AdamW", fused=True, **ADAMW)),
+    Case(1, 2, zero={"round_robin_gradients": True}, tied=False),
+    Case(2, 0, groups=True, top=optimizer("AdamW", foreach=True, **ADAMW)),
+    Case(1, 0, bf16=True),
+]
+
+
+def ulps(first: Tensor, second: Tensor) -> int:
+    def ordered(tensor: Tensor) -> Tensor:
+        bits = tensor.contiguous().view(torch.int32).long()
+        return torch.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
+
+    return int((ordered(first) - ordered(second)).abs().max()) if first.numel() else 0
+
+
+def padded(tensor: Tensor) -> Tensor:
+    """A copy of a multiple of 64 elements: torch's fused step rounds otherwise what its vectors leave over."""
+    return torch.cat([tensor, torch.zeros(-tensor.numel() % 64)])
+
+
+def birth_by_index(axes: Any, shape: tuple[int, ...], history: dict[str, tuple[int, ...]]) -> Tensor:
+    """Birth stage of every element, by looking at the units of its indices."""
+    births = torch.zeros(shape, dtype=torch.int64)
+    for position, (dim, size) in enumerate(zip(axes.dims, shape, strict=True)):
+        if dim.axis is None:
+            continue
+        ages = []
+        for index in range(size):
+            unit = index % (size // dim.segments) // dim.block
+            ages.append(next(stage for stage, width in enumerate(history[dim.axis]) if unit < width))
+        births = torch.maximum(births, torch.tensor(ages).view(-1, *[1] * (len(shape) - position - 1)))
+    return births
+
+
+def grown(case: Case) -> Any:
+    """An engine two steps after its second growth, its stages of three different ages."""
+    from dataclasses import replace
+
+    import ds_sparkling
+
+    engine = tiny.initialize(replace(case, sparkling={**GROWING, **case.sparkling}))
+    while engine.global_steps < 7:
+        engine = ds_sparkling.grow_if_due(engine)
+        tiny.train(engine, engine.global_steps + 1)
+    assert [birth.age for birth in engine.lr_scheduler.births] == [4, 2]
+    return engine
+
+
+class Recorder:
+    """What goes into the base optimizer's step and what comes out, tensor by tensor."""
+
+    def __init__(self, engine: Any) -> None:
+        from ds_sparkling.zero import access
+
+        self.base = access.base_optimizer(engine)
+        self.before: dict[Tensor, tuple[dict[str, Any], Tensor, Tensor, dict[str, Any]]] = {}
+        step = self.base.step
+
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            for group in self.base.param_groups:
+                for param in group["params"]:
+                    if param.grad is not None:
+                        state = {
+                            key: value.clone() if isinstance(value, Tensor) else value
+                            for key, value in self.base.state[param].items()
+                        }
+                        self.before[param] = (dict(group), param.detach().clone(), param.grad.clone(), state)
+            return step(*args, **kwargs)
+
+        self.base.step = recorded  # type: ignore[method-assign]
+
+
+def step_errors(case: Case) -> tuple[int, list[int], list[list[float]]]:
+    """Largest distance in ulp from one parameter per birth stage, elements per stage, and rates by group."""
+    from ds_sparkling.zero import access
+    from ds_sparkling.zero.naming import engine_axes
+
+    engine = grown(case)
+    recorder = Recorder(engine)
+    groups = access.master_groups(engine)
+    rates = [engine.lr_scheduler.rates(group) for group in range(len(recorder.base.param_groups))]
+    ages = [None, *(birth.age for birth in engine.lr_scheduler.births)]
+    tiny.train(engine, 8)
+    record = engine.sparkling.record
+    axes = engine_axes(engine, record.axes)
+    worst, counts = 0, [0, 0, 0]
+    for shard in access.shards(engine).values():
+        if shard.master is None:
+            continue
+        group, param, grad, state = recorder.before[shard.master]
+        inside = slice(shard.offset, shard.offset + shard.piece.numel)
+        births = birth_by_index(axes[shard.name], shard.shape, record.width_history).flatten()
+        births = births[shard.piece.start : shard.piece.stop]
+        for stage, age in enumerate(ages):
+            chosen = births == stage
+            counts[stage] += int(chosen.sum())
+            own = padded(param.view(-1)[inside][chosen])
+            own.grad = padded(grad.view(-1)[inside][chosen])
+            reference = torch.optim.AdamW(
+                [own],
+                lr=rates[groups[shard.master]][stage],
+                betas=group["betas"],
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+                fused=group["fused"],
+            )
+            moments = {key: padded(state[key].view(-1)[inside][chosen]) for key in ("exp_avg", "exp_avg_sq")}
+            step = state["step"].clone() if age is None else torch.tensor(float(age))
+            reference.state[own] = {"step": step, **moments}
+            reference.step()
+            after = {"weight": shard.weight, **shard.states}
+            for key, value in {"weight": own, **moments}.items():
+                worst = max(worst, ulps(after[key][: shard.piece.numel][chosen], value[: int(chosen.sum())]))
+    return worst, counts, rates
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_element_gets_its_own_rate_and_age(case: Case, workers: Pool) -> None:
+    answers = workers(case.ranks).run(step_errors, case)
+    assert max(worst for worst, _, _ in answers) <= 2
+    assert all(sum(counts[stage] for _, counts, _ in answers) for stage in range(3))  # every stage was looked at
+    for _, _, rates in answers:
+        assert len({round(rate, 15) for rate in rates[0]}) == 3
+        for group in rates[1:]:  # groups keep their own base rates, times the same re-warm-up
+            assert [rate / group[0] for rate in group] == pytest.approx([rate / rates[0][0] for rate in rates[0]])
+        if case.groups:
+            assert rates[2][0] == pytest.approx(0.1 * rates[0][0])
+
+
+def cpu_adam_errors(case: Case) -> tuple[str, float]:
+    """The base optimizer's class, and the largest difference to AdamW's formula, in learning rates."""
+    from ds_sparkling.zero import access
+    from ds_sparkling.zero.naming import engine_axes
+
+    engine = grown(case)
+    recorder = Recorder(engine)
+    rates = engine.lr_scheduler.rates(0)
+    ages = [None, *(birth.age for birth in engine.lr_scheduler.births)]
+    tiny.train(engine, 8)
+    record = engine.sparkling.record
+    axes = engine_axes(engine, record.axes)
+    worst = 0.0
+    for shard in access.shards(engine).values():
+        group, param, grad, state = recorder.before[shard.master]  # type: ignore[index]
+        inside = slice(shard.offset, shard.offset + shard.piece.numel)
+        births = birth_by_index(axes[shard.name], shard.shape, record.width_history).flatten()
+        births = births[shard.piece.start : shard.piece.stop]
+        for stage, (rate, age) in enumerate(zip(rates, ages, strict=True)):
+            chosen = births == stage
+            p, g, m, v = (t[inside][chosen].double() for t in (param, grad, state["exp_avg"], state["exp_avg_sq"]))
+            beta1, beta2 = group["betas"]
+            t = (state["step"] if age is None else age) + 1
+            m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g * g
+            update = m / (1 - beta1**t) / ((v / (1 - beta2**t)).sqrt() + group["eps"])
+            expected = p - rate * (group["weight_decay"] * p + update)
+            found = shard.weight[: shard.piece.numel][chosen].double()
+            if chosen.any():
+                worst = max(worst, float((found - expected).abs().max()) / rate)
+    return type(recorder.base).__name__, worst
+
+
+def test_an_offloaded_optimizer_tells_elements_apart_too(workers: Pool) -> None:
+    case = Case(2, 3, 2, zero={"offload_optimizer": {"device": "cpu"}}, top=optimizer("AdamW", betas=[0.9, 0.95]))
+    for kind, worst in workers(2).run(cpu_adam_errors, case):
+        assert kind == "DeepSpeedCPUAdam"
+        assert worst < 1e-4
+
+
+def muon_error(case: Case) -> tuple[int, int]:
+    """Largest distance from the orthogonalised update at each stage's rate, and how many elements took part."""
+    from ds_sparkling.zero import access
+    from ds_sparkling.zero.naming import engine_axes
+
+    engine = grown(case)
+    recorder = Recorder(engine)
+    groups = access.master_groups(engine)
+    rates = [engine.lr_scheduler.rates(group) for group in range(len(recorder.base.param_groups))]
+    tiny.train(engine, 8)
+    record = engine.sparkling.record
+    axes = engine_axes(engine, record.axes)
+    worst, count = 0, 0
+    for shard in access.shards(engine).values():
+        group, param, grad, _ = recorder.before[shard.master]  # type: ignore[index]
+        if not group["use_muon"]:
+            continue
+        inside = slice(shard.offset, shard.offset + shard.piece.numel)
+        births = birth_by_index(axes[shard.name], shard.shape, record.width_history).flatten()
+        births = births[shard.piece.start : shard.piece.stop]
+        for stage, rate in enumerate(rates[groups[shard.master]]):  # type: ignore[index]
+            chosen = births == stage
+            own = param[inside][chosen].clone()
+            own.mul_(1 - rate * group["weight_decay"]).add_(grad[inside][chosen], alpha=-rate)
+            worst = max(worst, ulps(shard.weight[: shard.piece.numel][chosen], own))
+            count += int(chosen.sum())
+    return worst, count
+
+
+def test_muon_scales_its_update_per_element(workers: Pool) -> None:
+    muon = {"optimizer": {"type": "Muon", "params": {"lr": 1e-2, "momentum": 0.9, "weight_decay": 0.1}}}
+    case = Case(2, 3, 2, zero={"reduce_scatter": False}, top={**muon, "zero_allow_untested_optimizer": True})
+    for worst, count in workers(2).run(muon_error, case):
+        assert worst <= 2
+        assert count > 100
+
+
+# -- skipped steps, other schedulers, refusals -------------------------------------------------------------------
+
+
+def with_skipped_steps(stage: int, bad: tuple[int, ...]) -> tuple[Any, int, list[float], list[int]]:
+    """Train on after a growth; at the micro steps ``bad`` there is an extra batch whose gradients are infinite."""
+    engine = grown(Case(2, stage, bf16=True))
+    for number in range(3):
+        if number in bad:
+            loss = engine(*tiny.batch(99)) * math.inf
+            engine.backward(loss)
+            engine.step()
+        loss = engine(*tiny.batch(100 + number))
+        engine.backward(loss)
+        engine.step()
+    ages = [birth.age for birth in engine.lr_scheduler.births]
+    return tiny.local_state(engine)[0], engine.skipped_steps, engine.lr_scheduler.rates(0), ages
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_skipped_step_is_no_step_for_rates_and_ages(stage: int, workers: Pool) -> None:
+    clean = workers(2).run(with_skipped_steps, stage, ())
+    skipping = workers(2).run(with_skipped_steps, stage, (0, 2))
+    for (state, none, rates, ages), (other, two, other_rates, other_ages) in zip(clean, skipping, strict=True):
+        assert (none, two) == (0, 2)
+        assert ages == [7, 5]
+        assert (other_rates, other_ages) == (rates, ages)
+        assert all(torch.equal(other[name][key], t) for name, ts in state.items() for key, t in ts.items())
+
+
+def rates_under(top: dict[str, Any], client: bool) -> tuple[list[float], list[float]]:
+    import ds_sparkling
+
+    arguments: dict[str, Any] = {}
+    case = Case(1, 3, sparkling=GROWING, top=top)
+    if client:
+        arguments["lr_scheduler"] = lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    engine = tiny.initialize(case, **arguments)
+    while engine.global_steps < 8:
+        engine = ds_sparkling.grow_if_due(engine)
+        tiny.train(engine, engine.global_steps + 1)
+    return engine.get_lr(), engine.lr_scheduler.rates(0)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "client"),
+    [
+        ({"type": "WarmupLR", "params": {"warmup_num_steps": 2}}, False),
+        ({"type": "OneCycle", "params": {"cycle_min_lr": 1e-3, "cycle_max_lr": 1e-2, "decay_lr_rate": 0.1}}, False),
+        (None, True),
+        (None, False),
+    ],
+)
+def test_any_base_schedule_gets_a_factor(scheduler: Any, client: bool, workers: Pool) -> None:
+    ((base, *_), rates) = workers(1).run(rates_under, {"scheduler": scheduler} if scheduler else {}, client)[0]
+    if scheduler is None and not client:
+        return  # the tiny case's own WarmupCosineLR
+    assert rates == pytest.approx([base, 1.5 * base, 1.5 * base])
+
+
+def refused_optimizer() -> str:
+    from ds_sparkling.errors import UnsupportedError
+
+    try:
+        tiny.initialize(Case(1, 0, sparkling=GROWING, top=optimizer("Adafactor")))
+    except UnsupportedError as error:
+        return str(error)
+    return "made"
+
+
+def refused_restart() -> tuple[str, bool]:
+    import ds_sparkling
+    from ds_sparkling.errors import UnsupportedError
+
+    engine = tiny.initialize(Case(1, 0, top=optimizer("NAdam")))
+    tiny.train(engine, 2)
+    try:
+        ds_sparkling.grow(engine, {"moe_intermediate_size": 10})
+    except UnsupportedError as error:
+        tiny.train(engine, 3)
+        return str(error), engine.global_steps == 3
+    return "grown", False
+
+
+def test_optimizers_that_cant_tell_elements_apart_are_refused(workers: Pool) -> None:
+    (message,) = workers(1).run(refused_optimizer)
+    assert "Adafactor updates an element by looking at others" in message
+    assert 'rewarmup.scope to "none"' in message
+    ((message, goes_on),) = workers(1).run(refused_restart)
+    assert "mu_product" in message
+    assert 'bias_correction to "inherit"' in message
+    assert goes_on
+
+
+# -- checkpoints without a schedule, and universal ones ---------------------------------------------------------
+
+
+def save(case: Case, directory: str) -> Any:
+    engine = grown(case)
+    engine.save_checkpoint(directory)
+    groups = [{k: v for k, v in g.items() if k != "params"} for g in engine.optimizer.optimizer.param_groups]
+    return groups, engine.lr_scheduler.rates(0), tiny.evaluate(engine)
+
+
+def load_without_schedule(case: Case, directory: str) -> tuple[list[float], list[float]]:
+    from dataclasses import replace
+
+    engine = tiny.initialize(replace(case, sparkling=GROWING), checkpoint=directory)
+    engine.load_checkpoint(directory, load_lr_scheduler_states=False)
+    rates = engine.lr_scheduler.rates(0)
+    tiny.train(engine, 8)
+    return rates, engine.get_lr()
+
+
+def test_without_the_schedule_elements_follow_the_base_rate(workers: Pool, tmp_path: Path) -> None:
+    workers(2).run(save, CASES[0], str(tmp_path))
+    for rates, _ in workers(2).run(load_without_schedule, CASES[0], str(tmp_path)):
+        assert rates == [rates[0]] * 3
+
+
+def load_universal(case: Case, directory: str) -> Any:
+    from dataclasses import replace
+
+    top = {**case.top, "checkpoint": {"load_universal": True}}
+    engine = tiny.initialize(replace(case, sparkling=GROWING, top=top), checkpoint=directory)
+    engine.load_checkpoint(directory)
+    groups = [{k: v for k, v in g.items() if k != "params"} for g in engine.optimizer.optimizer.param_groups]
+    return groups, engine.lr_scheduler.rates(0), tiny.evaluate(engine)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_universal_checkpoint_keeps_groups_and_rates(ranks: int, workers: Pool, tmp_path: Path) -> None:
+    import shutil
+    import subprocess
+    import sys
+
+    case = Case(2, 3, groups=True)
+    saved = workers(2).run(save, case, str(tmp_path))
+    groups, rates, _ = saved[0]
+    tag = tmp_path / "global_step7"
+    universal = tmp_path / "global_step7_universal"
+    converter = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
+    done = subprocess.run(
+        [*converter, "--input_folder", str(tag), "--output_folder", str(universal)], capture_output=True, text=True
+    )
+    assert universal.is_dir(), done.stderr
+    shutil.copy(tag / "ds_sparkling.json", universal)
+    loaded = workers(ranks).run(load_universal, case, str(tmp_path))
+    for (loaded_groups, loaded_rates, loaded_loss), (_, _, loss) in zip(loaded, saved, strict=False):
+        assert [(g["lr"], g["weight_decay"], g["betas"]) for g in loaded_groups] == [
+            (g["lr"], g["weight_decay"], g["betas"]) for g in groups
+        ]
+        assert loaded_rates == rates
+        assert loaded_loss == pytest.approx(loss, rel=1e-6)
