@@ -19,7 +19,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10,<3.13",
     packages=find_packages(include=["ds_sparkling", "ds_sparkling.*"]),
-    package_data={"ds_sparkling": ["py.typed"]},
+    package_data={"ds_sparkling": ["py.typed", "optim/*.cpp"]},
     install_requires=[
         "torch>=2.6,<2.15",
         "deepspeed==0.19.8",  # growth reaches into its internals, which are checked version by version

@@ -1,15 +1,18 @@
 """Adam and AdamW on the CPU, in one pass over a tensor whose birth stages differ in learning rate and age.
 
-The kernel (``adam.cpp``) is compiled at its first use and kept by PyTorch's extension cache.
+The kernel (``adam.cpp``) is compiled at its first use.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import logging
 import math
 import os
+import subprocess
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +28,16 @@ from ds_sparkling.optim.treatment import Treatment
 logger = logging.getLogger(__name__)
 
 #: No contraction: it would round by where vector loops begin and end.
-_FLAGS = ["-O3", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-shared",
+    "-fPIC",
+    "-fopenmp",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+]
 #: Further flags by what PyTorch finds that the CPU can do.
 _VECTORS = {
     "AVX512": ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma", "-mprefer-vector-width=512"],
@@ -175,20 +187,30 @@ def _deepspeed_rate(group: Mapping[str, Any], lr: float, t: int) -> tuple[float,
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     """The compiled kernel; None where there is no compiler."""
-    capability = torch.backends.cpu.get_cpu_capability()
-    name = f"ds_sparkling_adam_{capability.lower()}"
-    directory = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()) / name
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        cpp_extension.load(
-            name,
-            [str(Path(__file__).with_name("adam.cpp"))],
-            extra_cflags=[*_FLAGS, *_VECTORS.get(capability, [])],
-            extra_ldflags=["-fopenmp"],
-            build_directory=str(directory),
-            is_python_module=False,
-        )
-        return ctypes.CDLL(str(directory / f"{name}.so"))
-    except Exception as error:
-        logger.warning("the Adam kernel can't be built, so steps after a growth take longer: %s", error)
+        return ctypes.CDLL(str(_built()))
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = error.stderr if isinstance(error, subprocess.CalledProcessError) else error
+        logger.warning("the Adam kernel can't be built, so steps after a growth take longer: %s", reason)
         return None
+
+
+def _built() -> Path:
+    """Where the compiled kernel lies, beside PyTorch's own extensions.
+
+    It appears there whole, by a rename: PyTorch's builder would leave a lock behind if a rank is killed meanwhile, and
+    every later run would wait for it.
+    """
+    source = Path(__file__).with_name("adam.cpp")
+    flags = [*_FLAGS, *_VECTORS.get(torch.backends.cpu.get_cpu_capability(), [])]
+    key = hashlib.sha256("\n".join([*flags, source.read_text()]).encode()).hexdigest()[:16]
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()) / "ds_sparkling"
+    path = root / f"adam-{key}.so"
+    if not path.exists():
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=root) as directory:
+            made = Path(directory) / path.name
+            compiler = os.environ.get("CXX", "c++")
+            subprocess.run([compiler, *flags, str(source), "-o", str(made)], check=True, capture_output=True, text=True)
+            made.replace(path)
+    return path
