@@ -147,13 +147,11 @@ class BirthStep:
         for treatment, members in parts.items():
             params = []
             for part in members:
-                piece = part.of(param.data).reshape(-1)  # 1-D, as a flat partition
-                piece.grad = part.of(param.grad).reshape(-1)
+                piece = part.of(param.data)
+                piece.grad = part.of(param.grad)
                 if before:
                     self._optimizer.state[piece] = {
-                        key: part.of(value).reshape(-1)
-                        if _per_element(value, param)
-                        else _number(key, value, treatment)
+                        key: part.of(value) if _per_element(value, param) else _number(key, value, treatment)
                         for key, value in before.items()
                     }
                 params.append(piece)
@@ -195,17 +193,18 @@ class _Part:
     width: int
 
     def of(self, tensor: Tensor) -> Tensor:
-        """These elements of a tensor, as a view: 1-D if they lie end to end."""
-        flat = tensor.view(-1)
-        if self.rows == 1:
-            return flat[self.start + self.column :][: self.width]
-        return flat[self.start :][: self.rows * self.row].view(self.rows, self.row)[:, self.column :][:, : self.width]
+        """These elements of a tensor, 1-D and contiguous like a flat partition: a view if they lie end to end."""
+        return self._place(tensor).contiguous().view(-1)
 
     def put(self, tensor: Tensor, values: Tensor) -> None:
         """Write ``values`` to these elements, unless they are a view of them."""
-        place = self.of(tensor)
+        place = self._place(tensor)
         if place.data_ptr() != values.data_ptr():
             place.copy_(values.view(place.shape))
+
+    def _place(self, tensor: Tensor) -> Tensor:
+        rows = tensor.view(-1)[self.start :][: self.rows * self.row].view(self.rows, self.row)
+        return rows[:, self.column :][:, : self.width]
 
 
 def _parts(blocks: Sequence[Block], stages: Sequence[Treatment]) -> Iterator[dict[Treatment, list[_Part]]]:

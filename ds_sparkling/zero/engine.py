@@ -33,7 +33,7 @@ from ds_sparkling.zero.monitoring import close_monitors, hook_monitors, mark_gro
 from ds_sparkling.zero.planning import check_stages, knowing, parameter_counts, plan_growth
 from ds_sparkling.zero.regrow import move
 from ds_sparkling.zero.run import GrowingRun, at_boundary, run_of
-from ds_sparkling.zero.stepping import check_restart, hook_step
+from ds_sparkling.zero.stepping import check_optimizer, hook_step
 from ds_sparkling.zero.support import refuse_unsupported, zero_stage
 
 logger = logging.getLogger(__name__)
@@ -123,7 +123,10 @@ def initialize(
         record,
         directory if block.checkpoint_before_growth else None,
     )
-    return _engine(run)
+    engine = _engine(run)
+    if block.stages:
+        check_optimizer(engine, block.strategy)
+    return engine
 
 
 def grow_if_due(engine: DeepSpeedEngine, *, client_state: Mapping[str, Any] | None = None) -> DeepSpeedEngine:
@@ -198,7 +201,8 @@ def _grow(
             plan = plan_growth(engine, run, widths)
             build_on_meta(run.build_model, {**run.widths, **widths})
             old = access.shards(engine)
-            check_restart(old, run.config.strategy)
+            if widths:
+                check_optimizer(engine, run.config.strategy)
         consensus.settle()
         tag = f"global_step{engine.global_steps}-before-growth{plan.stage}"
         if run.checkpoint_dir is not None and widths:

@@ -24,35 +24,33 @@ def hook_step(engine: DeepSpeedEngine) -> BirthStep:
 
     Returns:
         The step.
-
-    Raises:
-        UnsupportedError: if birth stages are to be treated differently and the optimizer can't be stepped in pieces.
     """
     optimizer = access.base_optimizer(engine)
-    groups = access.master_groups(engine)
-    if _tells_stages_apart(run_of(engine).config.strategy):
-        for master, index in {group: (master, group) for master, group in groups.items()}.values():
-            if not steps_elementwise(optimizer, optimizer.param_groups[index], master):
-                raise UnsupportedError(
-                    f"{type(optimizer).__name__} updates an element by looking at others, so new elements can't have a "
-                    "learning rate of their own: use an elementwise optimizer like AdamW, or set "
-                    'rewarmup.scope to "none" and bias_correction to "inherit"'
-                )
     engine.lr_scheduler = RewarmupScheduler(engine.lr_scheduler, optimizer)
-    return BirthStep(optimizer, engine.lr_scheduler, groups, lambda: blocks_of(engine))
+    return BirthStep(optimizer, engine.lr_scheduler, access.master_groups(engine), lambda: blocks_of(engine))
 
 
-def check_restart(shards: dict[str, access.Shard], strategy: Strategy) -> None:
-    """Refuse to restart the bias correction of an optimizer that keeps more numbers per tensor than a step count.
+def check_optimizer(engine: DeepSpeedEngine, strategy: Strategy) -> None:
+    """Refuse to treat birth stages differently if the base optimizer can't.
 
     Raises:
-        UnsupportedError: names the number.
+        UnsupportedError: if it updates an element by looking at others, or is to restart a bias correction while it
+            keeps more numbers per tensor than a step count; names what to change.
     """
-    if strategy.bias_correction is not BiasCorrection.RESTART:
+    optimizer, restart = access.base_optimizer(engine), strategy.bias_correction is BiasCorrection.RESTART
+    if strategy.rewarmup.scope is not Scope.NEW and not restart:
         return
-    for shard in shards.values():
+    one_each = {group: (master, group) for master, group in access.master_groups(engine).items()}
+    for master, index in one_each.values():
+        if not steps_elementwise(optimizer, optimizer.param_groups[index], master):
+            raise UnsupportedError(
+                f"{type(optimizer).__name__} updates an element by looking at others, so new elements can't have a "
+                "learning rate of their own: use an elementwise optimizer like AdamW, or set "
+                'rewarmup.scope to "none" and bias_correction to "inherit"'
+            )
+    for shard in access.shards(engine).values():
         others = shard.scalars.keys() - {"step"}
-        if others and "step" in shard.scalars:
+        if restart and others and "step" in shard.scalars:
             raise UnsupportedError(
                 f"the optimizer keeps {sorted(others)} per tensor, which can't start anew for some elements; set "
                 'bias_correction to "inherit"'
@@ -83,7 +81,3 @@ def _padded(blocks: list[Block], numel: int) -> list[Block]:
             filled.append(block)
         end = block.stop
     return join(filled)
-
-
-def _tells_stages_apart(strategy: Strategy) -> bool:
-    return strategy.rewarmup.scope is Scope.NEW or strategy.bias_correction is BiasCorrection.RESTART

@@ -96,6 +96,7 @@ LAYOUTS = {
     "rows": lambda row, column: (row >= 20).long() + (row >= 30).long() + 0 * column,
     "columns": lambda row, column: (column >= 24).long() + (column >= 40).long() + 0 * row,
     "both": lambda row, column: torch.maximum((row >= 20).long(), 2 * (column >= 24).long()),
+    "thin": lambda row, column: (column >= 44).long() + 0 * row,  # a single column, if there are 45
     "original": lambda row, column: 0 * (row + column),
     "new": lambda row, column: 0 * (row + column) + 1,
 }
