@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -34,16 +36,12 @@ def muon_aux(params: list[Any]) -> torch.optim.Optimizer:
     return MuonWithAuxAdam([group])
 
 
-def cpu_adam(params: list[Any]) -> torch.optim.Optimizer:
+def cpu_adam(params: list[Any], **arguments: Any) -> torch.optim.Optimizer:
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-    return DeepSpeedCPUAdam(params, lr=0.02, betas=(0.9, 0.95), weight_decay=0.1)
-
-
-def cpu_adam_l2(params: list[Any]) -> torch.optim.Optimizer:
-    from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-    return DeepSpeedCPUAdam(params, lr=0.02, betas=(0.9, 0.999), weight_decay=0.1, adamw_mode=False)
+    # It looks at the CPU in every constructor, which takes a second.
+    with mock.patch("cpuinfo.get_cpu_info", return_value={}):
+        return DeepSpeedCPUAdam(params, **{"lr": 0.02, "betas": (0.9, 0.95), "weight_decay": 0.1, **arguments})
 
 
 class Lion(torch.optim.Optimizer):
@@ -81,7 +79,7 @@ OPTIMIZERS: dict[str, Make] = {
     "adamw-maximize": adam(foreach=True, maximize=True),
     "adam-l2": adam(torch.optim.Adam, fused=True),
     "deepspeed-cpu-adam": cpu_adam,
-    "deepspeed-cpu-adam-l2": cpu_adam_l2,
+    "deepspeed-cpu-adam-l2": functools.partial(cpu_adam, adamw_mode=False, betas=(0.9, 0.999)),
     "lion": Lion,
     "sgd-momentum": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9, weight_decay=0.1, nesterov=True),
     "sgd-fused": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9, fused=True),
