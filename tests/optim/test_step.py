@@ -36,11 +36,18 @@ def muon_aux(params: list[Any]) -> torch.optim.Optimizer:
     return MuonWithAuxAdam([group])
 
 
+@functools.cache
+def cpu_info() -> dict[str, Any]:
+    """DeepSpeedCPUAdam asks for this in every constructor, which takes a second."""
+    from cpuinfo import get_cpu_info
+
+    return dict(get_cpu_info())
+
+
 def cpu_adam(params: list[Any], **arguments: Any) -> torch.optim.Optimizer:
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-    # It looks at the CPU in every constructor, which takes a second.
-    with mock.patch("cpuinfo.get_cpu_info", return_value={}):
+    with mock.patch("cpuinfo.get_cpu_info", return_value=cpu_info()):
         return DeepSpeedCPUAdam(params, **{"lr": 0.02, "betas": (0.9, 0.95), "weight_decay": 0.1, **arguments})
 
 
