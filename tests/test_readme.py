@@ -49,6 +49,8 @@ def test_the_json_block_shows_the_defaults() -> None:
 def test_the_files_named_exist() -> None:
     named = re.findall(r"`((?:ds_sparkling|tests|tools|configs)/[\w./-]*)`", README)
     assert len(named) > 8
+    named += re.findall(r"\]\((docs/[\w./-]*)\)", README)
+    named += re.findall(r"`python (tools/\w+\.py)", README)
     for path in named:
         assert (Path(__file__).parents[1] / path).exists(), path
 
