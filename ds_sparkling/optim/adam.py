@@ -76,7 +76,9 @@ class AdamKernel:
             )
             and not any(group.get(key) for key in ("amsgrad", "maximize", "capturable", "differentiable"))
             and group.get("bias_correction", True)
+            # What a gradient scaler leaves for torch's kernel to do.
             and getattr(self._optimizer, "grad_scale", None) is None
+            and getattr(self._optimizer, "found_inf", None) is None
             and _library() is not None
         )
 

@@ -14,7 +14,7 @@ _SHAPE = (4, 6)
 
 @torch.no_grad()
 def steps_elementwise(optimizer: torch.optim.Optimizer, group: dict[str, Any], like: Tensor) -> bool:
-    """Whether the update of an element depends on that element's own gradient and state alone.
+    """Whether the update of an element depends on its own gradient and state and on settings alone.
 
     A small tensor is stepped as a whole, and again as two 1-D pieces; the optimizer's state and groups stay.
 
@@ -33,11 +33,15 @@ def steps_elementwise(optimizer: torch.optim.Optimizer, group: dict[str, Any], l
         for tensors in ([whole], pieces):
             optimizer.state = defaultdict(dict)
             # One group each, as in a step (an optimizer may keep one step count for all tensors of a group).
-            optimizer.param_groups = [{**group, "params": [tensor], "lr": 0.01} for tensor in tensors]
+            tried = [{**group, "params": [tensor], "lr": 0.01} for tensor in tensors]
+            optimizer.param_groups = [*tried]
+            settings = [{key: value for key, value in one.items() if key != "params"} for one in tried]
             for gradient in gradients:
                 for tensor, grad in zip(tensors, gradient.flatten().split([t.numel() for t in tensors]), strict=True):
                     tensor.grad = grad.clone().view(tensor.shape)
                 optimizer.step()
+            if any(one[key] != value for one, was in zip(tried, settings, strict=True) for key, value in was.items()):
+                return False  # it counts in the group, whose copies the pieces get
     finally:
         optimizer.state, optimizer.param_groups = own
     return torch.allclose(whole.flatten(), torch.cat(pieces), rtol=1e-5, atol=1e-7)

@@ -56,6 +56,10 @@ class RewarmupScheduler:
         """The rate of the next step in group ``group``: of the original elements, then of every stage's."""
         return rates_by_birth(self.births, group, float(self.optimizer.param_groups[group]["lr"]))
 
+    def check(self, strategy: Strategy) -> None:
+        """Raise, as :meth:`born` would now, before anything is touched."""
+        cosine_base(self.base, strategy.rewarmup, len(self.optimizer.param_groups))
+
     def born(self, strategy: Strategy) -> None:
         """A growth stage has just happened.
 

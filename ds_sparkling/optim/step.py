@@ -50,6 +50,7 @@ class BirthStep:
         self._groups = dict(groups)
         self._make_blocks = blocks
         self._blocks: Mapping[Tensor, Sequence[Block]] | None = None
+        self._stages: dict[Tensor, set[int]] = {}
         self._own_step = optimizer.step
         self._kernel = AdamKernel(optimizer)
 
@@ -72,9 +73,11 @@ class BirthStep:
         as_ever: list[dict[str, Any]] = []
         for group in self._optimizer.param_groups:
             params = []
+            usual = Treatment(float(group["lr"]), None)
+            self._share_count(group)
             for param in group["params"]:
                 stages = self._treatments(group, param)
-                if set(stages) == {Treatment(float(group["lr"]), None)}:
+                if self._occurring(param, stages) == {usual}:
                     params.append(param)
                 else:
                     apart.append((group, param, stages))
@@ -97,7 +100,24 @@ class BirthStep:
     def forget_blocks(self) -> None:
         """The birth stages may have changed; they are told anew when they are next needed."""
         self._blocks = None
+        self._stages.clear()
         self._kernel.forget_blocks()
+
+    def _occurring(self, param: Tensor, stages: tuple[Treatment, ...]) -> set[Treatment]:
+        """The treatments that any element of the tensor gets."""
+        if len(set(stages)) == 1:
+            return set(stages)
+        if param not in self._stages:
+            self._stages[param] = {run.stage for block in self.blocks[param] for run in block.runs}
+        return {stages[stage] for stage in self._stages[param]}
+
+    def _share_count(self, group: dict[str, Any]) -> None:
+        """DeepSpeed's FusedAdam counts in one tensor for all of a group; apart, each needs that count."""
+        if type(self._optimizer).__name__ == "FusedAdam":
+            states = [self._optimizer.state[param] for param in group["params"] if param in self._optimizer.state]
+            counted = [state for state in states if "step" in state]
+            for state in counted:
+                state["step"] = max(other["step"] for other in counted)
 
     def _treatments(self, group: dict[str, Any], param: Tensor) -> tuple[Treatment, ...]:
         """What the elements of every birth stage get; a single entry if the tensor has no part in it."""
@@ -121,9 +141,10 @@ class BirthStep:
         numbers: dict[str, Any] = {}
         for parts in _parts(blocks, stages):
             numbers = self._step_parts(group, param, parts, before, arguments)
+            if "step" in before:
+                # By what the pieces' count went up: not at all, if a gradient scaler skips the step.
+                numbers["step"] = before["step"] + (numbers["step"] - _number("step", before["step"], [*parts][-1]))
         state.update(numbers)
-        if "step" in before:
-            state["step"] = before["step"] + 1
 
     def _step_parts(
         self,
@@ -151,7 +172,7 @@ class BirthStep:
                 piece.grad = part.of(param.grad)
                 if before:
                     self._optimizer.state[piece] = {
-                        key: part.of(value) if _per_element(value, param) else _number(key, value, treatment)
+                        key: part.of(value) if _per_element(key, value, param) else _number(key, value, treatment)
                         for key, value in before.items()
                     }
                 params.append(piece)
@@ -163,7 +184,7 @@ class BirthStep:
         for part, piece in pieces:
             part.put(param.data, piece)
             for key, value in self._optimizer.state.pop(piece, {}).items():
-                if not _per_element(value, piece):
+                if not _per_element(key, value, piece):
                     numbers[key] = value
                     continue
                 if key not in state:
@@ -229,8 +250,8 @@ def _parts(blocks: Sequence[Block], stages: Sequence[Treatment]) -> Iterator[dic
         yield parts
 
 
-def _per_element(value: Any, param: Tensor) -> bool:
-    return isinstance(value, Tensor) and value.shape == param.shape
+def _per_element(key: str, value: Any, param: Tensor) -> bool:
+    return key != "step" and isinstance(value, Tensor) and value.shape == param.shape
 
 
 def _number(key: str, value: Any, treatment: Treatment) -> Any:

@@ -136,6 +136,12 @@ def master_groups(engine: DeepSpeedEngine) -> dict[Tensor, int]:
     return {shard.master: groups[shard.name] for shard in _trained(engine, names) if shard.master is not None}
 
 
+def splits_muon(engine: DeepSpeedEngine) -> bool:
+    """Whether the base optimizer is Muon under ZeRO stage 1 or 2, whose momentum isn't laid out like the partitions."""
+    muon = type(base_optimizer(engine)).__name__ == "MuonWithAuxAdam"
+    return muon and isinstance(engine.optimizer, DeepSpeedZeroOptimizer)
+
+
 def make_states(engine: DeepSpeedEngine, templates: Mapping[str, Shard], *, drop: bool) -> None:
     """Give the fresh ``engine``'s base optimizer state tensors like those of ``templates``, zeroed.
 
@@ -366,7 +372,7 @@ def _with_state(shard: Shard, base: torch.optim.Optimizer, offset: int) -> Shard
     for key, value in base.state.get(master, {}).items():
         if value is None:
             continue  # state that this optimizer doesn't use, like the momentum of SGD without it
-        if isinstance(value, Tensor) and value.shape == master.shape:
+        if key != "step" and isinstance(value, Tensor) and value.shape == master.shape:
             shard.states[key] = value.view(-1)[offset : offset + shard.weight.numel()]
         elif isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.dim() == 0):
             shard.scalars[key] = value

@@ -38,7 +38,6 @@ _LOSS_SCALE = (
     "loss_scale_config",
     "custom_loss_scaler",
     "external_loss_scale",
-    "has_executed_step",
     "overflow",
     "torch_autocast_gradscaler",
     "_global_grad_norm",

@@ -48,6 +48,8 @@ def hook_checkpoints(engine: DeepSpeedEngine, step: BirthStep) -> None:
         if found is not None and record is None and engine.global_rank == 0:
             logger.warning("%s has no growth record; taken as saved at %s", found, run_of(engine).widths)
         result = load(load_dir, tag, *args, **kwargs)
+        if result[0] is not None and engine.load_universal_checkpoint():
+            _restore_groups(engine)
         if record is not None and result[0] is not None:
             engine.sparkling = replace(run_of(engine), record=record)
             step.forget_blocks()
@@ -81,13 +83,15 @@ def _check_schedule(engine: DeepSpeedEngine, path: Path | None) -> None:
             f"{path}: the scheduler's state knows {len(scheduler.births)} growths, the growth record {stages}; they "
             "belong to different checkpoints"
         )
-    if engine.load_universal_checkpoint():
-        changed = scheduler.restore_groups()
-        if changed and engine.global_rank == 0:
-            logger.warning(
-                "DeepSpeed's universal checkpoint gave every parameter group the first one's settings; restored %s",
-                ", ".join(changed),
-            )
+
+
+def _restore_groups(engine: DeepSpeedEngine) -> None:
+    """Universal checkpoints come back with the first group's settings in every group; put back what was saved."""
+    changed = engine.lr_scheduler.restore_groups()
+    if changed and engine.global_rank == 0:
+        logger.warning(
+            "a universal checkpoint gave every group the first one's settings; restored %s", ", ".join(changed)
+        )
 
 
 def _check_record(own: GrowthRecord, recorded: GrowthRecord | None, path: Path) -> None:

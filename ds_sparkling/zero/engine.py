@@ -203,6 +203,7 @@ def _grow(
             old = access.shards(engine)
             if widths:
                 check_optimizer(engine, run.config.strategy)
+                engine.lr_scheduler.check(run.config.strategy)
         consensus.settle()
         tag = f"global_step{engine.global_steps}-before-growth{plan.stage}"
         if run.checkpoint_dir is not None and widths:

@@ -34,26 +34,28 @@ def check_optimizer(engine: DeepSpeedEngine, strategy: Strategy) -> None:
     """Refuse to treat birth stages differently if the base optimizer can't.
 
     Raises:
-        UnsupportedError: if it updates an element by looking at others, or is to restart a bias correction while it
-            keeps more numbers per tensor than a step count; names what to change.
+        UnsupportedError: if it updates an element by looking at others, or keeps more numbers per tensor than a step
+            count; names what to change.
     """
-    optimizer, restart = access.base_optimizer(engine), strategy.bias_correction is BiasCorrection.RESTART
-    if strategy.rewarmup.scope is not Scope.NEW and not restart:
+    optimizer = access.base_optimizer(engine)
+    if strategy.rewarmup.scope is not Scope.NEW and strategy.bias_correction is not BiasCorrection.RESTART:
         return
-    one_each = {group: (master, group) for master, group in access.master_groups(engine).items()}
-    for master, index in one_each.values():
+    if access.splits_muon(engine):
+        raise UnsupportedError("Muon can be grown under ZeRO stage 3 only: stages 1 and 2 keep its momentum elsewhere")
+    one_each = {(index, min(master.dim(), 2)): master for master, index in access.master_groups(engine).items()}
+    for (index, _), master in one_each.items():
         if not steps_elementwise(optimizer, optimizer.param_groups[index], master):
             raise UnsupportedError(
-                f"{type(optimizer).__name__} updates an element by looking at others, so new elements can't have a "
-                "learning rate of their own: use an elementwise optimizer like AdamW, or set "
+                f"{type(optimizer).__name__} updates an element by looking at others, or counts in its groups, so new "
+                "elements can't have a learning rate of their own: use an elementwise optimizer like AdamW, or set "
                 'rewarmup.scope to "none" and bias_correction to "inherit"'
             )
     for shard in access.shards(engine).values():
         others = shard.scalars.keys() - {"step"}
-        if restart and others and "step" in shard.scalars:
+        if others:
             raise UnsupportedError(
-                f"the optimizer keeps {sorted(others)} per tensor, which can't start anew for some elements; set "
-                'bias_correction to "inherit"'
+                f"the optimizer keeps {sorted(others)} per tensor, which can't differ between its elements; set "
+                'rewarmup.scope to "none" and bias_correction to "inherit"'
             )
 
 

@@ -241,6 +241,61 @@ def test_muon_scales_its_update_per_element(workers: Pool) -> None:
 # -- skipped steps, other schedulers, refusals -------------------------------------------------------------------
 
 
+def fused_adam_matches_torch(top: dict[str, Any], bf16: bool) -> tuple[list[float], list[int]]:
+    """Losses after a growth without ZeRO, where DeepSpeed's FusedAdam counts steps in one tensor of a group."""
+    engine = grown(Case(1, 0, bf16=bf16, top=top))
+    losses = tiny.train(engine, 11)
+    from ds_sparkling.zero import access
+
+    steps = [int(state["step"]) for state in access.base_optimizer(engine).state.values() if "step" in state]
+    return losses, steps
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_fused_adam_without_zero_steps_like_torchs(bf16: bool, workers: Pool) -> None:
+    fused = optimizer("AdamW", betas=[0.9, 0.95])
+    ((losses, steps),) = workers(1).run(fused_adam_matches_torch, fused, bf16)
+    ((expected, _),) = workers(1).run(fused_adam_matches_torch, optimizer("AdamW", **ADAMW), bf16)
+    assert max(steps) == (12 if bf16 else 11)  # DeepSpeed's bf16 wrapper takes a step on zeros at the start
+    assert losses == pytest.approx(expected, rel=2e-2 if bf16 else 1e-5)
+
+
+def muon_on_stage_2() -> str:
+    from ds_sparkling.errors import UnsupportedError
+
+    muon = {"optimizer": {"type": "Muon", "params": {"lr": 1e-2, "momentum": 0.9}}}
+    try:
+        tiny.initialize(Case(2, 2, sparkling=GROWING, top={**muon, "zero_allow_untested_optimizer": True}))
+    except UnsupportedError as error:
+        return str(error)
+    return "made"
+
+
+def test_muon_below_stage_3_is_refused_at_the_start(workers: Pool) -> None:
+    assert all("stage 3 only" in message for message in workers(2).run(muon_on_stage_2))
+
+
+def cosine_on_a_constant_rate() -> tuple[str, int]:
+    import ds_sparkling
+    from ds_sparkling.errors import ConfigError
+
+    top = {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 2}}}
+    engine = tiny.initialize(Case(1, 3, sparkling={"rewarmup": {"curve": "cosine"}}, top=top))
+    tiny.train(engine, 2)
+    try:
+        ds_sparkling.grow(engine, {"moe_intermediate_size": 10})
+    except ConfigError as error:
+        tiny.train(engine, 3)
+        return str(error), engine.global_steps
+    return "grown", 0
+
+
+def test_a_curve_that_cant_be_is_refused_before_the_engine_is_touched(workers: Pool) -> None:
+    ((message, steps),) = workers(1).run(cosine_on_a_constant_rate)
+    assert "WarmupLR doesn't tell where a cosine ends" in message
+    assert steps == 3
+
+
 def with_skipped_steps(stage: int, bad: tuple[int, ...]) -> tuple[Any, int, list[float], list[int]]:
     """Train on after a growth; at the micro steps ``bad`` there is an extra batch whose gradients are infinite."""
     engine = grown(Case(2, stage, bf16=True))
