@@ -218,11 +218,12 @@ def layout(name: str, optimizer: str = "") -> Tensor:
 
 
 @pytest.mark.parametrize("restart", [True, False], ids=["restart", "inherit"])
-@pytest.mark.parametrize("where", LAYOUTS)
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("name", "where"),
+    # Without new elements the step is the optimizer's own; DeepSpeed's multiplies beta^t up in single precision then.
+    [(name, where) for name in OPTIMIZERS for where in LAYOUTS if "deepspeed" not in name or where != "original"],
+)
 def test_stages_step_as_parameters_of_their_own(name: str, where: str, restart: bool) -> None:
-    if where == "original" and "deepspeed" in name:
-        pytest.skip("its own step, which multiplies beta^t up in single precision")
     make = OPTIMIZERS[name]
     grown = Grown(make, layout(where, name), old_steps=12)
     reference = make([torch.zeros(1)])
