@@ -56,6 +56,7 @@ class Shard:
         padded: ``weight`` is padded at the end, so that every rank of the group holds equally many elements.
         master: the tensor the base optimizer steps, which ``weight`` is a part of; None for a frozen parameter.
         states: per-element optimizer state, 1-D like ``weight``, by the optimizer's own key.
+        wholes: per-element state of the whole parameter, 1-D, on every rank that holds a part of it; empty on others.
         scalars: the rest of the optimizer state (step counters).
     """
 
@@ -69,6 +70,7 @@ class Shard:
     master: Tensor | None = None
     states: dict[str, Tensor] = field(default_factory=dict)
     scalars: dict[str, Any] = field(default_factory=dict)
+    wholes: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def piece(self) -> Piece:
@@ -100,6 +102,18 @@ class Shard:
                 if rank == self.rank:
                     target.copy_(part[: piece.numel])
                 dist.broadcast(target, dist.get_global_rank(self.group, rank), group=self.group)
+        return whole
+
+    def whole(self, key: str, device: torch.device) -> Tensor:
+        """The whole of ``wholes[key]``, from the first rank that holds it. Collective over ``group``."""
+        held = self.wholes[key]
+        source = next(rank for rank, piece in enumerate(self.pieces) if piece.numel)
+        if self.rank == source:
+            whole = held.to(device)
+        else:
+            whole = torch.empty(math.prod(self.shape), dtype=held.dtype, device=device)
+        if len(self.pieces) > 1:
+            dist.broadcast(whole, dist.get_global_rank(self.group, source), group=self.group)
         return whole
 
 
@@ -136,12 +150,6 @@ def master_groups(engine: DeepSpeedEngine) -> dict[Tensor, int]:
     return {shard.master: groups[shard.name] for shard in _trained(engine, names) if shard.master is not None}
 
 
-def splits_muon(engine: DeepSpeedEngine) -> bool:
-    """Whether the base optimizer is Muon under ZeRO stage 1 or 2, whose momentum isn't laid out like the partitions."""
-    muon = type(base_optimizer(engine)).__name__ == "MuonWithAuxAdam"
-    return muon and isinstance(engine.optimizer, DeepSpeedZeroOptimizer)
-
-
 def make_states(engine: DeepSpeedEngine, templates: Mapping[str, Shard], *, drop: bool) -> None:
     """Give the fresh ``engine``'s base optimizer state tensors like those of ``templates``, zeroed.
 
@@ -155,9 +163,11 @@ def make_states(engine: DeepSpeedEngine, templates: Mapping[str, Shard], *, drop
     """
     base = base_optimizer(engine)
     by_master: dict[int, tuple[Tensor, list[str]]] = {}
+    numels: dict[str, int] = {}
     for shard in _trained(engine, {id(param): name for name, param in engine.module.named_parameters()}):
         assert shard.master is not None
         by_master.setdefault(id(shard.master), (shard.master, []))[1].append(shard.name)
+        numels[shard.name] = math.prod(shard.shape) if shard.piece.numel else 0
     for master, members in by_master.values():
         template = templates[members[0]]
         for name in members[1:]:
@@ -166,7 +176,7 @@ def make_states(engine: DeepSpeedEngine, templates: Mapping[str, Shard], *, drop
                     f"{template.name} and {name} are at different optimizer steps ({template.scalars} and "
                     f"{templates[name].scalars}) but share one flat tensor after the growth"
                 )
-        if not template.states and not template.scalars:
+        if not template.states and not template.scalars and not template.wholes:
             continue
         state = base.state[master]
         for key, old in template.states.items():
@@ -175,6 +185,9 @@ def make_states(engine: DeepSpeedEngine, templates: Mapping[str, Shard], *, drop
                 state[key] = torch.zeros_like(master, dtype=old.dtype, requires_grad=False)
             else:
                 made.zero_()
+        for key, held in template.wholes.items():
+            size = sum(numels[name] for name in members)
+            state[key] = torch.zeros(size, dtype=held.dtype, device=held.device)
         for key, value in template.scalars.items():
             copied = value.to(_step_device(value, master), copy=True) if isinstance(value, Tensor) else value
             state[key] = copied * 0 if drop else copied
@@ -331,11 +344,18 @@ def _windows(
 ) -> Iterator[Shard]:
     """Stages 1 and 2: a rank's flat tensor is a window over the whole group's parameters, laid end to end."""
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+    whole_offset = 0
     for param, offset in zip(params, offsets, strict=True):
         pieces = window_pieces(offset, param.numel(), flat.numel(), ranks)
         start = max(offset - rank * flat.numel(), 0) if pieces[rank].numel else 0
         weight = flat.data[start : start + pieces[rank].numel]
         shard = Shard(names[id(param)], tuple(param.shape), pieces, rank, group, weight, master=flat)
+        whole_numel = param.numel() if pieces[rank].numel else 0
+        # Muon orthogonalises whole matrices, so it keeps the momentum of all that touch the window, end to end.
+        momentum = optimizer.optimizer.state.get(flat, {}).get("momentum_buffer")
+        if momentum is not None and _is_muon(optimizer.optimizer):
+            shard.wholes["momentum_buffer"] = momentum[whole_offset : whole_offset + whole_numel]
+        whole_offset += whole_numel
         yield _with_state(shard, optimizer.optimizer, start)
 
 
@@ -361,6 +381,10 @@ def _frozen(engine: DeepSpeedEngine, names: Mapping[int, str]) -> Iterator[Shard
             yield Shard(name, tuple(param.shape), [Piece(0, param.numel())], 0, None, param.data.view(-1))
 
 
+def _is_muon(optimizer: torch.optim.Optimizer) -> bool:
+    return type(optimizer).__name__ == "MuonWithAuxAdam"
+
+
 def _numel(param: nn.Parameter) -> int:
     return int(getattr(param, "ds_numel", param.numel()))
 
@@ -370,7 +394,7 @@ def _with_state(shard: Shard, base: torch.optim.Optimizer, offset: int) -> Shard
     master = shard.master
     assert master is not None
     for key, value in base.state.get(master, {}).items():
-        if value is None:
+        if value is None or key in shard.wholes:
             continue  # state that this optimizer doesn't use, like the momentum of SGD without it
         if key != "step" and isinstance(value, Tensor) and value.shape == master.shape:
             shard.states[key] = value.view(-1)[offset : offset + shard.weight.numel()]

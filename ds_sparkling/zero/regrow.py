@@ -50,6 +50,13 @@ def move(plan: GrowthPlan, old: dict[str, Shard], engine: DeepSpeedEngine, conse
             with consensus:
                 if widener is not None:
                     _fill(widener, key, whole, target.states[key], target)
+        for key in source.wholes:
+            whole = source.whole(key, engine.device)
+            with consensus:
+                if widener is not None and target.piece.numel:
+                    made = torch.empty_like(target.wholes[key], device=whole.device)
+                    widener.state(key, whole, made)
+                    target.wholes[key].copy_(made)
         del whole, source, target
     access.finish_writing(engine)
 

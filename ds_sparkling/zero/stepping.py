@@ -40,8 +40,6 @@ def check_optimizer(engine: DeepSpeedEngine, strategy: Strategy) -> None:
     optimizer = access.base_optimizer(engine)
     if strategy.rewarmup.scope is not Scope.NEW and strategy.bias_correction is not BiasCorrection.RESTART:
         return
-    if access.splits_muon(engine):
-        raise UnsupportedError("Muon can be grown under ZeRO stage 3 only: stages 1 and 2 keep its momentum elsewhere")
     one_each = {(index, min(master.dim(), 2)): master for master, index in access.master_groups(engine).items()}
     for (index, _), master in one_each.items():
         if not steps_elementwise(optimizer, optimizer.param_groups[index], master):

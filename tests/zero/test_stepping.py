@@ -230,9 +230,11 @@ def muon_error(case: Case) -> tuple[int, int]:
     return worst, count
 
 
-def test_muon_scales_its_update_per_element(workers: Pool) -> None:
+@pytest.mark.parametrize(("stage", "ep"), [(1, 0), (2, 0), (3, 2)])
+def test_muon_scales_its_update_per_element(stage: int, ep: int, workers: Pool) -> None:
     muon = {"optimizer": {"type": "Muon", "params": {"lr": 1e-2, "momentum": 0.9, "weight_decay": 0.1}}}
-    case = Case(2, 3, 2, zero={"reduce_scatter": False}, top={**muon, "zero_allow_untested_optimizer": True})
+    zero = {"reduce_scatter": False} if stage > 1 else {}
+    case = Case(2, stage, ep, zero=zero, top={**muon, "zero_allow_untested_optimizer": True})
     for worst, count in workers(2).run(muon_error, case):
         assert worst <= 2
         assert count > 100
@@ -260,19 +262,79 @@ def test_fused_adam_without_zero_steps_like_torchs(bf16: bool, workers: Pool) ->
     assert losses == pytest.approx(expected, rel=2e-2 if bf16 else 1e-5)
 
 
-def muon_on_stage_2() -> str:
-    from ds_sparkling.errors import UnsupportedError
+def muon_momentum(
+    stage: int, ranks: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor], list[float]]:
+    """Whole momenta before a growth, after it and as one process grows them; losses from there on."""
+    import ds_sparkling
+    from ds_sparkling.growth import Widener
+    from ds_sparkling.zero import access
+
+    def momenta(engine: Any) -> dict[str, Tensor]:
+        whole = {}
+        for name, shard in access.shards(engine).items():
+            for key, held in shard.wholes.items():
+                whole[name] = shard.whole(key, engine.device).clone()
+                assert torch.equal(held, whole[name] if shard.piece.numel else held[:0]), name
+        return whole
 
     muon = {"optimizer": {"type": "Muon", "params": {"lr": 1e-2, "momentum": 0.9}}}
-    try:
-        tiny.initialize(Case(2, 2, sparkling=GROWING, top={**muon, "zero_allow_untested_optimizer": True}))
-    except UnsupportedError as error:
-        return str(error)
-    return "made"
+    zero = {"reduce_scatter": False} if stage == 2 else {}
+    case = Case(ranks, stage, zero=zero, top={**muon, "zero_allow_untested_optimizer": True})
+    engine = tiny.initialize(case)
+    uninterrupted = tiny.train(engine, 5)
+    engine = tiny.initialize(case)
+    losses = tiny.train(engine, 3)
+    before = momenta(engine)
+    rebuilt = ds_sparkling.rebuild(engine)
+    same = momenta(rebuilt)
+    assert before.keys() == same.keys()
+    assert all(torch.equal(before[name], same[name]) for name in before)
+    assert losses + tiny.train(rebuilt, 5) == pytest.approx(uninterrupted, rel=1e-6)
+    before = momenta(rebuilt)
+    engine = ds_sparkling.grow(rebuilt, {"hidden_size": 9, "moe_intermediate_size": 8})
+    after = momenta(engine)
+    expected = {}
+    for name, old in before.items():
+        widener = Widener(engine.sparkling.plan, name)
+        expected[name] = torch.empty(math.prod(widener.after), dtype=old.dtype)
+        widener.state("momentum_buffer", old, expected[name])
+    return before, after, expected, tiny.train(engine, 8)
 
 
-def test_muon_below_stage_3_is_refused_at_the_start(workers: Pool) -> None:
-    assert all("stage 3 only" in message for message in workers(2).run(muon_on_stage_2))
+@pytest.mark.parametrize(("stage", "ranks"), [(1, 1), (1, 2), (2, 2), (2, 3)])
+def test_muons_momentum_grows_where_ranks_hold_whole_matrices(stage: int, ranks: int, workers: Pool) -> None:
+    for before, after, expected, losses in workers(ranks).run(muon_momentum, stage, ranks):
+        assert before
+        assert any(momentum.any() for momentum in before.values())
+        assert after.keys() == expected.keys()
+        assert all(torch.equal(after[name], momentum) for name, momentum in expected.items())
+        assert all(math.isfinite(loss) for loss in losses)
+
+
+def muon_resumed(stage: int, directory: str) -> tuple[list[float], list[float]]:
+    import ds_sparkling
+
+    muon = {"optimizer": {"type": "Muon", "params": {"lr": 1e-2, "momentum": 0.9}}}
+    zero = {"reduce_scatter": False} if stage > 1 else {}
+    sparkling = {"rewarmup": {"ratio": 1.5, "steps": 4}}
+    case = Case(2, stage, zero=zero, sparkling=sparkling, top={**muon, "zero_allow_untested_optimizer": True})
+    engine = tiny.initialize(case)
+    tiny.train(engine, 3)
+    engine = ds_sparkling.grow(engine, {"hidden_size": 9})
+    tiny.train(engine, 5)
+    engine.save_checkpoint(directory)
+    expected = tiny.train(engine, 8)
+    engine = tiny.initialize(case, checkpoint=directory)
+    engine.load_checkpoint(directory)
+    return expected, tiny.train(engine, 8)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_resumed_muon_run_goes_on(stage: int, workers: Pool, tmp_path: Path) -> None:
+    """Bit for bit but for MKL, whose products round by where in memory their operands happen to lie."""
+    for expected, losses in workers(2).run(muon_resumed, stage, str(tmp_path)):
+        assert losses == pytest.approx(expected, rel=1e-6)
 
 
 def cosine_on_a_constant_rate() -> tuple[str, int]:
