@@ -36,7 +36,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import statistics
 import sys
 import tempfile
@@ -48,6 +47,7 @@ import torch.multiprocessing
 from tqdm import tqdm
 
 from ds_sparkling.benchmarks.cases import EXPERT_PARALLEL, Case, Sample
+from ds_sparkling.benchmarks.common import free_port, table
 
 _MIB = 2**20
 
@@ -117,7 +117,7 @@ def measure(case: Case) -> Row:
     """Run one case in processes of its own."""
     with tempfile.TemporaryDirectory(prefix="bench-regrow-") as directory:
         scratch = Path(directory)
-        torch.multiprocessing.spawn(_rank, (case, _free_port(), scratch), nprocs=case.ranks)
+        torch.multiprocessing.spawn(_rank, (case, free_port(), scratch), nprocs=case.ranks)
         samples = [Sample(**sample) for sample in json.loads((scratch / "samples.json").read_text())]
     return Row.from_samples(case, samples)
 
@@ -134,20 +134,6 @@ def _rank(rank: int, case: Case, port: int, scratch: Path) -> None:
         (scratch / "samples.json").write_text(json.dumps([asdict(sample) for sample in taken]))
     sys.stderr.flush()
     os._exit(0)  # with several ranks, the interpreter's own way out aborts now and then in a thread of the backend
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _table(rows: Sequence[Row]) -> str:
-    lines = [[header for header, _ in _COLUMNS]]
-    for row in rows:
-        lines.append([form.format(value) for (_, form), value in zip(_COLUMNS, vars(row).values(), strict=True)])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -186,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows.append(measure(case))
         if args.json is not None:
             args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
-    sys.stdout.write(f"{_table(rows)}\n\n{_LEGEND}")
+    sys.stdout.write(f"{table(_COLUMNS, rows)}\n\n{_LEGEND}")
 
 
 if __name__ == "__main__":

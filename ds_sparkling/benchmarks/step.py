@@ -38,7 +38,6 @@ import ctypes
 import itertools
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -58,6 +57,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import tqdm
 
 from ds_sparkling.axes import Dim, ParamAxes, Role
+from ds_sparkling.benchmarks.common import Columns, free_port, table
 from ds_sparkling.config import read_json
 from ds_sparkling.growth import Block, birth_blocks
 from ds_sparkling.optim.scheduler import RewarmupScheduler
@@ -66,9 +66,6 @@ from ds_sparkling.strategy import Rewarmup, Strategy
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
-
-Columns = Sequence[tuple[str, str]]
-
 
 # -- the step of one tensor -------------------------------------------------------------------------------------
 
@@ -406,7 +403,7 @@ def _job(steps: int, *, birth_aware: bool) -> list[float]:
     with tempfile.TemporaryDirectory(prefix="bench-step-") as directory:
         file, output = Path(directory) / "config.json", Path(directory) / "output"
         file.write_text(json.dumps(config))
-        command = [*launcher, "--master_port", str(_free_port()), "-m", "ds_sparkling.train"]
+        command = [*launcher, "--master_port", str(free_port()), "-m", "ds_sparkling.train"]
         subprocess.run(
             [*command, "--deepspeed_config", str(file), "--output", str(output)],
             check=True,
@@ -417,21 +414,7 @@ def _job(steps: int, *, birth_aware: bool) -> list[float]:
         return step_times(output / "tensorboard", after=after, batch=config["train_batch_size"])
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 # -- command line -----------------------------------------------------------------------------------------------
-
-
-def _table(columns: Columns, rows: Sequence[DataclassInstance]) -> str:
-    lines = [[header for header, _ in columns]]
-    for row in rows:
-        lines.append([form.format(value) for (_, form), value in zip(columns, vars(row).values(), strict=True)])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -514,11 +497,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point: measure what was asked for and write the table."""
     args = _parse(argv)
     if args.quickstart is None:
-        sys.stdout.write(f"{_table(_COLUMNS, _measure_steps(args))}\n\n{_LEGEND}")
+        sys.stdout.write(f"{table(_COLUMNS, _measure_steps(args))}\n\n{_LEGEND}")
         return
     rows = measure_job(args.quickstart, args.runs)
     _write(args.json, rows)
-    sys.stdout.write(f"{_table(_JOB_COLUMNS, rows)}\n\n{_JOB_LEGEND}")
+    sys.stdout.write(f"{table(_JOB_COLUMNS, rows)}\n\n{_JOB_LEGEND}")
 
 
 if __name__ == "__main__":

@@ -114,10 +114,11 @@ class BirthStep:
     def _share_count(self, group: dict[str, Any]) -> None:
         """DeepSpeed's FusedAdam counts in one tensor for all of a group; apart, each needs that count."""
         if type(self._optimizer).__name__ == "FusedAdam":
-            states = [self._optimizer.state[param] for param in group["params"] if param in self._optimizer.state]
+            states = [self._optimizer.state.get(param, {}) for param in group["params"]]
             counted = [state for state in states if "step" in state]
+            count = max((state["step"] for state in counted), default=0)
             for state in counted:
-                state["step"] = max(other["step"] for other in counted)
+                state["step"] = count
 
     def _treatments(self, group: dict[str, Any], param: Tensor) -> tuple[Treatment, ...]:
         """What the elements of every birth stage get; a single entry if the tensor has no part in it."""
@@ -233,8 +234,7 @@ def _parts(blocks: Sequence[Block], stages: Sequence[Treatment]) -> Iterator[dic
     parts: dict[Treatment, list[_Part]] = {}
     size = 0
     for block in blocks:
-        # A stretch needs no copies, however long it is.
-        step = block.rows if block.uniform is not None else max(1, _CHUNK // block.row)
+        step = max(1, _CHUNK // block.row)
         for first in range(0, block.rows, step):
             rows = min(step, block.rows - first)
             column = 0

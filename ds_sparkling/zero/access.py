@@ -128,6 +128,11 @@ def shards(engine: DeepSpeedEngine) -> dict[str, Shard]:
     return {name: found[name] for name in names.values()}
 
 
+def full_shape(param: nn.Parameter) -> tuple[int, ...]:
+    """The parameter's shape on this rank's expert-parallel slice, also while it is partitioned."""
+    return tuple(getattr(param, "ds_shape", param.shape))
+
+
 def base_optimizer(engine: DeepSpeedEngine) -> torch.optim.Optimizer:
     """The torch optimizer inside DeepSpeed's wrapper (which may be the wrapper itself)."""
     optimizer = engine.optimizer

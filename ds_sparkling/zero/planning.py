@@ -13,6 +13,7 @@ from ds_sparkling.errors import ConfigError
 from ds_sparkling.growth import GrowthPlan, count_parameters, make_plan
 from ds_sparkling.probe import BuildModel, base_widths, build_on_meta, probe
 from ds_sparkling.record import GrowthRecord
+from ds_sparkling.zero.access import full_shape
 from ds_sparkling.zero.naming import engine_axes, expert_slices
 from ds_sparkling.zero.run import GrowingRun
 
@@ -22,7 +23,7 @@ def logical_shapes(engine: DeepSpeedEngine) -> dict[str, tuple[int, ...]]:
     slices = expert_slices(engine)
     shapes = {}
     for name, param in engine.module.named_parameters():
-        shape = tuple(getattr(param, "ds_shape", param.shape))
+        shape = full_shape(param)
         shapes[name] = (slices[name].experts, *shape[1:]) if name in slices else shape
     return shapes
 

@@ -44,32 +44,28 @@ def move(plan: GrowthPlan, old: dict[str, Shard], engine: DeepSpeedEngine, conse
         whole = source.gather(source.weight, engine.device)
         with consensus:
             if widener is not None:
-                _fill(widener, None, whole, target.weight, target)
+                _fill(widener, None, whole, target.weight[: target.piece.numel], target.piece.start)
         for key, part in source.states.items():
             whole = source.gather(part, engine.device)
             with consensus:
                 if widener is not None:
-                    _fill(widener, key, whole, target.states[key], target)
+                    _fill(widener, key, whole, target.states[key][: target.piece.numel], target.piece.start)
         for key in source.wholes:
             whole = source.whole(key, engine.device)
             with consensus:
-                if widener is not None and target.piece.numel:
-                    made = torch.empty_like(target.wholes[key], device=whole.device)
-                    widener.state(key, whole, made)
-                    target.wholes[key].copy_(made)
+                if widener is not None:
+                    _fill(widener, key, whole, target.wholes[key], 0)
         del whole, source, target
     access.finish_writing(engine)
 
 
-def _fill(widener: Widener, key: str | None, whole: Tensor, part: Tensor, target: Shard) -> None:
-    """Write this rank's piece of the grown weight (or state ``key``) into ``part``."""
-    piece = target.piece
-    out = part[: piece.numel]
+def _fill(widener: Widener, key: str | None, whole: Tensor, out: Tensor, start: int) -> None:
+    """Write the elements from ``start`` on of the grown weight (or state ``key``) into ``out``."""
     made = out if out.device == whole.device else torch.empty_like(out, device=whole.device)
     if key is None:
-        widener.weight(whole, made, piece.start)
+        widener.weight(whole, made, start)
     else:
-        widener.state(key, whole, made, piece.start)
+        widener.state(key, whole, made, start)
     if made is not out:
         out.copy_(made)
 

@@ -11,6 +11,7 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor
+from ulp import ulps
 
 from ds_sparkling.growth import Block
 from ds_sparkling.growth.births import Run, stretch
@@ -105,16 +106,6 @@ LAYOUTS = {
     "original": lambda row, column: 0 * (row + column),
     "new": lambda row, column: 0 * (row + column) + 1,
 }
-
-
-def ulps(first: Tensor, second: Tensor) -> int:
-    """The largest distance of two fp32 tensors in units in the last place."""
-
-    def ordered(tensor: Tensor) -> Tensor:
-        bits = tensor.contiguous().view(torch.int32).long()
-        return torch.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
-
-    return int((ordered(first) - ordered(second)).abs().max())
 
 
 def blocks_of(births: Tensor) -> list[Block]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from distributed import Workers
 from tiny import Case
 from torch import Tensor
+from ulp import ulps
 
 Pool = Callable[[int], Workers]
 
@@ -40,14 +42,6 @@ CASES = [
 ]
 
 
-def ulps(first: Tensor, second: Tensor) -> int:
-    def ordered(tensor: Tensor) -> Tensor:
-        bits = tensor.contiguous().view(torch.int32).long()
-        return torch.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
-
-    return int((ordered(first) - ordered(second)).abs().max()) if first.numel() else 0
-
-
 def padded(tensor: Tensor) -> Tensor:
     """A copy of a multiple of 64 elements: torch's fused step rounds otherwise what its vectors leave over."""
     return torch.cat([tensor, torch.zeros(-tensor.numel() % 64)])
@@ -69,8 +63,6 @@ def birth_by_index(axes: Any, shape: tuple[int, ...], history: dict[str, tuple[i
 
 def grown(case: Case) -> Any:
     """An engine two steps after its second growth, its stages of three different ages."""
-    from dataclasses import replace
-
     import ds_sparkling
 
     engine = tiny.initialize(replace(case, sparkling={**GROWING, **case.sparkling}))
@@ -105,20 +97,41 @@ class Recorder:
         self.base.step = recorded  # type: ignore[method-assign]
 
 
-def step_errors(case: Case) -> tuple[int, list[int], list[list[float]]]:
-    """Largest distance in ulp from one parameter per birth stage, elements per stage, and rates by group."""
+@dataclass(frozen=True)
+class Elements:
+    """One shard's elements of one birth stage around an optimizer step.
+
+    Attributes:
+        stage: the birth stage.
+        rate, age: what it is to get; no age means the tensor's own step count.
+        group: the parameter group's settings.
+        before: ``weight``, ``grad`` and per-element state.
+        step: the tensor's step count before, if it has one.
+        after: ``weight`` and per-element state.
+    """
+
+    stage: int
+    rate: float
+    age: int | None
+    group: dict[str, Any]
+    before: dict[str, Tensor]
+    step: Any
+    after: dict[str, Tensor]
+
+
+def take_a_step(engine: Any) -> tuple[Recorder, list[Elements]]:
+    """Train one step further; every trained element on this rank, by shard and birth stage."""
     from ds_sparkling.zero import access
     from ds_sparkling.zero.naming import engine_axes
 
-    engine = grown(case)
     recorder = Recorder(engine)
     groups = access.master_groups(engine)
     rates = [engine.lr_scheduler.rates(group) for group in range(len(recorder.base.param_groups))]
     ages = [None, *(birth.age for birth in engine.lr_scheduler.births)]
-    tiny.train(engine, 8)
+    tiny.train(engine, engine.global_steps + 1)
     record = engine.sparkling.record
     axes = engine_axes(engine, record.axes)
-    worst, counts = 0, [0, 0, 0]
+    found = []
     for shard in access.shards(engine).values():
         if shard.master is None:
             continue
@@ -126,26 +139,41 @@ def step_errors(case: Case) -> tuple[int, list[int], list[list[float]]]:
         inside = slice(shard.offset, shard.offset + shard.piece.numel)
         births = birth_by_index(axes[shard.name], shard.shape, record.width_history).flatten()
         births = births[shard.piece.start : shard.piece.stop]
-        for stage, age in enumerate(ages):
+        whole = {"weight": param, "grad": grad, **{key: state[key] for key in shard.states}}
+        after = {"weight": shard.weight, **shard.states}
+        for stage, (rate, age) in enumerate(zip(rates[groups[shard.master]], ages, strict=True)):
             chosen = births == stage
-            counts[stage] += int(chosen.sum())
-            own = padded(param.view(-1)[inside][chosen])
-            own.grad = padded(grad.view(-1)[inside][chosen])
-            reference = torch.optim.AdamW(
-                [own],
-                lr=rates[groups[shard.master]][stage],
-                betas=group["betas"],
-                eps=group["eps"],
-                weight_decay=group["weight_decay"],
-                fused=group["fused"],
+            found.append(
+                Elements(
+                    stage,
+                    rate,
+                    age,
+                    group,
+                    {key: tensor.view(-1)[inside][chosen] for key, tensor in whole.items()},
+                    state.get("step"),
+                    {key: tensor[: shard.piece.numel][chosen] for key, tensor in after.items()},
+                )
             )
-            moments = {key: padded(state[key].view(-1)[inside][chosen]) for key in ("exp_avg", "exp_avg_sq")}
-            step = state["step"].clone() if age is None else torch.tensor(float(age))
-            reference.state[own] = {"step": step, **moments}
-            reference.step()
-            after = {"weight": shard.weight, **shard.states}
-            for key, value in {"weight": own, **moments}.items():
-                worst = max(worst, ulps(after[key][: shard.piece.numel][chosen], value[: int(chosen.sum())]))
+    return recorder, found
+
+
+def step_errors(case: Case) -> tuple[int, list[int], list[list[float]]]:
+    """Largest distance in ulp from one parameter per birth stage, elements per stage, and rates by group."""
+    engine = grown(case)
+    rates = [engine.lr_scheduler.rates(group) for group in range(len(engine.get_lr()))]
+    worst, counts = 0, [0, 0, 0]
+    for elements in take_a_step(engine)[1]:
+        own = padded(elements.before["weight"])
+        own.grad = padded(elements.before["grad"])
+        settings = {key: elements.group[key] for key in ("betas", "eps", "weight_decay", "fused")}
+        reference = torch.optim.AdamW([own], lr=elements.rate, **settings)
+        moments = {key: padded(elements.before[key]) for key in ("exp_avg", "exp_avg_sq")}
+        step = elements.step.clone() if elements.age is None else torch.tensor(float(elements.age))
+        reference.state[own] = {"step": step, **moments}
+        reference.step()
+        for key, value in {"weight": own, **moments}.items():
+            worst = max(worst, ulps(elements.after[key], value[: elements.after[key].numel()]))
+        counts[elements.stage] += elements.after["weight"].numel()
     return worst, counts, rates
 
 
@@ -164,33 +192,17 @@ def test_every_element_gets_its_own_rate_and_age(case: Case, workers: Pool) -> N
 
 def cpu_adam_errors(case: Case) -> tuple[str, float]:
     """The base optimizer's class, and the largest difference to AdamW's formula, in learning rates."""
-    from ds_sparkling.zero import access
-    from ds_sparkling.zero.naming import engine_axes
-
-    engine = grown(case)
-    recorder = Recorder(engine)
-    rates = engine.lr_scheduler.rates(0)
-    ages = [None, *(birth.age for birth in engine.lr_scheduler.births)]
-    tiny.train(engine, 8)
-    record = engine.sparkling.record
-    axes = engine_axes(engine, record.axes)
+    recorder, found = take_a_step(grown(case))
     worst = 0.0
-    for shard in access.shards(engine).values():
-        group, param, grad, state = recorder.before[shard.master]  # type: ignore[index]
-        inside = slice(shard.offset, shard.offset + shard.piece.numel)
-        births = birth_by_index(axes[shard.name], shard.shape, record.width_history).flatten()
-        births = births[shard.piece.start : shard.piece.stop]
-        for stage, (rate, age) in enumerate(zip(rates, ages, strict=True)):
-            chosen = births == stage
-            p, g, m, v = (t[inside][chosen].double() for t in (param, grad, state["exp_avg"], state["exp_avg_sq"]))
-            beta1, beta2 = group["betas"]
-            t = (state["step"] if age is None else age) + 1
-            m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g * g
-            update = m / (1 - beta1**t) / ((v / (1 - beta2**t)).sqrt() + group["eps"])
-            expected = p - rate * (group["weight_decay"] * p + update)
-            found = shard.weight[: shard.piece.numel][chosen].double()
-            if chosen.any():
-                worst = max(worst, float((found - expected).abs().max()) / rate)
+    for elements in found:
+        p, g, m, v = (elements.before[key].double() for key in ("weight", "grad", "exp_avg", "exp_avg_sq"))
+        beta1, beta2 = elements.group["betas"]
+        t = (elements.step if elements.age is None else elements.age) + 1
+        m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g * g
+        update = m / (1 - beta1**t) / ((v / (1 - beta2**t)).sqrt() + elements.group["eps"])
+        expected = p - elements.rate * (elements.group["weight_decay"] * p + update)
+        if p.numel():
+            worst = max(worst, float((elements.after["weight"].double() - expected).abs().max()) / elements.rate)
     return type(recorder.base).__name__, worst
 
 
@@ -201,41 +213,28 @@ def test_an_offloaded_optimizer_tells_elements_apart_too(workers: Pool) -> None:
         assert worst < 1e-4
 
 
+def muon_case(stage: int, *, ranks: int = 2, ep: int = 0, weight_decay: float = 0.0, **sparkling: Any) -> Case:
+    params = {"lr": 1e-2, "momentum": 0.9, **({"weight_decay": weight_decay} if weight_decay else {})}
+    top = {"optimizer": {"type": "Muon", "params": params}, "zero_allow_untested_optimizer": True}
+    return Case(ranks, stage, ep, zero={"reduce_scatter": False} if stage > 1 else {}, top=top, sparkling=sparkling)
+
+
 def muon_error(case: Case) -> tuple[int, int]:
     """Largest distance from the orthogonalised update at each stage's rate, and how many elements took part."""
-    from ds_sparkling.zero import access
-    from ds_sparkling.zero.naming import engine_axes
-
-    engine = grown(case)
-    recorder = Recorder(engine)
-    groups = access.master_groups(engine)
-    rates = [engine.lr_scheduler.rates(group) for group in range(len(recorder.base.param_groups))]
-    tiny.train(engine, 8)
-    record = engine.sparkling.record
-    axes = engine_axes(engine, record.axes)
     worst, count = 0, 0
-    for shard in access.shards(engine).values():
-        group, param, grad, _ = recorder.before[shard.master]  # type: ignore[index]
-        if not group["use_muon"]:
-            continue
-        inside = slice(shard.offset, shard.offset + shard.piece.numel)
-        births = birth_by_index(axes[shard.name], shard.shape, record.width_history).flatten()
-        births = births[shard.piece.start : shard.piece.stop]
-        for stage, rate in enumerate(rates[groups[shard.master]]):  # type: ignore[index]
-            chosen = births == stage
-            own = param[inside][chosen].clone()
-            own.mul_(1 - rate * group["weight_decay"]).add_(grad[inside][chosen], alpha=-rate)
-            worst = max(worst, ulps(shard.weight[: shard.piece.numel][chosen], own))
-            count += int(chosen.sum())
+    for elements in take_a_step(grown(case))[1]:
+        if elements.group["use_muon"]:
+            own = elements.before["weight"].clone()
+            own.mul_(1 - elements.rate * elements.group["weight_decay"])
+            own.add_(elements.before["grad"], alpha=-elements.rate)
+            worst = max(worst, ulps(elements.after["weight"], own))
+            count += own.numel()
     return worst, count
 
 
 @pytest.mark.parametrize(("stage", "ep"), [(1, 0), (2, 0), (3, 2)])
 def test_muon_scales_its_update_per_element(stage: int, ep: int, workers: Pool) -> None:
-    muon = {"optimizer": {"type": "Muon", "params": {"lr": 1e-2, "momentum": 0.9, "weight_decay": 0.1}}}
-    zero = {"reduce_scatter": False} if stage > 1 else {}
-    case = Case(2, stage, ep, zero=zero, top={**muon, "zero_allow_untested_optimizer": True})
-    for worst, count in workers(2).run(muon_error, case):
+    for worst, count in workers(2).run(muon_error, muon_case(stage, ep=ep, weight_decay=0.1)):
         assert worst <= 2
         assert count > 100
 
@@ -278,9 +277,7 @@ def muon_momentum(
                 assert torch.equal(held, whole[name] if shard.piece.numel else held[:0]), name
         return whole
 
-    muon = {"optimizer": {"type": "Muon", "params": {"lr": 1e-2, "momentum": 0.9}}}
-    zero = {"reduce_scatter": False} if stage == 2 else {}
-    case = Case(ranks, stage, zero=zero, top={**muon, "zero_allow_untested_optimizer": True})
+    case = muon_case(stage, ranks=ranks)
     engine = tiny.initialize(case)
     uninterrupted = tiny.train(engine, 5)
     engine = tiny.initialize(case)
@@ -315,10 +312,7 @@ def test_muons_momentum_grows_where_ranks_hold_whole_matrices(stage: int, ranks:
 def muon_resumed(stage: int, directory: str) -> tuple[list[float], list[float]]:
     import ds_sparkling
 
-    muon = {"optimizer": {"type": "Muon", "params": {"lr": 1e-2, "momentum": 0.9}}}
-    zero = {"reduce_scatter": False} if stage > 1 else {}
-    sparkling = {"rewarmup": {"ratio": 1.5, "steps": 4}}
-    case = Case(2, stage, zero=zero, sparkling=sparkling, top={**muon, "zero_allow_untested_optimizer": True})
+    case = muon_case(stage, rewarmup={"ratio": 1.5, "steps": 4})
     engine = tiny.initialize(case)
     tiny.train(engine, 3)
     engine = ds_sparkling.grow(engine, {"hidden_size": 9})
@@ -459,8 +453,6 @@ def save(case: Case, directory: str) -> Any:
 
 
 def load_without_schedule(case: Case, directory: str) -> tuple[list[float], list[float]]:
-    from dataclasses import replace
-
     engine = tiny.initialize(replace(case, sparkling=GROWING), checkpoint=directory)
     engine.load_checkpoint(directory, load_lr_scheduler_states=False)
     rates = engine.lr_scheduler.rates(0)
@@ -475,8 +467,6 @@ def test_without_the_schedule_elements_follow_the_base_rate(workers: Pool, tmp_p
 
 
 def load_universal(case: Case, directory: str) -> Any:
-    from dataclasses import replace
-
     top = {**case.top, "checkpoint": {"load_universal": True}}
     engine = tiny.initialize(replace(case, sparkling=GROWING, top=top), checkpoint=directory)
     engine.load_checkpoint(directory)

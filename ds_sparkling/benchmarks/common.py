@@ -1,0 +1,29 @@
+"""What the benchmarks share: their table, and a port for their processes to meet at."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+#: (header, format) of every field of a row.
+Columns = Sequence[tuple[str, str]]
+
+
+def table(columns: Columns, rows: Sequence[DataclassInstance]) -> str:
+    """One line per row below the headers, aligned to the right."""
+    lines = [[header for header, _ in columns]]
+    for row in rows:
+        lines.append([form.format(value) for (_, form), value in zip(columns, vars(row).values(), strict=True)])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
