@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -45,3 +46,46 @@ def window_pieces(offset: int, numel: int, window: int, ranks: int) -> list[Piec
         return min(max(position - offset, 0), numel)
 
     return [Piece(clip(rank * window), clip((rank + 1) * window)) for rank in range(ranks)]
+
+
+def sub_groups(sizes: Sequence[int], limit: int) -> list[int]:
+    """How many parameters each sub-group of ZeRO stage 3 takes.
+
+    A sub-group is closed as soon as its ranks' pieces reach ``limit`` elements.
+
+    Args:
+        sizes: :func:`padded_piece` of every parameter of the group.
+        limit: DeepSpeed's ``sub_group_size``.
+    """
+    if limit >= sum(sizes):
+        return [len(sizes)] if sizes else []
+    counts, count, filled = [], 0, 0
+    for size in sizes:
+        count, filled = count + 1, filled + size
+        if filled >= limit:
+            counts.append(count)
+            count, filled = 0, 0
+    return [*counts, count] if count else counts
+
+
+def expert_groups(sizes: Sequence[int], limit: int) -> list[int]:
+    """How many parameters each optimizer group takes when DeepSpeed splits those of the experts.
+
+    A group never exceeds ``limit`` elements unless it is one parameter; if the first parameter alone does, an empty
+    group comes before it.
+
+    Args:
+        sizes: elements of every expert parameter on one rank, before it is partitioned.
+    """
+    counts, count, filled = [], 0, 0
+    for size in sizes:
+        if filled + size > limit:
+            counts.append(count)
+            count, filled = 0, 0
+        count, filled = count + 1, filled + size
+    return [*counts, count] if count else counts
+
+
+def round_robin(count: int, ranks: int) -> list[int]:
+    """Which parameter comes where when ZeRO stages 1 and 2 deal a group's ``count`` parameters out to ``ranks``."""
+    return [index for first in range(min(ranks, count)) for index in range(first, count, ranks)]

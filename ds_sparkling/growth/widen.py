@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -32,6 +32,9 @@ _DRAW_CHUNK = 1 << 16
 
 #: A factor: the same for all indices, or float64 per index.
 Scale = float | Tensor
+
+#: What gives the elements start..stop of a flattened tensor, 1-D: of one that is never held as a whole.
+Elements = Callable[[int, int], Tensor]
 
 #: How an optimizer state scales when gradients do: the power of the gradient that it holds.
 STATE_DEGREES = {"exp_avg": 1, "momentum_buffer": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}
@@ -93,27 +96,37 @@ class Widener:
     def numel(self) -> int:
         return math.prod(self.after)
 
-    @property
-    def _unmoved(self) -> bool:
-        return not any(dim.axis in self._scales for dim in self._dims)
-
     # -- the two public operations ------------------------------------------------------------------------------
 
-    def weight(self, old: Tensor, out: Tensor, start: int = 0) -> None:
+    def weight(
+        self, old: Tensor | Elements, out: Tensor, start: int = 0, spreads: Sequence[Spread] | None = None
+    ) -> None:
         """Fill ``out`` with elements ``start .. start + out.numel()`` of the grown weight, flattened.
 
         Args:
-            old: the old weight (this caller's experts), any shape with ``prod(before)`` elements.
+            old: the old weight (this caller's experts), any shape with ``prod(before)`` elements; or what gives its
+                elements.
             out: 1-D, contiguous; half precisions are computed in fp32 and rounded once.
+            spreads: what :meth:`spreads` gives, for a caller that makes a weight in many pieces.
 
         Raises:
             PlanError: if the sizes contradict the plan.
         """
-        spreads = self._spreads(old) if self._draws else []
+        elements = self._elements(old)
+        if spreads is None:
+            spreads = self.spreads(elements)
         actions = {_OLD: "copy", _COPY: "copy", _RANDOM: "draw", _ZERO: "zero"}
-        self._fill(old, out, start, actions, self._weight_scales, spreads)
+        self._fill(elements, out, start, actions, self._weight_scales, spreads)
 
-    def state(self, key: str, old: Tensor, out: Tensor, start: int = 0) -> None:
+    def spreads(self, old: Tensor | Elements) -> list[Spread]:
+        """Spread of every weight matrix in ``old`` (per expert, per segment of the fan-out), if any entry is drawn."""
+        if not self._draws:
+            return []
+        elements = self._elements(old)
+        size = math.prod(self.before) // self._matrices
+        return [spread(elements, matrix * size, (matrix + 1) * size) for matrix in range(self._matrices)]
+
+    def state(self, key: str, old: Tensor | Elements, out: Tensor, start: int = 0) -> None:
         """Fill ``out`` like :meth:`weight`, from the optimizer's per-element state ``key`` (``exp_avg`` ...).
 
         Raises:
@@ -133,7 +146,12 @@ class Widener:
                     f"rescale it (known: {', '.join(STATE_DEGREES)}); use 'asymmetric_reset'"
                 )
             scales = [scale ** STATE_DEGREES[key] for scale in self._gradient_scales]
-        self._fill(old, out, start, actions, scales, [])
+        self._fill(self._elements(old), out, start, actions, scales, [])
+
+    @property
+    def moves(self) -> bool:
+        """Whether the tensor has a dimension that grows; if not, its weight is the old one."""
+        return any(dim.axis in self._scales for dim in self._dims)
 
     # -- what the plan says, made concrete ----------------------------------------------------------------------
 
@@ -188,10 +206,6 @@ class Widener:
     def _draws(self) -> bool:
         return any(bool((dim_map.kind == _RANDOM).any()) for dim_map in self._maps)
 
-    def _spreads(self, old: Tensor) -> list[Spread]:
-        """Spread of every weight matrix in ``old``: per expert, and per segment of the fan-out dimension."""
-        return [spread(matrix) for matrix in old.reshape(self._matrices, -1)]
-
     @cached_property
     def _matrices(self) -> int:
         stacked = self.param.axes.stacked_experts
@@ -233,68 +247,72 @@ class Widener:
 
     # -- filling ------------------------------------------------------------------------------------------------
 
+    def _elements(self, old: Tensor | Elements) -> Elements:
+        if not isinstance(old, Tensor):
+            return old
+        if old.numel() != math.prod(self.before):
+            raise PlanError(f"{self.param.name}: got {old.numel()} old elements; the plan has {self.before}")
+        flat = old.reshape(-1)
+        return lambda start, stop: flat[start:stop]
+
     def _fill(
         self,
-        old: Tensor,
+        old: Elements,
         out: Tensor,
         start: int,
         actions: dict[int, str],
         scales: list[Scale],
-        spreads: list[Spread],
+        spreads: Sequence[Spread],
     ) -> None:
         stop = start + out.numel()
-        if old.numel() != math.prod(self.before) or not 0 <= start <= stop <= self.numel or out.dim() != 1:
-            raise PlanError(
-                f"{self.param.name}: got {old.numel()} old elements and a piece {start}..{stop}; the plan has "
-                f"{self.before} -> {self.after}"
-            )
+        if not 0 <= start <= stop <= self.numel or out.dim() != 1:
+            raise PlanError(f"{self.param.name}: got a piece {start}..{stop}; the plan has {self.after}")
         if start == stop:
             return
-        if self._unmoved and actions[_OLD] == "copy":
-            out.copy_(old.reshape(-1)[start:stop])
+        if not self.moves and actions[_OLD] == "copy":
+            out.copy_(old(start, stop))
             return
         columns = self.after[-1] if self.after else 1
-        old_RC = old.reshape(-1, self.before[-1] if self.before else 1)
         for first, last, piece_start, piece_stop in _whole_and_partial_rows(start, stop, columns):
             piece = out[piece_start - start : piece_stop - start]
             whole = piece_stop - piece_start == (last - first) * columns
             rows_RC = piece.view(-1, columns) if whole else out.new_empty(last - first, columns)
-            self._fill_rows(old_RC, rows_RC, first, actions, scales, spreads)
+            self._fill_rows(old, rows_RC, first, actions, scales, spreads)
             if not whole:
                 offset = piece_start - first * columns
                 piece.copy_(rows_RC.view(-1)[offset : offset + piece.numel()])
 
     def _fill_rows(
         self,
-        old_RC: Tensor,
+        old: Elements,
         out_RC: Tensor,
         first: int,
         actions: dict[int, str],
         scales: list[Scale],
-        spreads: list[Spread],
+        spreads: Sequence[Spread],
     ) -> None:
         """Fill whole rows ``first ..`` of the grown tensor."""
         last = first + out_RC.shape[0]
+        columns_old = self.before[-1] if self.before else 1
         row_scale = self._row_scale(scales, first, last)
         column_scale = scales[-1] if scales else 1.0
         for rows, columns in itertools.product(self._row_runs(first, last), self._columns):
+            stop = rows.source + rows.stop - rows.start
             block = out_RC[rows.start - first : rows.stop - first, columns.start : columns.stop]
             action = actions[max(rows.kind, columns.kind)]
             if action == "zero":
                 block.zero_()
                 continue
             if action == "copy":
-                source = old_RC[
-                    rows.source : rows.source + rows.stop - rows.start,
-                    columns.source : columns.source + columns.stop - columns.start,
-                ]
+                rows_RC = old(rows.source * columns_old, stop * columns_old).view(-1, columns_old)
+                source = rows_RC[:, columns.source : columns.source + columns.stop - columns.start]
             else:
                 source = self._draw(rows, columns, spreads).to(out_RC.device)
             row = row_scale[rows.start - first : rows.stop - first] if isinstance(row_scale, Tensor) else row_scale
             column = column_scale[columns.start : columns.stop] if isinstance(column_scale, Tensor) else column_scale
             _scaled_copy(block, source, row, column)
 
-    def _draw(self, rows: _Run, columns: _Run, spreads: list[Spread]) -> Tensor:
+    def _draw(self, rows: _Run, columns: _Run, spreads: Sequence[Spread]) -> Tensor:
         """Random entries of a rectangle, fp32 on the CPU: gains around their mean, other weights around zero."""
         width = self.after[-1]
         drawn = torch.empty(rows.stop - rows.start, columns.stop - columns.start)

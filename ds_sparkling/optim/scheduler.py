@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -58,7 +60,7 @@ class RewarmupScheduler:
 
     def check(self, strategy: Strategy) -> None:
         """Raise, as :meth:`born` would now, before anything is touched."""
-        cosine_base(self.base, strategy.rewarmup, len(self.optimizer.param_groups))
+        self._birth(strategy)
 
     def born(self, strategy: Strategy) -> None:
         """A growth stage has just happened.
@@ -66,11 +68,11 @@ class RewarmupScheduler:
         Raises:
             ConfigError: if its curve is to be a cosine and the base schedule has none around it.
         """
-        starts = tuple(float(group["lr"]) for group in self.optimizer.param_groups)
-        base = cosine_base(self.base, strategy.rewarmup, len(starts))
-        # Copied moments are as old as their source's; only empty ones can start anew.
-        restart = strategy.bias_correction is BiasCorrection.RESTART and strategy.optimizer_state.resets_new
-        self.births = (*self.births, Birth(strategy.rewarmup, starts, base, restart))
+        self.births = (*self.births, self._birth(strategy))
+
+    def _birth(self, strategy: Strategy) -> Birth:
+        starts = [float(group["lr"]) for group in self.optimizer.param_groups]
+        return birth(strategy, starts, phase(self.base, len(starts)), type(self.base).__name__)
 
     def settle(self, stages: int) -> None:
         """Take ``stages`` growths as long past: their elements follow the base rate and count as old."""
@@ -80,7 +82,8 @@ class RewarmupScheduler:
     def state_dict(self) -> dict[str, Any]:
         """The base scheduler's state, with this one's under a key of its own that other schedulers ignore."""
         state = {} if self.base is None else dict(self.base.state_dict())
-        return {**state, _KEY: {"births": [birth.to_dict() for birth in self.births], "groups": self._groups()}}
+        now = phase(self.base, len(self.optimizer.param_groups))
+        return {**state, _KEY: _own_state(self.births, group_numbers(self.optimizer.param_groups), now)}
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
         """Load what :meth:`state_dict` gave, or the state of a plain base scheduler, which has no births."""
@@ -105,55 +108,149 @@ class RewarmupScheduler:
                     group[key] = tuple(value) if isinstance(value, list) else value
         return changed
 
-    def _groups(self) -> list[dict[str, Any]]:
-        """Every group's numeric hyperparameters."""
-        plain = [{key: _plain(value) for key, value in group.items()} for group in self.optimizer.param_groups]
-        return [{key: value for key, value in group.items() if value is not None} for group in plain]
+
+@dataclass(frozen=True)
+class Phase:
+    """Where a base schedule with a cosine stands: still warming up or not, and what is left of it."""
+
+    warming: bool
+    left: CosineBase
 
 
-def cosine_base(scheduler: Any, rewarmup: Rewarmup, groups: int) -> CosineBase | None:
-    """What the paper's curve needs to know of the base schedule; None where new elements get a factor instead.
+def birth(strategy: Strategy, starts: Sequence[float], now: Phase | None, kind: str) -> Birth:
+    """The schedule of the elements of a growth that happens now.
 
-    Known cosines are DeepSpeed's WarmupCosineLR, torch's CosineAnnealingLR, and a SequentialLR that ends in one.
+    A re-warm-up with curve ``auto`` takes the paper's cosine if it lies inside that of the base schedule.
 
     Args:
-        scheduler: the base scheduler.
-        rewarmup: ``auto`` takes the cosine if the re-warm-up lies inside it.
-        groups: how many parameter groups there are.
+        starts: the base rate of every parameter group.
+        now: where the base schedule stands; None if it isn't known to end in a cosine.
+        kind: what the base scheduler is called, for the message.
 
     Raises:
-        ConfigError: if ``rewarmup`` asks for a cosine and there is none around it.
+        ConfigError: if the curve is to be a cosine and the base schedule has none around it.
     """
-    if rewarmup.curve is Curve.FACTOR or rewarmup.scope is Scope.NONE:
-        return None
-    known = _cosine(scheduler, groups)
-    if known is None:
-        why = f"a {type(scheduler).__name__} doesn't tell where a cosine ends"
-    elif known[0]:
-        why = "the base schedule is still warming up"
-    elif known[1].remaining <= rewarmup.steps:
-        why = f"the base schedule ends in {known[1].remaining} steps, before the re-warm-up does"
-    else:
-        return known[1]
-    if rewarmup.curve is Curve.COSINE:
-        raise ConfigError(f"rewarmup.curve is 'cosine', but {why}; use 'auto' or 'factor'")
-    return None
+    rewarmup, base = strategy.rewarmup, None
+    if rewarmup.curve is not Curve.FACTOR and rewarmup.scope is not Scope.NONE:
+        if now is None:
+            why = f"a {kind} doesn't tell where a cosine ends"
+        elif now.warming:
+            why = "the base schedule is still warming up"
+        elif now.left.remaining <= rewarmup.steps:
+            why = f"the base schedule ends in {now.left.remaining} steps, before the re-warm-up does"
+        else:
+            why, base = "", now.left
+        if base is None and rewarmup.curve is Curve.COSINE:
+            raise ConfigError(f"rewarmup.curve is 'cosine', but {why}; use 'auto' or 'factor'")
+    # Copied moments are as old as their source's; only empty ones can start anew.
+    restart = strategy.bias_correction is BiasCorrection.RESTART and strategy.optimizer_state.resets_new
+    return Birth(rewarmup, tuple(starts), base, restart)
 
 
-def _cosine(scheduler: Any, groups: int) -> tuple[bool, CosineBase] | None:
-    """Whether the cosine is still ahead, and what is left of the schedule."""
+def phase(scheduler: Any, groups: int) -> Phase | None:
+    """Where a scheduler stands that ends in a cosine; None for any other.
+
+    Known are DeepSpeed's WarmupCosineLR, torch's CosineAnnealingLR, and a SequentialLR that ends in one.
+
+    Args:
+        groups: how many parameter groups there are.
+    """
     if type(scheduler).__name__ == "WarmupCosineLR":
         last = scheduler.last_batch_iteration
         remaining = scheduler.total_num_steps - 1 - last
         ends = tuple(float(lr) * scheduler.cos_min_ratio for lr in scheduler.org_lrs)
-        return last < scheduler.warmup_num_steps, CosineBase(remaining, ends)
+        return Phase(last < scheduler.warmup_num_steps, CosineBase(remaining, ends))
     start = 0
     last = getattr(scheduler, "last_epoch", 0)
     if isinstance(scheduler, SequentialLR):
         start, scheduler = scheduler._milestones[-1], scheduler._schedulers[-1]
     if isinstance(scheduler, CosineAnnealingLR):
-        return last < start, CosineBase(start + scheduler.T_max - last, (float(scheduler.eta_min),) * groups)
+        return Phase(last < start, CosineBase(start + scheduler.T_max - last, (float(scheduler.eta_min),) * groups))
     return None
+
+
+def group_numbers(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The numeric hyperparameters of every parameter group."""
+    plain = [{key: _plain(value) for key, value in group.items()} for group in groups]
+    return [{key: value for key, value in group.items() if value is not None} for group in plain]
+
+
+# -- the same on a saved state, without a scheduler ----------------------------------------------------------------
+
+
+def grown_state(
+    state: Mapping[str, Any] | None,
+    groups: Sequence[Mapping[str, Any]],
+    strategy: Strategy,
+    config: Mapping[str, Any],
+) -> dict[str, Any]:
+    """A saved state as it would be had a growth stage happened just before it was saved.
+
+    Args:
+        state: of a :class:`RewarmupScheduler`, or of a plain scheduler.
+        groups: the optimizer's parameter groups.
+        config: the ``"scheduler"`` block of the DeepSpeed config, which says what a plain scheduler is.
+
+    Raises:
+        ConfigError: as :func:`birth`.
+    """
+    state = dict(state or {})
+    own = state.get(_KEY) or _own_state((), group_numbers(groups), _configured_phase(state, groups, config))
+    known = own.get("phase")
+    now = None
+    if known is not None:
+        now = Phase(known["warming"], CosineBase(known["remaining"], tuple(known["ends"])))
+    born = birth(strategy, [float(group["lr"]) for group in groups], now, config.get("type", "client's schedule"))
+    return {**state, _KEY: {**own, "births": [*own["births"], born.to_dict()]}}
+
+
+def regrouped_state(state: Mapping[str, Any] | None, origins: Sequence[int]) -> dict[str, Any] | None:
+    """A saved state for other parameter groups, of which group ``g`` is set as the old one ``origins[g]`` was."""
+    if state is None:
+        return None
+
+    def pick(values: Sequence[Any]) -> list[Any]:
+        return [values[origin] for origin in origins]
+
+    state = dict(state)
+    for key in ("base_lrs", "_last_lr"):  # of torch's schedulers
+        if key in state:
+            state[key] = pick(state[key])
+    if "_schedulers" in state:
+        state["_schedulers"] = [regrouped_state(part, origins) for part in state["_schedulers"]]
+    own = state.get(_KEY)
+    if own is not None:
+        births = []
+        for data in own["births"]:
+            base = data["base"]
+            base = None if base is None else {**base, "ends": pick(base["ends"])}
+            births.append({**data, "starts": pick(data["starts"]), "base": base})
+        known = own.get("phase")
+        known = None if known is None else {**known, "ends": pick(known["ends"])}
+        state[_KEY] = {"births": births, "groups": pick(own["groups"]), "phase": known}
+    return state
+
+
+def _configured_phase(
+    state: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], config: Mapping[str, Any]
+) -> Phase | None:
+    """Where a plain WarmupCosineLR of the config stands, which saves nothing but its step."""
+    if config.get("type") != "WarmupCosineLR" or "last_batch_iteration" not in state:
+        return None
+    params = config.get("params") or {}
+    last, total = state["last_batch_iteration"], params["total_num_steps"]
+    warmup, least = max(2, params.get("warmup_num_steps", 1000)), params.get("cos_min_ratio", 0.0001)
+    progress = min(1.0, (last - warmup + 1) / max(1, total - warmup))
+    ratio = least + (1.0 - least) * (1.0 + math.cos(math.pi * progress)) / 2
+    ends = tuple(float(group["lr"]) / ratio * least if ratio else 0.0 for group in groups)
+    return Phase(last < warmup, CosineBase(total - 1 - last, ends))
+
+
+def _own_state(births: Sequence[Birth], groups: list[dict[str, Any]], now: Phase | None) -> dict[str, Any]:
+    known = None
+    if now is not None:
+        known = {"warming": now.warming, "remaining": now.left.remaining, "ends": list(now.left.ends)}
+    return {"births": [birth.to_dict() for birth in births], "groups": groups, "phase": known}
 
 
 def _plain(value: Any) -> Any:

@@ -12,10 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ds_sparkling.growth.spread import Spread, spread
+from ds_sparkling.growth.spread import Spread
+from ds_sparkling.growth.spread import spread as spread_between
 
 #: Weights of very different sizes, so that a floating-point sum would depend on its order.
 entries = st.lists(st.floats(-100, 100, width=32) | st.floats(-(2.0**-10), 2.0**-10, width=32), min_size=1, max_size=60)
+
+
+def spread(matrix: Tensor) -> Spread:
+    flat = matrix.reshape(-1)
+    return spread_between(lambda start, stop: flat[start:stop], 0, flat.numel())
 
 
 def exact(values: list[float]) -> tuple[Fraction, Fraction]:

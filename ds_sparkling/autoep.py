@@ -1,0 +1,83 @@
+"""The names that a mixture-of-experts block has in the model as built, and those that DeepSpeed's AutoEP gives it.
+
+AutoEP turns a block's stacked experts into ``experts.w1``, ``.w2``, ``.w3`` and its router into ``router.gate``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ds_sparkling.axes import FIXED, ParamAxes, Role
+from ds_sparkling.errors import PlanError
+
+
+@dataclass(frozen=True)
+class BlockNames:
+    """What a block of the model as built calls its parts.
+
+    Attributes:
+        router: its router, a linear map.
+        experts: the module that holds the experts.
+        gate: the gate projection of an expert; both gate and up, end to end, if ``up`` is None.
+        down: the down projection.
+        up: the up projection, if it is a weight of its own.
+    """
+
+    router: str = "gate"
+    experts: str = "experts"
+    gate: str = "gate_up_proj"
+    down: str = "down_proj"
+    up: str | None = None
+
+    @classmethod
+    def from_config(cls, ds_config: Mapping[str, Any]) -> BlockNames:
+        """Those that the ``"expert_parallel"`` block gives; the defaults are those of all of DeepSpeed's presets."""
+        block = ds_config.get("expert_parallel") or {}
+        return cls(
+            block.get("router_pattern") or cls.router,
+            block.get("expert_pattern") or cls.experts,
+            block.get("expert_w1") or cls.gate,
+            block.get("expert_w2") or cls.down,
+            block.get("expert_w3", cls.up),
+        )
+
+
+def block_axes(block: str, names: BlockNames, axes: Mapping[str, ParamAxes]) -> dict[str, ParamAxes]:
+    """The axes of a rewritten block's parameters, by AutoEP's names.
+
+    Args:
+        block: the path of the block's module.
+        axes: of the model as built.
+
+    Raises:
+        PlanError: if the model as built has no such experts.
+    """
+
+    def of(leaf: str) -> ParamAxes:
+        stacked = axes.get(f"{block}.{names.experts}.{leaf}")
+        if stacked is not None:
+            return stacked
+        single = axes.get(f"{block}.{names.experts}.0.{leaf}.weight")
+        if single is None:
+            raise PlanError(f"{block}: found no expert weight {leaf!r} under {names.experts!r} in the model as built")
+        return ParamAxes((FIXED, *single.dims), stacked_experts=True)
+
+    gate = of(names.gate)
+    renamed = {
+        f"{block}.experts.w1": _half(gate, alive=(0,)),
+        f"{block}.experts.w2": of(names.down),
+        f"{block}.experts.w3": _half(gate, alive=()) if names.up is None else of(names.up),
+    }
+    for kind in ("weight", "bias"):
+        source = f"{block}.{names.router}.{kind}"
+        if source in axes:
+            renamed[f"{block}.router.gate.{kind}"] = axes[source]
+    return renamed
+
+
+def _half(fused: ParamAxes, alive: tuple[int, ...]) -> ParamAxes:
+    """One of the two segments of a fused gate-and-up weight, as a tensor of its own."""
+    dims = tuple(replace(dim, segments=1, alive=alive) if dim.role is Role.FAN_OUT else dim for dim in fused.dims)
+    return replace(fused, dims=dims)

@@ -1,0 +1,135 @@
+"""The command ``tools/expand_zero_ckpt.py``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from ds_sparkling.checkpoint.axes import HintsNeeded
+from ds_sparkling.checkpoint.expand import FORMATS, Request, expand, prepare
+from ds_sparkling.checkpoint.team import Team
+from ds_sparkling.errors import SparklingError
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    parser = _parser()
+    options = parser.parse_args(argv)
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    torch.set_num_threads(1)  # the workers are the threads
+    try:
+        with Team() as team:
+            _run(_request(options, parser), options, team)
+    except HintsNeeded as error:
+        print(f"error: {error}", file=sys.stderr)
+        _offer_hints(error.hints, None if options.dry_run else Path(f"{options.out}.hints.json"))
+        sys.exit(1)
+    except SparklingError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _run(request: Request, options: argparse.Namespace, team: Team) -> None:
+    leader = team.rank == 0
+    expansion = prepare(request, team, progress=leader)
+    if leader and not options.json:
+        print(expansion.describe())
+    if options.dry_run:
+        if leader and options.json:
+            print(json.dumps(expansion.to_dict()))
+        return
+    summary = expand(expansion, team, progress=leader)
+    if leader and options.json:
+        print(json.dumps(summary))
+    elif leader:
+        rate = summary["bytes_written"] / max(summary["seconds"], 1e-9) / 1e6
+        verified = "" if summary["bytes_verified"] is None else ", read back and found right"
+        print(
+            f"\nwrote {summary['files']} files, {summary['bytes_written']:,} bytes in {summary['seconds']} s "
+            f"({rate:,.0f} MB/s){verified}: {request.out}"
+        )
+
+
+def _request(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Request:
+    widths = {}
+    for text in options.widths:
+        axis, equals, width = text.partition("=")
+        if not equals or not width.isdigit() or int(width) < 1:
+            parser.error(f"--widths takes AXIS=WIDTH, got {text!r}")
+        if axis in widths:
+            parser.error(f"--widths names {axis} twice")
+        widths[axis] = int(width)
+    if options.workers is not None and options.workers < 1:
+        parser.error("--workers must be at least 1")
+    return Request(
+        options.checkpoint,
+        options.out,
+        widths,
+        options.tag,
+        options.config,
+        options.deepspeed_config,
+        options.world_size,
+        options.expert_parallel,
+        options.format,
+        options.workers or Request.workers,
+        options.verify,
+        options.trust_checkpoint,
+    )
+
+
+def _offer_hints(hints: str, path: Path | None) -> None:
+    if path is None:
+        print(hints)
+    elif path.exists():
+        print(f"a hints file is already there: fill in {path} and pass it with --config", file=sys.stderr)
+    else:
+        path.write_text(hints)
+        print(f"wrote a hints file: fill in {path} and pass it with --config", file=sys.stderr)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="expand_zero_ckpt.py",
+        description="Widen a ZeRO checkpoint (stages 1 to 3, dense or AutoEP, or universal), put it on another number "
+        "of ranks or another expert-parallel size, or export it. The checkpoint itself isn't touched, and OUT appears "
+        "when it is complete. Run it under torchrun to spread the work over processes and hosts.",
+    )
+    parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="the directory with 'latest'")
+    parser.add_argument("out", type=Path, metavar="OUT", help="the directory to make")
+    parser.add_argument(
+        "--widths", nargs="+", default=[], metavar="AXIS=WIDTH", help="axes that grow, e.g. hidden_size=2048"
+    )
+    parser.add_argument("--tag", help="which checkpoint; by default the one named in 'latest'")
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="where the widths' axes are looked up if the checkpoint has no growth record: the model's config.json, "
+        "module:function that builds it, or a hints file; for format hf the model's config.json",
+    )
+    parser.add_argument(
+        "--deepspeed_config",
+        type=Path,
+        metavar="FILE",
+        help='DeepSpeed JSON whose "sparkling" block says how to grow; by default the one in the checkpoint',
+    )
+    parser.add_argument("--world-size", type=int, metavar="N", help="data-parallel ranks of OUT; default: as it is")
+    parser.add_argument("--expert-parallel", type=int, metavar="M", help="expert-parallel size of OUT; as it is")
+    parser.add_argument("--format", choices=FORMATS, default="zero", help="of OUT (default: %(default)s)")
+    parser.add_argument("--workers", type=int, metavar="K", help=f"threads (default: {Request.workers})")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and touch nothing")
+    parser.add_argument(
+        "--verify", action="store_true", help="check the checksums of CKPT before, and read OUT back after writing"
+    )
+    parser.add_argument("--json", action="store_true", help="print the plan or the summary as JSON")
+    parser.add_argument(
+        "--trust-checkpoint",
+        action="store_true",
+        help="unpickle classes that aren't known; this may run any code that the checkpoint holds",
+    )
+    return parser

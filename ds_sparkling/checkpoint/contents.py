@@ -1,0 +1,113 @@
+"""The parameters of the checkpoint to be written: the source's, grown as a plan says, any stretch at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from threading import Lock
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_sparkling.checkpoint.layout import Param
+from ds_sparkling.checkpoint.source import WEIGHT, Source
+from ds_sparkling.growth import GrowthPlan, Widener
+from ds_sparkling.growth.spread import Spread
+from ds_sparkling.strategy import OptimizerState
+
+#: Elements that are made at a time; with a few tensors of this size per worker memory doesn't depend on the model's.
+BLOCK = 1 << 20
+
+
+class Contents:
+    """Logical parameters and optimizer state after the growth.
+
+    Args:
+        source: the checkpoint before.
+        plan: the growth in the checkpoint's parameter names; None to take everything as it is.
+
+    Raises:
+        PlanError: if an optimizer state can't be grown as the plan's strategy says.
+    """
+
+    def __init__(self, source: Source, plan: GrowthPlan | None) -> None:
+        self.source = source
+        self.plan = plan
+        self._wideners = {} if plan is None else {name: Widener(plan, name) for name in source.layout.params}
+        self._spreads: dict[str, list[Spread]] = {}
+        self._locks = {name: Lock() for name in self._wideners}
+        self.params: dict[str, Param] = {
+            name: Param(name, self._shape(name), param.dtype, param.expert, param.trained)
+            for name, param in source.layout.params.items()
+        }
+        for name, widener in self._wideners.items():
+            for key in source.states(name) if self.params[name].trained else ():
+                widener.state(key, _nothing, torch.empty(0))
+
+    def dtype(self, name: str, key: str) -> torch.dtype:
+        """Of a parameter's master weights, or of one of its states."""
+        return self.source.weight_dtype(name) if key == WEIGHT else self.source.states(name)[key]
+
+    def numbers(self, name: str) -> dict[str, Any]:
+        """A parameter's step counters."""
+        numbers = self.source.numbers(name)
+        if self.plan is not None and self.plan.strategy.optimizer_state is OptimizerState.DROP:
+            return {key: value * 0 for key, value in numbers.items()}
+        return numbers
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Logical shape of every parameter."""
+        return {name: param.shape for name, param in self.params.items()}
+
+    def cuts(self, name: str, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """``start .. stop`` in stretches that one call of :meth:`pieces` should make: whole rows where it can be."""
+        row = self.params[name].shape[-1] if self.params[name].shape else 1
+        block = max(BLOCK // row, 1) * row
+        while start < stop:
+            end = min((start // block + 1) * block, stop)
+            yield start, end
+            start = end
+
+    @torch.no_grad()
+    def pieces(self, name: str, key: str, start: int, stop: int, dtype: torch.dtype) -> Iterator[Tensor]:
+        """The elements ``start .. stop`` as 1-D tensors end to end, rounded to ``dtype``."""
+        widener = self._wideners.get(name)
+        if widener is None:
+            made = self.source.read(name, key, start, stop)
+        else:
+            made = iter([self._grown(widener, name, key, start, stop)])
+        for piece in made:
+            yield piece.to(dtype)
+
+    def _grown(self, widener: Widener, name: str, key: str, start: int, stop: int) -> Tensor:
+        out = torch.empty(stop - start, dtype=self.dtype(name, key))
+
+        def old(first: int, last: int) -> Tensor:
+            return self.source.elements(name, key, first, last)
+
+        if key == WEIGHT:
+            with self._locks[name]:
+                if name not in self._spreads:
+                    self._spreads[name] = widener.spreads(old)
+            widener.weight(old, out, start, self._spreads[name])
+        else:
+            widener.state(key, old, out, start)
+        return out
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        widener = self._wideners.get(name)
+        return self.source.layout.params[name].shape if widener is None else tuple(widener.after)
+
+    @property
+    def bytes(self) -> int:
+        """Of all weights and states as they will be kept."""
+        total = 0
+        for name, param in self.params.items():
+            keys = [WEIGHT, *(self.source.states(name) if param.trained else ())]
+            total += math.prod(param.shape) * sum(self.dtype(name, key).itemsize for key in keys)
+        return total
+
+
+def _nothing(_start: int, _stop: int) -> Tensor:
+    return torch.empty(0)

@@ -1,0 +1,432 @@
+"""The main path of the file room: look at a checkpoint, plan, write it wider or on another topology, publish it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from tqdm import tqdm
+
+from ds_sparkling.checkpoint import pickles
+from ds_sparkling.checkpoint.axes import ModelAxes, find_axes
+from ds_sparkling.checkpoint.contents import BLOCK, Contents
+from ds_sparkling.checkpoint.export import HuggingFaceFiles, widened_config
+from ds_sparkling.checkpoint.layout import Layout, Settings, make_layout, regrouped
+from ds_sparkling.checkpoint.metadata import expert_layers
+from ds_sparkling.checkpoint.output import Filler, OutputFile, Report
+from ds_sparkling.checkpoint.publish import check_free, published, staging
+from ds_sparkling.checkpoint.source import Source
+from ds_sparkling.checkpoint.team import Team
+from ds_sparkling.checkpoint.universal import UniversalFiles, UniversalSource, is_universal
+from ds_sparkling.checkpoint.zero_files import ZeroFiles
+from ds_sparkling.checkpoint.zero_source import ZeroSource
+from ds_sparkling.config import BLOCK as CONFIG_BLOCK
+from ds_sparkling.config import SparklingConfig, read_json, sparkling_config
+from ds_sparkling.errors import CheckpointError, SparklingError
+from ds_sparkling.growth import GrowthPlan, make_plan
+from ds_sparkling.optim.scheduler import grown_state, regrouped_state
+from ds_sparkling.record import FILE_NAME, GrowthRecord, find_checkpoint
+
+logger = logging.getLogger(__name__)
+
+FORMATS = ("zero", "universal", "hf")
+_RECOVERY_SCRIPTS = ("zero_to_fp32.py", "zero_to_torch.py")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for.
+
+    Attributes:
+        checkpoint: the directory that ``save_checkpoint`` was given, or one with a universal checkpoint.
+        out: the directory to make; must not exist, or be empty.
+        widths: the axes that grow, and to what; empty to reshape or export only.
+        tag: of the checkpoint; the one named in ``latest`` by default.
+        config: where the axes come from (see :func:`find_axes`), and with format ``hf`` the model's ``config.json``.
+        deepspeed_config: a DeepSpeed config whose ``"sparkling"`` block says how to grow; that in the checkpoint
+            by default.
+        world_size: data-parallel ranks of the output; those of the checkpoint by default.
+        expert_parallel: its expert-parallel size.
+        format: ``zero``, ``universal`` or ``hf``.
+        workers: threads that fill files.
+        verify: check the inputs' checksums before, and read the output back after.
+        trust: unpickle classes that aren't known.
+    """
+
+    checkpoint: Path
+    out: Path
+    widths: Mapping[str, int] = field(default_factory=dict)
+    tag: str | None = None
+    config: str | None = None
+    deepspeed_config: Path | None = None
+    world_size: int | None = None
+    expert_parallel: int | None = None
+    format: str = "zero"
+    workers: int = min(os.cpu_count() or 1, 8)
+    verify: bool = False
+    trust: bool = False
+
+
+class Files(Protocol):
+    """What builds the files of one format."""
+
+    def names(self) -> list[str]: ...
+
+    def build(self, name: str) -> OutputFile: ...
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """Everything that is decided before anything is written.
+
+    Attributes:
+        source: the checkpoint, looked at.
+        plan: the growth; None without.
+        contents: the parameters to write.
+        layout: their new layout.
+        record: the growth record to write.
+        files: what builds the files.
+    """
+
+    request: Request
+    source: Source
+    plan: GrowthPlan | None
+    contents: Contents
+    layout: Layout
+    record: GrowthRecord | None
+    files: Files
+
+    @property
+    def tag(self) -> str:
+        return self.source.path.name
+
+    @property
+    def folder(self) -> str:
+        """Where the files go within the output directory."""
+        return "" if self.request.format == "hf" else self.tag
+
+    @property
+    def bytes_to_write(self) -> int:
+        """Of tensors."""
+        computed = sum(param.numel * param.dtype.itemsize for param in self.contents.params.values())
+        if self.request.format == "hf":
+            return computed
+        return self.contents.bytes + (computed if self.layout.settings.stage < 3 else 0)
+
+    @property
+    def bytes_to_read(self) -> int:
+        return sum(path.stat().st_size for path in self.source.files)
+
+    @property
+    def memory(self) -> int:
+        """Bytes that the workers need for the tensors in their hands, about."""
+        return self.request.workers * BLOCK * 4 * 6
+
+    def describe(self) -> str:
+        """The plan as text: the growth, and what will be written where."""
+        old, new = self.source.layout.settings, self.layout.settings
+        lines = [] if self.plan is None else [self.plan.describe(), ""]
+        lines += [
+            f"checkpoint        {self.source.path}: ZeRO-{old.stage}, {len(self.source.layout.params)} parameters",
+            f"ranks             {old.ranks} -> {new.ranks}",
+            f"expert-parallel   {old.expert_parallel} -> {new.expert_parallel}",
+            f"output            {self.request.out}: format {self.request.format}, {len(self.files.names())} files",
+            f"to read           {_size(self.bytes_to_read)}",
+            f"to write          {_size(self.bytes_to_write)} ({_size(_free(self.request.out))} free)",
+            f"memory            about {_size(self.memory)} for {self.request.workers} workers, besides the libraries",
+        ]
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same for machines."""
+        new = self.layout.settings
+        return {
+            "checkpoint": str(self.source.path),
+            "out": str(self.request.out),
+            "tag": self.tag,
+            "format": self.request.format,
+            "zero_stage": new.stage,
+            "world_size": new.ranks,
+            "expert_parallel": new.expert_parallel,
+            "widths": dict(self.request.widths),
+            "parameters": sum(param.numel for param in self.contents.params.values()),
+            "files": len(self.files.names()),
+            "bytes_to_read": self.bytes_to_read,
+            "bytes_to_write": self.bytes_to_write,
+            "bytes_free": _free(self.request.out),
+            "plan": None if self.plan is None else self.plan.to_dict(),
+        }
+
+
+def prepare(request: Request, team: Team, *, progress: bool = False) -> Expansion:
+    """Look at the whole checkpoint and decide everything; nothing is written.
+
+    Raises:
+        SparklingError: names the file, parameter or argument that is wrong, and the way out.
+    """
+    if request.format not in FORMATS:
+        raise CheckpointError(f"unknown format {request.format!r}; known: {', '.join(FORMATS)}")
+    path = _find(request)
+    _check_out(request, path)
+    source = open_checkpoint(path, trust=request.trust)
+    _check_files(source, request, team, progress=progress)
+    settings = _settings(source, request)
+    block = _block(source, request)
+    model = find_axes(source, request.widths, request.config) if request.widths else None
+    plan = None if model is None else _plan(source, model, request, block)
+    contents = Contents(source, plan)
+    groups, origins = regrouped(source.layout, contents.params, settings.expert_parallel)
+    layout = make_layout(settings, contents.params, groups)
+    scheduler = source.model_states(0).get("lr_scheduler")
+    if plan is not None:
+        param_groups = [group.settings for group in source.layout.groups]
+        config = (source.model_states(0).get("ds_config") or {}).get("scheduler") or {}
+        scheduler = grown_state(scheduler, param_groups, plan.strategy, config)
+    scheduler = regrouped_state(scheduler, origins)
+    record = source.record
+    if plan is not None and model is not None:
+        record = _record(source, model, plan, block)
+    files = _files(request, contents, layout, scheduler, source)
+    return Expansion(request, source, plan, contents, layout, record, files)
+
+
+def expand(expansion: Expansion, team: Team, *, progress: bool = False) -> dict[str, Any]:
+    """Write what was prepared; the output appears under its name when it is complete.
+
+    Returns:
+        A summary: what was written, how long it took.
+
+    Raises:
+        CheckpointError: if something can't be written; then nothing of it is left.
+    """
+    request, began = expansion.request, time.monotonic()
+    free, needed = _free(request.out), expansion.bytes_to_write
+    if needed > free:
+        raise CheckpointError(f"{request.out} needs {_size(needed)}, but only {_size(free)} are free there")
+    publishing = published(request.out) if team.rank == 0 else contextlib.nullcontext(staging(request.out))
+    with contextlib.ExitStack() as stack:
+        failure: BaseException | None = None
+        try:
+            root = stack.enter_context(publishing)
+        except SparklingError as error:
+            failure = error
+        team.agree(failure)
+        bar = stack.enter_context(_bar("writing", needed // team.size, progress and team.rank == 0))
+        filler = Filler(expansion.contents, workers=request.workers, verify=request.verify, progress=bar.update)
+        try:
+            filler.fill(_mine(expansion, root, team))
+            if request.verify:
+                bar = stack.enter_context(_bar("verifying", filler.report.written, progress and team.rank == 0))
+                filler.verify(bar.update)
+        except Exception as error:
+            failure = error
+        team.agree(failure)
+        if team.rank == 0:
+            _finish(expansion, root)
+    team.agree()
+    return _summary(expansion, filler.report, team, time.monotonic() - began)
+
+
+def open_checkpoint(path: Path, *, trust: bool = False) -> Source:
+    """The checkpoint in the directory ``path`` (DIR/TAG)."""
+    return UniversalSource(path, trust=trust) if is_universal(path) else ZeroSource(path, trust=trust)
+
+
+# -- preparing --------------------------------------------------------------------------------------------------
+
+
+def _find(request: Request) -> Path:
+    root = request.checkpoint
+    if not root.is_dir():
+        raise CheckpointError(f"{root} isn't a directory")
+    tag = request.tag
+    if tag is None:
+        for name in ("latest", "latest_universal"):
+            if (root / name).is_file():
+                tag = (root / name).read_text().strip()
+                break
+        else:
+            raise CheckpointError(f"{root} has no file 'latest' or 'latest_universal'; say which checkpoint with --tag")
+    if not tag or tag != Path(tag).name or tag in (".", ".."):
+        raise CheckpointError(f"tag {tag!r} isn't the name of a directory in {root}")
+    path = find_checkpoint(root, tag)
+    assert path is not None
+    return path
+
+
+def _check_out(request: Request, path: Path) -> None:
+    out = request.out.resolve()
+    check_free(request.out)
+    inside = path.resolve()
+    if out == request.checkpoint.resolve() or inside in (out, *out.parents):
+        raise CheckpointError(f"{request.out} lies in the checkpoint {path}; name a directory outside of it")
+    if not out.parent.is_dir():
+        raise CheckpointError(f"{out.parent} isn't a directory; make it, or name another")
+
+
+def _check_files(source: Source, request: Request, team: Team, *, progress: bool) -> None:
+    failure: Exception | None = None
+    count = len(source.files[team.rank :: team.size])
+    try:
+        checked = source.check(team.rank, team.size)
+        shown = tqdm(checked, "looking at files", count, unit="file", disable=not progress or team.rank > 0, leave=False)
+        for path in shown:
+            damaged = pickles.damaged_record(path) if request.verify else None
+            if damaged is not None:
+                raise CheckpointError(f"{path} is damaged: {damaged} in it doesn't have its checksum")
+    except (SparklingError, KeyError, TypeError, AttributeError, IndexError) as error:
+        failure = error
+        if not isinstance(error, SparklingError):
+            failure = CheckpointError(f"{source.path}: metadata isn't as expected: {type(error).__name__}: {error}")
+    team.agree(failure)
+
+
+def _settings(source: Source, request: Request) -> Settings:
+    """Those of the output's layout."""
+    old = source.layout.settings
+    ranks = old.ranks if request.world_size is None else request.world_size
+    shared = old.expert_parallel if request.expert_parallel is None else request.expert_parallel
+    layers = expert_layers(source.model_states(0))
+    if ranks < 1 or shared < 1:
+        raise CheckpointError("--world-size and --expert-parallel must be at least 1")
+    if shared > 1 and not layers:
+        raise CheckpointError("--expert-parallel: the checkpoint has no experts that AutoEP has split")
+    if ranks % shared:
+        raise CheckpointError(f"{ranks} ranks can't be expert-parallel groups of {shared}")
+    for layer in layers:
+        if layer.experts % shared:
+            raise CheckpointError(f"{layer.path} has {layer.experts} experts, which {shared} ranks can't share evenly")
+    return replace(old, ranks=ranks, expert_parallel=shared)
+
+
+def _block(source: Source, request: Request) -> SparklingConfig:
+    """The ``"sparkling"`` block in force."""
+    if request.deepspeed_config is not None:
+        return sparkling_config(read_json(request.deepspeed_config))
+    config = source.model_states(0).get("ds_config") or {}
+    return sparkling_config({CONFIG_BLOCK: config.get(CONFIG_BLOCK, {})})
+
+
+def _plan(source: Source, model: ModelAxes, request: Request, block: SparklingConfig) -> GrowthPlan:
+    shapes = {name: param.shape for name, param in source.layout.params.items()}
+    stage = 1 + (len(source.record.stages) if source.record is not None else 0)
+    return make_plan(shapes, model.axes, model.widths, request.widths, block.strategy, stage=stage)
+
+
+def _record(source: Source, model: ModelAxes, plan: GrowthPlan, block: SparklingConfig) -> GrowthRecord:
+    """The growth record after the growth, which counts as the planned stage that has these widths, if there is one."""
+    record = source.record
+    if record is None or not record.stages:
+        record = GrowthRecord(dict(model.widths), dict(model.built))
+    widths = {growth.axis: growth.after for growth in plan.growths}
+    happened = {stage.planned_step for stage in record.stages}
+    planned = (stage.at_step for stage in block.stages if stage.widths == widths and stage.at_step not in happened)
+    return record.after(plan, step=source.model_states(0)["global_steps"], planned_step=next(planned, None))
+
+
+def _files(request: Request, contents: Contents, layout: Layout, scheduler: Any, source: Source) -> Files:
+    if request.format == "universal":
+        return UniversalFiles(contents, layout, scheduler)
+    if request.format == "hf":
+        return HuggingFaceFiles(contents, _model_config(request), stacked=_stacked(source))
+    prefix = source.prefix if isinstance(source, ZeroSource) else _prefix(contents)
+    return ZeroFiles(contents, layout, scheduler, prefix)
+
+
+def _prefix(contents: Contents) -> str:
+    """What bf16 training puts before the names of optimizer files."""
+    config = contents.source.model_states(0).get("ds_config") or {}
+    block = config.get("bf16") or config.get("bfloat16") or {}
+    return "bf16_" if block.get("enabled") else ""
+
+
+def _model_config(request: Request) -> dict[str, Any]:
+    """The model's own config at the new widths."""
+    path = Path(request.config) if request.config is not None else request.checkpoint / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"format hf needs the model's config.json; {path} doesn't exist, pass --config FILE")
+    config = read_json(path)
+    if "axes" in config:
+        raise CheckpointError(f"format hf needs the model's config.json; {path} is a hints file")
+    return widened_config(config, request.widths)
+
+
+def _stacked(source: Source) -> bool:
+    """Whether the model as built has its experts in one tensor; a record that knows it otherwise says so."""
+    axes = source.record.axes if source.record is not None else {}
+    layers = expert_layers(source.model_states(0))
+    return not any(name.startswith(f"{layer.path}.") and ".0." in name for name in axes for layer in layers)
+
+
+# -- writing ----------------------------------------------------------------------------------------------------
+
+
+def _mine(expansion: Expansion, root: Path, team: Team) -> Iterator[tuple[Path, OutputFile]]:
+    """This process's share of the files, built one by one."""
+    for name in expansion.files.names()[team.rank :: team.size]:
+        yield root / expansion.folder / name, expansion.files.build(name)
+
+
+def _finish(expansion: Expansion, root: Path) -> None:
+    """Write what isn't a tensor file, and look at the result once more before it is published."""
+    if expansion.request.format == "hf":
+        return
+    if expansion.record is not None:
+        expansion.record.write(root / expansion.tag)
+    for script in _RECOVERY_SCRIPTS:
+        if (expansion.request.checkpoint / script).is_file():
+            shutil.copy2(expansion.request.checkpoint / script, root / script)
+    if expansion.request.verify:
+        for _ in open_checkpoint(root / expansion.tag, trust=expansion.request.trust).check():
+            pass
+    latest = root / ("latest_universal" if expansion.request.format == "universal" else "latest")
+    with open(latest, "w") as file:
+        file.write(expansion.tag)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _summary(expansion: Expansion, report: Report, team: Team, seconds: float) -> dict[str, Any]:
+    reports = [report]
+    if team.size > 1:
+        reports = [None] * team.size  # type: ignore[list-item]
+        torch.distributed.all_gather_object(reports, report)
+    not_finite = sorted(set().union(*(each.not_finite for each in reports)))
+    if not_finite and team.rank == 0:
+        logger.warning("NaN or Inf in the weights of %s", ", ".join(not_finite))
+    summary = expansion.to_dict()
+    for before in ("plan", "bytes_to_write", "bytes_free"):
+        summary.pop(before)
+    return {
+        **summary,
+        "bytes_written": sum(each.written for each in reports),
+        "bytes_verified": sum(each.verified for each in reports) if expansion.request.verify else None,
+        "seconds": round(seconds, 2),
+        "not_finite": not_finite,
+    }
+
+
+def _bar(text: str, total: int, shown: bool) -> Any:
+    return tqdm(desc=text, total=total, unit="B", unit_scale=True, disable=not shown, leave=False)
+
+
+def _free(out: Path) -> int:
+    return shutil.disk_usage(out if out.is_dir() else out.resolve().parent).free
+
+
+def _size(count: int) -> str:
+    number, unit = float(count), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if number < 1000:
+            break
+        number, unit = number / 1000, larger
+    return f"{number:.0f} {unit}" if unit == "B" else f"{number:.2f} {unit}"
+

@@ -1,0 +1,215 @@
+"""A Hugging Face directory: ``safetensors`` shards with their index, and the model's config at the new widths."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_sparkling.autoep import BlockNames
+from ds_sparkling.checkpoint.contents import Contents
+from ds_sparkling.checkpoint.layout import Shape
+from ds_sparkling.checkpoint.metadata import ExpertLayer, expert_layers, shared_names
+from ds_sparkling.checkpoint.output import OutputFile, Run, Slot
+from ds_sparkling.checkpoint.source import WEIGHT
+from ds_sparkling.errors import CheckpointError
+
+#: Bytes of tensors in one shard, as ``save_pretrained`` has it.
+SHARD_BYTES = 5 * 10**9
+
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A tensor of the model as built.
+
+    Attributes:
+        name: its own name.
+        runs: the logical parameters' stretches that make it up, end to end; none for a buffer.
+        buffer: its contents, if it is one.
+    """
+
+    name: str
+    shape: Shape
+    dtype: torch.dtype
+    runs: tuple[Run, ...] = ()
+    buffer: Tensor | None = None
+
+    @property
+    def bytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+class HuggingFaceFiles:
+    """Builds the files of a Hugging Face directory.
+
+    Args:
+        contents: the parameters; they are written in the compute weights' dtype.
+        config: the model's config, at the new widths.
+        stacked: whether the model as built has experts stacked in one tensor; otherwise each is a module of its own.
+    """
+
+    def __init__(self, contents: Contents, config: Mapping[str, Any], *, stacked: bool = True) -> None:
+        self._contents = contents
+        self._config = dict(config)
+        self._stacked = stacked
+        self._shards = self._cut(list(self._tensors()))
+
+    def names(self) -> list[str]:
+        return [*self._shards, *(["model.safetensors.index.json"] if len(self._shards) > 1 else []), "config.json"]
+
+    def build(self, name: str) -> OutputFile:
+        if name in self._shards:
+            return SafetensorsFile(name, self._shards[name])
+        if name == "config.json":
+            return JsonFile(name, self._config)
+        index = {tensor.name: shard for shard, tensors in self._shards.items() for tensor in tensors}
+        total = sum(tensor.bytes for tensors in self._shards.values() for tensor in tensors)
+        return JsonFile(name, {"metadata": {"total_size": total}, "weight_map": index})
+
+    def _cut(self, tensors: list[Exported]) -> dict[str, list[Exported]]:
+        shards: list[list[Exported]] = [[]]
+        filled = 0
+        for tensor in tensors:
+            if shards[-1] and filled + tensor.bytes > SHARD_BYTES:
+                shards.append([])
+                filled = 0
+            shards[-1].append(tensor)
+            filled += tensor.bytes
+        if len(shards) == 1:
+            return {"model.safetensors": shards[0]}
+        return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, start=1)}
+
+    def _tensors(self) -> Iterator[Exported]:
+        model = self._contents.source.model_states(0)
+        layers = expert_layers(model)
+        names = BlockNames.from_config(model.get("ds_config") or {})
+        tied = shared_names(model)
+        experts = {name for layer in layers for name in layer.names}
+        for name, param in self._contents.params.items():
+            if name not in experts:
+                own = _own_name(name, layers, names)
+                yield Exported(own, param.shape, param.dtype, (Run(name, WEIGHT, 0, param.numel),))
+        for layer in layers:
+            yield from self._experts(layer, names)
+        for name, tensor in model["module"].items():
+            if name not in self._contents.params and name not in tied and isinstance(tensor, Tensor):
+                yield Exported(_own_name(name, layers, names), tuple(tensor.shape), tensor.dtype, buffer=tensor)
+
+    def _experts(self, layer: ExpertLayer, names: BlockNames) -> Iterator[Exported]:
+        """AutoEP's w1, w2 and w3 as the model's own gate, down and up projections."""
+        w1, w2, w3 = (self._contents.params[name] for name in layer.names)
+        block = f"{layer.path}.{names.experts}"
+
+        def runs(name: str, expert: int) -> Run:
+            numel = self._contents.params[name].numel // layer.experts
+            return Run(name, WEIGHT, expert * numel, (expert + 1) * numel)
+
+        parts = {names.gate: [w1.name, w3.name] if names.up is None else [w1.name], names.down: [w2.name]}
+        if names.up is not None:
+            parts[names.up] = [w3.name]
+        for leaf, sources in parts.items():
+            inner = self._contents.params[sources[0]].shape[1:]
+            shape = (inner[0] * len(sources), *inner[1:])
+            each = [tuple(runs(source, expert) for source in sources) for expert in range(layer.experts)]
+            if self._stacked:
+                together = tuple(run for one in each for run in one)
+                yield Exported(f"{block}.{leaf}", (layer.experts, *shape), w1.dtype, together)
+            else:
+                for expert, one in enumerate(each):
+                    yield Exported(f"{block}.{expert}.{leaf}.weight", shape, w1.dtype, one)
+
+
+@dataclass
+class SafetensorsFile(OutputFile):
+    """Tensors end to end behind a JSON header (the safetensors format)."""
+
+    name: str
+    tensors: list[Exported]
+
+    def lay_out(self, path: Path) -> Iterator[Slot | tuple[int, Tensor]]:
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for tensor in self.tensors:
+            if tensor.dtype not in _DTYPES:
+                raise CheckpointError(f"{tensor.name}: safetensors has no {tensor.dtype}")
+            header[tensor.name] = {
+                "dtype": _DTYPES[tensor.dtype],
+                "shape": list(tensor.shape),
+                "data_offsets": [end, end + tensor.bytes],
+            }
+            end += tensor.bytes
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        start = 8 + len(text)
+        with open(path, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.truncate(start + end)
+        for tensor in self.tensors:
+            position = start + header[tensor.name]["data_offsets"][0]
+            if tensor.buffer is not None:
+                yield position, tensor.buffer
+            for run in tensor.runs:
+                yield Slot(run, position, tensor.dtype)
+                position += (run.stop - run.start) * tensor.dtype.itemsize
+
+
+@dataclass
+class JsonFile(OutputFile):
+    """A JSON file."""
+
+    name: str
+    content: Any
+
+    def lay_out(self, path: Path) -> Iterator[Slot | tuple[int, Tensor]]:
+        path.write_text(json.dumps(self.content, indent=2) + "\n")
+        return iter(())
+
+
+def widened_config(config: Mapping[str, Any], widths: Mapping[str, int]) -> dict[str, Any]:
+    """A model's config with new widths, wherever it has them.
+
+    Raises:
+        CheckpointError: if it has none of that name.
+    """
+
+    def put(part: Mapping[str, Any]) -> dict[str, Any]:
+        changed = {key: put(value) if isinstance(value, Mapping) else value for key, value in part.items()}
+        for axis in widths:
+            if axis in changed:
+                found.add(axis)
+                changed[axis] = widths[axis]
+        return changed
+
+    found: set[str] = set()
+    made = put(config)
+    absent = sorted(widths.keys() - found)
+    if absent:
+        raise CheckpointError(f"the model's config has no {', '.join(absent)} to set to the new width")
+    return made
+
+
+def _own_name(name: str, layers: list[ExpertLayer], names: BlockNames) -> str:
+    """A parameter's name in the model as built: AutoEP has moved the routers."""
+    for layer in layers:
+        moved = f"{layer.path}.router.gate."
+        if name.startswith(moved):
+            return f"{layer.path}.{names.router}.{name.removeprefix(moved)}"
+    return name

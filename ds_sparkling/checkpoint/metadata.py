@@ -1,0 +1,254 @@
+"""What DeepSpeed's metadata says about a checkpoint: its layout, its experts, and whether all of that is known here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ds_sparkling.checkpoint.layout import Group, Layout, Param, Settings, Shape, make_layout
+from ds_sparkling.errors import CheckpointError, UnsupportedError
+
+#: DeepSpeed versions whose files were checked.
+CHECKED_VERSIONS = ("0.19.8",)
+
+#: The three weights of AutoEP's experts.
+EXPERT_WEIGHTS = ("w1", "w2", "w3")
+
+
+@dataclass(frozen=True)
+class ExpertLayer:
+    """One layer that AutoEP has rewritten.
+
+    Attributes:
+        number: its ``moe_layer_id``.
+        path: of its module.
+        prefix: of its weights' names.
+        experts: how many there are in all.
+    """
+
+    number: int
+    path: str
+    prefix: str
+    experts: int
+
+    @property
+    def names(self) -> list[str]:
+        return [f"{self.prefix}.{weight}" for weight in EXPERT_WEIGHTS]
+
+
+def check_version(where: object, state: Mapping[str, Any]) -> None:
+    """Raise UnsupportedError on files of a DeepSpeed that wasn't checked."""
+    version = str(state.get("ds_version"))
+    if version.split("+")[0] not in CHECKED_VERSIONS:
+        raise UnsupportedError(
+            f"{where} was written by DeepSpeed {version}, whose layout wasn't checked; known: "
+            f"{', '.join(CHECKED_VERSIONS)}"
+        )
+
+
+def expert_layers(model: Mapping[str, Any]) -> list[ExpertLayer]:
+    """The AutoEP layers that a model states file tells about."""
+    return [
+        ExpertLayer(entry["moe_layer_id"], entry["module_path"], entry["expert_key_prefix"], entry["num_experts"])
+        for entry in model.get("ds_autoep_layers") or []
+    ]
+
+
+def expert_parallel(where: object, model: Mapping[str, Any]) -> int:
+    """The size of the expert-parallel groups.
+
+    Raises:
+        UnsupportedError: if experts aren't placed in order, equally many on each rank.
+    """
+    sizes = set()
+    for entry in model.get("ds_autoep_layers") or []:
+        size, experts = entry["ep_size"], entry["num_experts"]
+        share = experts // size
+        placement = entry.get("expert_placement")
+        expected = [list(range(rank * share, (rank + 1) * share)) for rank in range(size)]
+        if experts % size or (placement and [rank["experts"] for rank in placement["ranks"]] != expected):
+            raise UnsupportedError(
+                f"{where}: the experts of {entry['module_path']} aren't placed in order and evenly over {size} ranks"
+            )
+        sizes.add(size)
+    if len(sizes) > 1:
+        raise UnsupportedError(f"{where}: layers with different expert-parallel sizes {sorted(sizes)}")
+    return sizes.pop() if sizes else 1
+
+
+def refuse_unknown(where: object, model: Mapping[str, Any]) -> None:
+    """Raise UnsupportedError for checkpoints with a layout that isn't known here."""
+    config = model.get("ds_config") or {}
+    zero = config.get("zero_optimization") or {}
+    reasons = {
+        "model parallelism (mp_world_size > 1)": model.get("mp_world_size", 1) != 1,
+        "native DeepSpeed MoE layers": bool(model.get("num_experts")) and not model.get("ds_autoep_layers"),
+        "AutoEP folded with tensor parallelism": "folding_metadata" in model,
+        "use_data_before_expert_parallelism": bool(config.get("use_data_before_expert_parallelism")),
+        "zero_optimization.elastic_checkpoint": bool(zero.get("elastic_checkpoint")),
+        "zero_hpz_partition_size": zero.get("zero_hpz_partition_size", 1) not in (None, 1),
+        "mics_shard_size": zero.get("mics_shard_size", -1) not in (None, -1),
+        "NVMe offload": "nvme" in (_device(zero, "offload_optimizer"), _device(zero, "offload_param")),
+    }
+    for reason, found in reasons.items():
+        if found:
+            raise UnsupportedError(f"{where}: checkpoints with {reason} aren't supported")
+
+
+def read_layout(where: object, model: Mapping[str, Any], groups: list[dict[str, Any]], stage: int) -> Layout:
+    """The layout that rank 0's metadata tells.
+
+    Args:
+        model: the model states of rank 0.
+        groups: the base optimizer's ``param_groups``.
+        stage: the ZeRO stage.
+
+    Raises:
+        CheckpointError: if the metadata contradicts itself.
+        UnsupportedError: if the layout isn't known here.
+    """
+    check_version(where, model)
+    refuse_unknown(where, model)
+    config = model.get("ds_config") or {}
+    zero = config.get("zero_optimization") or {}
+    shared = expert_parallel(where, model)
+    if model["dp_world_size"] % shared:
+        raise CheckpointError(f"{where}: {model['dp_world_size']} ranks can't be expert-parallel groups of {shared}")
+    settings = Settings(
+        stage,
+        model["dp_world_size"],
+        shared,
+        int(float(zero.get("sub_group_size", 10**9))),
+        bool(zero.get("round_robin_gradients", False)) and stage < 3,
+        bool(zero.get("parameter_alignment", False)) and stage < 3,
+    )
+    params = _params(model, shared)
+    shapes = list(model["param_shapes"] or [])
+    if sum(len(group["params"]) for group in groups) != len(shapes):
+        raise CheckpointError(
+            f"{where}: {len(shapes)} lists of param_shapes for "
+            f"{sum(len(group['params']) for group in groups)} flat tensors of the optimizer"
+        )
+    made = []
+    lists = iter(shapes)
+    for group in groups:
+        names = [name for _ in group["params"] for name in next(lists)]
+        if settings.round_robin and names:
+            expert = params[names[0]].expert
+            names = _dealt_back(names, settings.ranks // shared if expert else settings.ranks)
+        made.append(Group({key: value for key, value in group.items() if key != "params"}, tuple(names)))
+    layout = make_layout(settings, params, made)
+    found = [list(entry) for entry in shapes]
+    if found != [list(flat.names) for flat in layout.flats]:
+        raise CheckpointError(
+            f"{where}: param_shapes doesn't have the order of ZeRO-{stage} with the ds_config in it (sub_group_size "
+            f"{settings.sub_group_size}); was the config changed after the engine was made?"
+        )
+    return layout
+
+
+def shared_names(model: Mapping[str, Any]) -> dict[str, str]:
+    """The other names of tied parameters, and the name each is stored under."""
+    return dict(model.get("shared_params") or {})
+
+
+def logical(shape: Any, expert: bool, shared: int) -> Shape:
+    """The shape of all experts from that of one expert-parallel rank's."""
+    shape = tuple(int(size) for size in shape)
+    return (shape[0] * shared, *shape[1:]) if expert else shape
+
+
+def _params(model: Mapping[str, Any], shared: int) -> dict[str, Param]:
+    """Every parameter, trained ones first."""
+    experts = {name for layer in expert_layers(model) for name in layer.names}
+    module = model["module"]
+    tied = shared_names(model)
+    usual = next((t.dtype for t in module.values() if isinstance(t, torch.Tensor) and t.is_floating_point()), None)
+
+    def param(name: str, shape: Any, trained: bool) -> Param:
+        dtype = module[name].dtype if name in module else usual or torch.float32
+        return Param(name, logical(shape, name in experts, shared), dtype, name in experts, trained)
+
+    params = {
+        name: param(name, shape, trained=True)
+        for shapes in model["param_shapes"] or []
+        for name, shape in shapes.items()
+    }
+    for name, shape in (model.get("frozen_param_shapes") or {}).items():
+        params[name] = param(name, shape, trained=False)
+    buffers = set(model.get("buffer_names") or [])
+    for name, tensor in module.items():
+        if name not in params and name not in buffers and name not in tied and isinstance(tensor, torch.Tensor):
+            params[name] = param(name, tensor.shape, trained=False)
+    return params
+
+
+def _dealt_back(names: list[str], ranks: int) -> list[str]:
+    """The order of a group's parameters before they were dealt out round robin."""
+    from ds_sparkling.partition import round_robin
+
+    original = [""] * len(names)
+    for name, position in zip(names, round_robin(len(names), ranks), strict=True):
+        original[position] = name
+    return original
+
+
+def _device(zero: Mapping[str, Any], key: str) -> str:
+    return str((zero.get(key) or {}).get("device", "none"))
+
+
+def affine_map(shape: Shape, ranks: int) -> dict[str, Any]:
+    """DeepSpeed's description of how a logical experts' weight lies on ``ranks`` expert-parallel ranks."""
+    strides = [math.prod(shape[position + 1 :]) for position in range(len(shape))]
+    local = [shape[0] // ranks, *shape[1:]]
+    size = math.prod(local)
+    pieces = {
+        rank: {
+            "shard_shape": list(local),
+            "pieces": [
+                {
+                    "shape": list(local),
+                    "source": [rank * size, list(strides)],
+                    "dest": [0, list(strides)],
+                    "locations": [rank],
+                }
+            ],
+        }
+        for rank in range(ranks)
+    }
+    return {"logical_shape": list(shape), "ranks": pieces}
+
+
+def expert_metadata(
+    entry: Mapping[str, Any], shapes: Mapping[str, Shape], rank: int, ranks: int, shared: int
+) -> dict[str, Any]:
+    """The ``ds_autoep_layers`` entry ``entry`` for other shapes and another topology, as rank ``rank`` writes it.
+
+    Args:
+        shapes: logical shape of every parameter.
+        rank, ranks: of the data-parallel group.
+        shared: size of the expert-parallel groups.
+    """
+    share = entry["num_experts"] // shared
+    placement = [
+        {"rank": index, "experts": list(range(index * share, (index + 1) * share))} for index in range(shared)
+    ]
+    expert_rank = rank % shared
+    maps = {name: affine_map(shapes[name], shared) for name in entry["affine_maps"]["params"]}
+    return {
+        **entry,
+        "num_local_experts": share,
+        "ep_size": shared,
+        "expert_placement": {**entry["expert_placement"], "ep_size": shared, "ranks": placement},
+        "affine_maps": {**entry["affine_maps"], "params": maps},
+        "ep_group_name": f"ep_size_{shared}",
+        "ep_rank": expert_rank,
+        "expert_data_parallel_rank": rank // shared,
+        "expert_data_parallel_world_size": ranks // shared,
+        "global_expert_start": expert_rank * share,
+        "global_expert_end": (expert_rank + 1) * share,
+    }

@@ -1,0 +1,196 @@
+"""DeepSpeed's ``.pt`` files: read without running what is pickled in them, and laid out to be filled in place.
+
+The few DeepSpeed classes that its checkpoints hold are read as stand-ins, which are pickled under DeepSpeed's names
+again. So neither reading nor writing needs DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ds_sparkling.errors import CheckpointError
+
+
+class StandIn:
+    """An instance of a class of DeepSpeed's: its attributes, and the name it is pickled under."""
+
+    qualified_name: ClassVar[str]
+
+
+class LossScaler(StandIn):
+    qualified_name = "deepspeed.runtime.fp16.loss_scaler.LossScaler"
+
+
+class DynamicLossScaler(StandIn):
+    qualified_name = "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"
+
+
+class FragmentAddress(StandIn):
+    """Where ``numel`` elements of a parameter lie: from ``start`` on in a rank's flat tensor."""
+
+    qualified_name = "deepspeed.utils.tensor_fragment.fragment_address"
+
+    def __init__(self, numel: int, start: int) -> None:
+        self.numel, self.start = numel, start
+
+
+class ZeroStage(int):
+    """DeepSpeed's ``ZeroStageEnum``, which is pickled as a call with its number."""
+
+    qualified_name = "deepspeed.runtime.zero.config.ZeroStageEnum"
+
+    def __reduce__(self) -> tuple[type, tuple[int]]:
+        return ZeroStage, (int(self),)
+
+
+STAND_INS: tuple[Any, ...] = (LossScaler, DynamicLossScaler, FragmentAddress, ZeroStage)
+
+
+def load(path: Path, *, trust: bool = False) -> Any:
+    """What ``path`` holds, its tensors mapped into memory and not read yet.
+
+    Args:
+        trust: unpickle classes that aren't known, which may run any code.
+
+    Raises:
+        CheckpointError: if the file is missing, damaged, or holds classes that aren't known.
+    """
+    known = [(stand_in, stand_in.qualified_name) for stand_in in STAND_INS]
+    try:
+        with torch.serialization.safe_globals(known):
+            if trust:
+                return torch.load(path, map_location="cpu", mmap=True, weights_only=False, pickle_module=_Trusting)
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing") from None
+    except pickle.UnpicklingError as error:
+        unknown = _unknown_classes(path)
+        if unknown:
+            raise CheckpointError(
+                f"{path} holds {', '.join(unknown)}, which unpickling would run; if you trust who made the checkpoint, "
+                "pass --trust-checkpoint"
+            ) from None
+        raise CheckpointError(f"{path} is damaged: {_first_line(error)}") from error
+    except Exception as error:  # torch and pickle raise all kinds on bytes that aren't theirs
+        raise CheckpointError(f"{path} is truncated or damaged: {_first_line(error)}") from error
+
+
+def damaged_record(path: Path) -> str | None:
+    """The first part of ``path`` whose bytes don't match their checksum; None if all do.
+
+    A part without one (a file that was laid out and then filled has none) isn't looked at.
+    """
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            if entry.CRC == 0:
+                continue
+            try:
+                with archive.open(entry) as record:
+                    while record.read(1 << 24):
+                        pass
+            except zipfile.BadZipFile:
+                return entry.filename
+    return None
+
+
+def lay_out(path: Path, content: Any) -> dict[int, int]:
+    """Write ``content`` to ``path`` with room for its tensors, but without their elements.
+
+    Returns:
+        Where each tensor storage's bytes belong in the file, by the storage's address (``data_ptr``).
+
+    Raises:
+        OSError: if the file can't be written.
+    """
+    storages: dict[int, int] = {}
+    for tensor in tensors(content):
+        storage = tensor.untyped_storage()
+        if storage.nbytes():
+            storages.setdefault(storage.data_ptr(), storage.nbytes())
+    with open(path, "wb") as file, torch.serialization.skip_data():
+        torch.save(content, file, pickle_module=_Named)
+    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+        records = {}
+        for entry in archive.infolist():
+            folder, _, number = entry.filename.rpartition("/")
+            if folder.endswith("/data") and entry.file_size:
+                file.seek(entry.header_offset + 26)  # then come the lengths of the name and of the padding
+                name, extra = (int.from_bytes(file.read(2), "little") for _ in range(2))
+                records[int(number)] = (entry.header_offset + 30 + name + extra, entry.file_size)
+    places = [records[number] for number in sorted(records)]
+    # torch numbers storages as it meets them, which is the order of the walk.
+    assert [size for _, size in places] == list(storages.values()), f"{path}: storages in another order than expected"
+    return dict(zip(storages, (offset for offset, _ in places), strict=True))
+
+
+def tensors(content: Any) -> Iterator[Tensor]:
+    """Every tensor in ``content``, in the order it is pickled."""
+    if isinstance(content, Tensor):
+        yield content
+    elif isinstance(content, Mapping):
+        for key, value in content.items():
+            yield from tensors(key)
+            yield from tensors(value)
+        yield from tensors(getattr(content, "__dict__", None))
+    elif isinstance(content, (list, tuple, set, frozenset)):
+        for value in content:
+            yield from tensors(value)
+    elif hasattr(content, "__dict__") and not isinstance(content, type) and not callable(content):
+        yield from tensors(vars(content))
+
+
+def _unknown_classes(path: Path) -> list[str]:
+    known = {stand_in.qualified_name for stand_in in STAND_INS}
+    try:
+        found = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # the file is damaged in another way
+        return []
+    return sorted(set(found) - known)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+
+class _NamingPickler(pickle._Pickler):
+    """Pickles stand-ins under the names of DeepSpeed's classes. In Python, because the C pickler looks them up."""
+
+    def save_global(self, obj: Any, name: str | None = None) -> None:
+        if obj in STAND_INS:
+            module, _, attribute = obj.qualified_name.rpartition(".")
+            self.write(pickle.GLOBAL + f"{module}\n{attribute}\n".encode())
+            self.memoize(obj)
+        else:
+            super().save_global(obj, name)
+
+
+class _StandInUnpickler(pickle.Unpickler):
+    """Unpickles anything, DeepSpeed's few classes as stand-ins."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        for stand_in in STAND_INS:
+            if stand_in.qualified_name == f"{module}.{name}":
+                return stand_in
+        return super().find_class(module, name)
+
+
+class _Named:
+    """A pickle module for ``torch.save``."""
+
+    __name__ = "pickle"
+    Pickler = _NamingPickler
+    Unpickler = pickle.Unpickler
+    dump, dumps, load, loads = pickle.dump, pickle.dumps, pickle.load, pickle.loads
+
+
+class _Trusting(_Named):
+    """A pickle module for ``torch.load``."""
+
+    Unpickler = _StandInUnpickler

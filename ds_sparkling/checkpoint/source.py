@@ -1,0 +1,79 @@
+"""What can be had from a checkpoint, whatever its format: metadata, and any stretch of any logical parameter."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_sparkling.checkpoint.layout import Layout
+from ds_sparkling.record import GrowthRecord
+
+#: The key of a parameter's weights, next to the optimizer's own keys of its states: fp32 masters, or the compute
+#: weights of a frozen parameter.
+WEIGHT = "weight"
+
+
+class Source(ABC):
+    """A checkpoint that is read.
+
+    Attributes:
+        path: DIR/TAG.
+        layout: its parameters, groups and topology.
+        record: its growth record, if it has one.
+        warnings: what is odd about it, but no error.
+    """
+
+    path: Path
+    layout: Layout
+    record: GrowthRecord | None
+
+    @property
+    @abstractmethod
+    def files(self) -> list[Path]:
+        """Every file that belongs to it."""
+
+    @abstractmethod
+    def check(self, part: int = 0, parts: int = 1) -> Iterator[Path]:
+        """Look at every file (every ``parts``-th from ``part`` on), yielding it when it is found good.
+
+        Raises:
+            CheckpointError: names the first file that is missing, damaged, or of another checkpoint.
+        """
+
+    @abstractmethod
+    def states(self, name: str) -> Mapping[str, torch.dtype]:
+        """The per-element states that the optimizer keeps of a parameter, and their dtypes."""
+
+    @abstractmethod
+    def whole_states(self, name: str) -> frozenset[str]:
+        """Those of them that every rank holding a part of the parameter keeps as a whole (Muon, stages 1 and 2)."""
+
+    @abstractmethod
+    def numbers(self, name: str) -> dict[str, Any]:
+        """The rest of a parameter's optimizer state: step counters."""
+
+    @abstractmethod
+    def weight_dtype(self, name: str) -> torch.dtype:
+        """Of its master weights."""
+
+    @abstractmethod
+    def read(self, name: str, key: str, start: int, stop: int) -> Iterator[Tensor]:
+        """The elements ``start .. stop`` of a logical parameter's weight or state, as 1-D tensors end to end."""
+
+    @abstractmethod
+    def model_states(self, rank: int) -> dict[str, Any]:
+        """The model states file of ``rank`` (of rank 0 if there is one only)."""
+
+    @abstractmethod
+    def optimizer_states(self, rank: int) -> dict[str, Any]:
+        """The optimizer states file of ``rank``; only its metadata may be used."""
+
+    def elements(self, name: str, key: str, start: int, stop: int) -> Tensor:
+        """The elements ``start .. stop`` in one 1-D tensor, which is copied only if they lie in several places."""
+        pieces = list(self.read(name, key, start, stop))
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)

@@ -1,0 +1,218 @@
+"""Universal checkpoints: one file per parameter and kind of state, whatever the topology."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_sparkling.checkpoint import pickles
+from ds_sparkling.checkpoint.contents import Contents
+from ds_sparkling.checkpoint.layout import Layout
+from ds_sparkling.checkpoint.metadata import expert_layers, read_layout
+from ds_sparkling.checkpoint.output import OutputFile, PickledFile, Run
+from ds_sparkling.checkpoint.source import WEIGHT, Source
+from ds_sparkling.checkpoint.zero_files import ZeroFiles
+from ds_sparkling.checkpoint.zero_source import base_state, frozen_pieces, model_file
+from ds_sparkling.errors import CheckpointError
+from ds_sparkling.record import read_record
+
+_FOLDER = "zero"
+_GLOBAL = f"{_FOLDER}/optimizer_state.pt"
+_WEIGHT_FILE = "fp32"
+_STEP = "step"
+#: What a rank's optimizer file holds of its own flat tensors, which a universal checkpoint has no use for.
+_FLAT_KEYS = (
+    "fp32_flat_groups",
+    "single_partition_of_fp32_groups",
+    "base_optimizer_state",
+    "param_slice_mappings",
+)
+
+
+def is_universal(path: Path) -> bool:
+    """Whether DIR/TAG holds a universal checkpoint."""
+    return (path / _FOLDER).is_dir()
+
+
+def state_file(name: str, key: str) -> str:
+    """Path of a parameter's weights or states within the checkpoint.
+
+    Raises:
+        CheckpointError: if the name would lead out of the checkpoint.
+    """
+    if not name or name != Path(name).name or name in (".", "..") or "\0" in name:
+        raise CheckpointError(f"parameter name {name!r} can't be the name of a directory")
+    return f"{_FOLDER}/{name}/{_WEIGHT_FILE if key == WEIGHT else key}.pt"
+
+
+class UniversalSource(Source):
+    """A universal checkpoint, by DeepSpeed's converter or by this package.
+
+    Args:
+        path: DIR/TAG.
+        trust: see :func:`pickles.load`.
+
+    Raises:
+        CheckpointError, UnsupportedError: see the message.
+    """
+
+    def __init__(self, path: Path, *, trust: bool = False) -> None:
+        self.path = path
+        self._trust = trust
+        self._opened: dict[str, Any] = {}
+        self._lock = Lock()
+        self._global = self._open(_GLOBAL)
+        stage = int(self._global.get("zero_stage", 1))
+        # DeepSpeed's converter keeps the groups by themselves and, for stage 3, in the base optimizer's state.
+        groups = self._global["param_groups"]
+        model = self._open(model_file(stage, 0))
+        self.layout = read_layout(path / model_file(stage, 0), model, groups, stage)
+        self.record = read_record(path)
+        self._keys: dict[str, frozenset[str]] = {}
+        for name, param in self.layout.params.items():
+            folder = (path / state_file(name, WEIGHT)).parent
+            self._keys[name] = frozenset(entry.stem for entry in folder.glob("*.pt"))
+            if param.trained and _WEIGHT_FILE not in self._keys[name]:
+                raise CheckpointError(f"{folder / _WEIGHT_FILE}.pt is missing")
+
+    @property
+    def files(self) -> list[Path]:
+        names = [_GLOBAL, model_file(self._stage, 0)]
+        for name, keys in self._keys.items():
+            names += [state_file(name, WEIGHT if key == _WEIGHT_FILE else key) for key in sorted(keys)]
+        return [self.path / name for name in names]
+
+    @property
+    def _stage(self) -> int:
+        return self.layout.settings.stage
+
+    def check(self, part: int = 0, parts: int = 1) -> Iterator[Path]:
+        for path in self.files[part::parts]:
+            content = self._open(str(path.relative_to(self.path)))
+            name = path.parent.name
+            if name in self.layout.params and path.stem != _STEP:
+                found = _tensor(content).numel()
+                if found != self.layout.params[name].numel:
+                    raise CheckpointError(
+                        f"{path} has {found} elements; by the metadata {name} is {self.layout.params[name].shape}"
+                    )
+            yield path
+
+    def states(self, name: str) -> Mapping[str, torch.dtype]:
+        keys = sorted(self._keys[name] - {_WEIGHT_FILE, _STEP})
+        return {key: _tensor(self._open(state_file(name, key))).dtype for key in keys}
+
+    def whole_states(self, name: str) -> frozenset[str]:
+        group = self.layout.groups[self.layout.flats[self.layout.flat_of(name)].group]
+        muon = self._stage < 3 and group.settings.get("use_muon", False)
+        return frozenset({"momentum_buffer"} & self._keys[name]) if muon else frozenset()
+
+    def numbers(self, name: str) -> dict[str, Any]:
+        if _STEP in self._keys[name]:
+            return {_STEP: self._open(state_file(name, _STEP))}
+        if self._stage < 3 or not self.states(name):
+            return {}
+        # One for all: the loader of stage 3 has no other place for it.
+        state = base_state(self._global)["state"]
+        return {key: value for key, value in next(iter(state.values()), {}).items() if key == _STEP}
+
+    def weight_dtype(self, name: str) -> torch.dtype:
+        if self.layout.params[name].trained:
+            return _tensor(self._open(state_file(name, WEIGHT))).dtype
+        return self.layout.params[name].dtype
+
+    def read(self, name: str, key: str, start: int, stop: int) -> Iterator[Tensor]:
+        param = self.layout.params[name]
+        if param.trained or _WEIGHT_FILE in self._keys[name]:
+            yield _tensor(self._open(state_file(name, key))).reshape(-1)[start:stop].to(self._dtype(name, key))
+        else:
+            yield from frozen_pieces(self.model_states, param.numel, self.layout.settings.ranks, name, start, stop)
+
+    def model_states(self, rank: int) -> dict[str, Any]:
+        # Ours has that of rank 0 only, which is all that DeepSpeed looks at.
+        name = model_file(self._stage, rank)
+        return self._open(name if (self.path / name).exists() else model_file(self._stage, 0))
+
+    def optimizer_states(self, rank: int) -> dict[str, Any]:
+        model = self.model_states(0)
+        kept = {"ds_config": model.get("ds_config"), "ds_version": model.get("ds_version")}
+        groups = {key: value for key, value in self._global.items() if key != "param_groups"}
+        return {"optimizer_state_dict": groups, **kept}
+
+    def _dtype(self, name: str, key: str) -> torch.dtype:
+        return self.weight_dtype(name) if key == WEIGHT else self.states(name)[key]
+
+    def _open(self, name: str) -> Any:
+        with self._lock:
+            if name not in self._opened:
+                self._opened[name] = pickles.load(self.path / name, trust=self._trust)
+            return self._opened[name]
+
+
+class UniversalFiles:
+    """Builds the files of a universal checkpoint.
+
+    Args:
+        contents: the parameters.
+        layout: of the topology that its model states shall tell; any other can load it.
+        scheduler: the learning-rate scheduler's state.
+    """
+
+    def __init__(self, contents: Contents, layout: Layout, scheduler: Any) -> None:
+        self._contents = contents
+        self._layout = layout
+        self._zero = ZeroFiles(contents, layout, scheduler, "")
+        self._experts = {name: layer.experts for layer in expert_layers(contents.source.model_states(0)) for name in layer.names}
+
+    def names(self) -> list[str]:
+        names = [_GLOBAL, model_file(self._layout.settings.stage, 0)]
+        for name, param in self._contents.params.items():
+            names.append(state_file(name, WEIGHT))
+            if param.trained:
+                names += [state_file(name, key) for key in self._contents.source.states(name)]
+                if self._layout.settings.stage < 3:
+                    names += [state_file(name, _STEP)] if _STEP in self._contents.numbers(name) else []
+        return names
+
+    def build(self, name: str) -> OutputFile:
+        if name == _GLOBAL:
+            return PickledFile(name, self._global())
+        if "/" not in name:
+            return self._zero.build(name)
+        _, param, file = name.split("/")
+        key = file.removesuffix(".pt")
+        if key == _STEP:
+            return PickledFile(name, self._contents.numbers(param)[key])
+        return self._state(name, param, WEIGHT if key == _WEIGHT_FILE else key)
+
+    def _state(self, file_name: str, name: str, key: str) -> PickledFile:
+        param = self._contents.params[name]
+        dtype = self._contents.dtype(name, key) if param.trained else torch.float32
+        file = PickledFile(file_name, {})
+        room = file.room(param.shape, dtype, [Run(name, key, 0, param.numel)])
+        file.content = {"cat_dim": 0, "param": room}
+        if param.expert:
+            file.content |= {"is_expert_param": True, "ep_num_experts": self._experts[name]}
+        return file
+
+    def _global(self) -> dict[str, Any]:
+        optimizer = dict(self._contents.source.optimizer_states(0)["optimizer_state_dict"])
+        groups = self._zero.param_groups()
+        numbers = {
+            index: self._contents.numbers(flat.names[0]) for index, flat in enumerate(self._layout.flats)
+        }
+        for key in _FLAT_KEYS:
+            optimizer.pop(key, None)
+        optimizer["param_groups"] = groups
+        if self._layout.settings.stage == 3:
+            optimizer["optimizer_state_dict"] = {"state": numbers, "param_groups": groups}
+        return optimizer
+
+
+def _tensor(content: Any) -> Tensor:
+    return content["param"] if isinstance(content, Mapping) else content

@@ -1,0 +1,347 @@
+"""Reading what ``engine.save_checkpoint`` wrote under ZeRO stage 1, 2 or 3."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_sparkling.checkpoint import pickles
+from ds_sparkling.checkpoint.layout import Flat
+from ds_sparkling.checkpoint.metadata import ExpertLayer, check_version, expert_layers, read_layout
+from ds_sparkling.checkpoint.source import WEIGHT, Source
+from ds_sparkling.errors import CheckpointError, UnsupportedError
+from ds_sparkling.partition import padded_piece
+from ds_sparkling.record import read_record
+
+_OPTIMIZER = re.compile(r"(bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
+_MODEL_3 = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_model_states\.pt")
+_MODEL = re.compile(r"mp_rank_(\d+)_model_states\.pt")
+_EXPERT = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_(\d+)_model_states\.pt")
+
+
+def optimizer_file(rank: int, prefix: str) -> str:
+    """Name of a rank's optimizer states; ``prefix`` is ``bf16_`` or empty."""
+    return f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+
+
+def model_file(stage: int, rank: int) -> str:
+    """Name of the file with a rank's model states; stages 1 and 2 have one for all ranks."""
+    return f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" if stage == 3 else "mp_rank_00_model_states.pt"
+
+
+def expert_file(layer: int, expert: int) -> str:
+    """Name of the file with the compute weights of one expert (stages 1 and 2)."""
+    return f"layer_{layer}_expert_{expert}_mp_rank_00_model_states.pt"
+
+
+def flat_tensors(optimizer: Mapping[str, Any]) -> list[Tensor]:
+    """A rank's flat fp32 tensors, from its ``optimizer_state_dict``."""
+    return list(optimizer.get("fp32_flat_groups") or optimizer["single_partition_of_fp32_groups"])
+
+
+def base_state(optimizer: Mapping[str, Any]) -> dict[str, Any]:
+    """The base optimizer's ``state_dict`` in a rank's ``optimizer_state_dict``."""
+    return optimizer["optimizer_state_dict"] if "optimizer_state_dict" in optimizer else optimizer["base_optimizer_state"]
+
+
+def frozen_pieces(
+    model_states: Callable[[int], Mapping[str, Any]], numel: int, ranks: int, name: str, start: int, stop: int
+) -> Iterator[Tensor]:
+    """The elements ``start .. stop`` of a frozen parameter under stage 3, from the pieces in every rank's file."""
+    size = padded_piece(numel, ranks)
+    while start < stop:
+        rank, offset = divmod(start, size)
+        count = min(size - offset, stop - start)
+        yield model_states(rank)["frozen_param_fragments"][name].view(-1)[offset : offset + count]
+        start += count
+
+
+class ZeroSource(Source):
+    """A ZeRO checkpoint.
+
+    Files are opened when they are needed, once each, and mapped into memory.
+
+    Args:
+        path: DIR/TAG.
+        trust: see :func:`pickles.load`.
+
+    Raises:
+        CheckpointError, UnsupportedError: see the message.
+    """
+
+    def __init__(self, path: Path, *, trust: bool = False) -> None:
+        self.path = path
+        self._trust = trust
+        self._opened: dict[str, Any] = {}
+        self._lock = Lock()
+        self._names = frozenset(entry.name for entry in path.iterdir() if entry.name.endswith(".pt"))
+        self.prefix = self._prefix()
+        optimizer = self._open(optimizer_file(0, self.prefix))["optimizer_state_dict"]
+        base = base_state(optimizer)
+        if isinstance(base, list):
+            raise UnsupportedError(f"{path}: checkpoints with zero_optimization.elastic_checkpoint aren't supported")
+        stage = self._stage(optimizer)
+        model = self._open(model_file(stage, 0))
+        self.layout = read_layout(path / model_file(stage, 0), model, base["param_groups"], stage)
+        self.experts = expert_layers(model)
+        self.record = read_record(path)
+        self._check_names()
+
+    # -- files --------------------------------------------------------------------------------------------------
+
+    @property
+    def stage(self) -> int:
+        return self.layout.settings.stage
+
+    @property
+    def ranks(self) -> int:
+        return self.layout.settings.ranks
+
+    @property
+    def files(self) -> list[Path]:
+        return [self.path / name for name in sorted(self._expected())]
+
+    def model_states(self, rank: int) -> dict[str, Any]:
+        return self._open(model_file(self.stage, rank))
+
+    def optimizer_states(self, rank: int) -> dict[str, Any]:
+        return self._open(optimizer_file(rank, self.prefix))
+
+    def check(self, part: int = 0, parts: int = 1) -> Iterator[Path]:
+        reference = self._identity(self.model_states(0)), self._optimizer_identity(self.optimizer_states(0))
+        for name in sorted(self._expected())[part::parts]:
+            content = self._open(name)
+            if _OPTIMIZER.fullmatch(name):
+                rank = int(_OPTIMIZER.fullmatch(name)[2])  # type: ignore[index]
+                self._same(name, reference[1], self._optimizer_identity(content))
+                self._check_flats(name, rank, content["optimizer_state_dict"])
+            elif _EXPERT.fullmatch(name):
+                self._check_expert(name, content)
+            else:
+                self._same(name, reference[0], self._identity(content))
+                self._check_module(name, content)
+            yield self.path / name
+
+    def _expected(self) -> set[str]:
+        names = {optimizer_file(rank, self.prefix) for rank in range(self.ranks)}
+        names |= {model_file(self.stage, rank) for rank in range(self.ranks)}
+        if self.stage < 3:
+            names |= {expert_file(layer.number, e) for layer in self.experts for e in range(layer.experts)}
+        return names
+
+    def _check_names(self) -> None:
+        expected = self._expected()
+        missing = sorted(expected - self._names)
+        if missing:
+            raise CheckpointError(
+                f"{self.path}: {_some(missing)} missing; the checkpoint is of {self.ranks} ranks "
+                f"(dp_world_size in {model_file(self.stage, 0)})"
+            )
+        extra = sorted(self._names - expected)
+        if extra:
+            raise CheckpointError(
+                f"{self.path}: {_some(extra)} too many for a checkpoint of {self.ranks} ranks; was another one saved "
+                "into the same directory?"
+            )
+
+    def _prefix(self) -> str:
+        found = {match[1] or "" for match in map(_OPTIMIZER.fullmatch, self._names) if match}
+        models = [match[match.lastindex or 1] for match in map(_MODEL.fullmatch, self._names) if match]
+        models += [match[2] for match in map(_MODEL_3.fullmatch, self._names) if match]
+        if any(int(number) for number in models):
+            raise UnsupportedError(f"{self.path}: checkpoints with model parallelism aren't supported")
+        if not found:
+            if self._names:
+                raise UnsupportedError(
+                    f"{self.path} has no ZeRO optimizer states ([bf16_]zero_pp_rank_*_optim_states.pt); checkpoints "
+                    "without ZeRO (stage 0) aren't supported"
+                )
+            raise CheckpointError(f"{self.path} has no checkpoint files; give the directory with 'latest', and --tag")
+        if len(found) > 1:
+            raise CheckpointError(f"{self.path} has optimizer states of bf16 and of other runs (bf16_zero_pp_rank_*)")
+        return found.pop()
+
+    def _stage(self, optimizer: Mapping[str, Any]) -> int:
+        # Only DeepSpeed's BF16_Optimizer, a stage 1, doesn't say.
+        return int(optimizer.get("zero_stage", 1))
+
+    def _open(self, name: str) -> Any:
+        with self._lock:
+            if name not in self._opened:
+                self._opened[name] = pickles.load(self.path / name, trust=self._trust)
+            return self._opened[name]
+
+    # -- contents -----------------------------------------------------------------------------------------------
+
+    def states(self, name: str) -> Mapping[str, torch.dtype]:
+        return {key: value.dtype for key, value in self._state(name).items() if _per_element(key, value)}
+
+    def whole_states(self, name: str) -> frozenset[str]:
+        group = self.layout.groups[self.layout.flats[self.layout.flat_of(name)].group]
+        muon = self.stage < 3 and group.settings.get("use_muon", False)
+        return frozenset({"momentum_buffer"} & self._state(name).keys()) if muon else frozenset()
+
+    def numbers(self, name: str) -> dict[str, Any]:
+        return {key: value for key, value in self._state(name).items() if not _per_element(key, value)}
+
+    def weight_dtype(self, name: str) -> torch.dtype:
+        if not self.layout.params[name].trained:
+            return self.layout.params[name].dtype
+        index = self.layout.flat_of(name)
+        return flat_tensors(self._optimizer(self._holder(name)))[index].dtype
+
+    def read(self, name: str, key: str, start: int, stop: int) -> Iterator[Tensor]:
+        if not self.layout.params[name].trained:
+            yield from self._read_frozen(name, start, stop)
+        elif key in self.whole_states(name):
+            yield from self._read_whole(name, key, start, stop)
+        else:
+            for place in self.layout.places(name, start, stop):
+                optimizer = self._optimizer(place.rank)
+                if key == WEIGHT:
+                    tensor = flat_tensors(optimizer)[place.flat]
+                else:
+                    tensor = base_state(optimizer)["state"][place.flat][key]
+                yield tensor.view(-1)[place.offset : place.offset + place.numel]
+
+    def _read_whole(self, name: str, key: str, start: int, stop: int) -> Iterator[Tensor]:
+        index = self.layout.flat_of(name)
+        flat, local = self.layout.flats[index], self.layout.local_numel(name)
+        while start < stop:
+            count = min(stop, (start // local + 1) * local) - start
+            rank = next(self.layout.places(name, start // local * local, stop)).rank
+            before = self.layout.touching(flat, rank)
+            offset = sum(self.layout.local_numel(other) for other in before[: before.index(name)]) + start % local
+            yield base_state(self._optimizer(rank))["state"][index][key].view(-1)[offset : offset + count]
+            start += count
+
+    def _read_frozen(self, name: str, start: int, stop: int) -> Iterator[Tensor]:
+        param = self.layout.params[name]
+        if self.stage == 3:
+            yield from frozen_pieces(self.model_states, param.numel, self.ranks, name, start, stop)
+        elif param.expert:
+            layer, number = next((layer, name) for layer in self.experts if name in layer.names)
+            size = param.numel // layer.experts
+            while start < stop:
+                expert, offset = divmod(start, size)
+                count = min(size - offset, stop - start)
+                content = self._open(expert_file(layer.number, expert))
+                yield content[f"{number}.{expert}"].reshape(-1)[offset : offset + count]
+                start += count
+        else:
+            yield self.model_states(0)["module"][name].reshape(-1)[start:stop]
+
+    def _optimizer(self, rank: int) -> dict[str, Any]:
+        return self.optimizer_states(rank)["optimizer_state_dict"]
+
+    def _holder(self, name: str) -> int:
+        """A rank whose optimizer file holds a part of the parameter."""
+        return next(self.layout.places(name, 0, 1)).rank
+
+    def _state(self, name: str) -> dict[str, Any]:
+        state = base_state(self._optimizer(self._holder(name)))["state"].get(self.layout.flat_of(name), {})
+        return {key: value for key, value in state.items() if value is not None}
+
+    # -- checks -------------------------------------------------------------------------------------------------
+
+    def _identity(self, model: Mapping[str, Any]) -> dict[str, Any]:
+        """What every model states file of one checkpoint must agree on."""
+        keys = ("global_steps", "global_samples", "skipped_steps", "dp_world_size", "param_shapes", "lr_scheduler")
+        return {
+            **{key: model.get(key) for key in keys},
+            "frozen_param_shapes": model.get("frozen_param_shapes"),
+            "ds_config": model.get("ds_config"),
+            "names in module": sorted(model["module"]),
+        }
+
+    def _optimizer_identity(self, content: Mapping[str, Any]) -> dict[str, Any]:
+        optimizer = content["optimizer_state_dict"]
+        base = base_state(optimizer)
+        numbers = [
+            {key: float(value) for key, value in state.items() if _number(value)} for state in base["state"].values()
+        ]
+        return {
+            "ds_config": content.get("ds_config"),
+            "ds_version": content.get("ds_version"),
+            "param_groups": base["param_groups"],
+            "loss scaler": vars(optimizer["loss_scaler"]) if "loss_scaler" in optimizer else None,
+            "step counts": numbers,
+        }
+
+    def _same(self, name: str, reference: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+        for key, value in reference.items():
+            if found[key] != value:
+                raise CheckpointError(
+                    f"{self.path / name} is of another run or step than rank 0's: {key} is {_short(found[key])}, "
+                    f"there {_short(value)}"
+                )
+
+    def _check_flats(self, name: str, rank: int, optimizer: Mapping[str, Any]) -> None:
+        """The flat tensors of a rank must have the sizes that the metadata gives them."""
+        flats = flat_tensors(optimizer)
+        state = base_state(optimizer)["state"]
+        if len(flats) != len(self.layout.flats):
+            raise CheckpointError(f"{self.path / name} has {len(flats)} flat tensors, not {len(self.layout.flats)}")
+        for index, (tensor, flat) in enumerate(zip(flats, self.layout.flats, strict=True)):
+            part = self.layout.part(flat, rank)[1]
+            lean = flat.size - (flat.padding(part) if flat.window else 0)
+            if tensor.numel() not in (flat.size, lean):
+                raise CheckpointError(
+                    f"{self.path / name}: flat tensor {index} ({flat.names[0]} ...) has {tensor.numel()} elements; "
+                    f"by the metadata it is {flat.size}"
+                )
+            whole = [self.layout.local_numel(other) for other in self.layout.touching(flat, rank)]
+            for key, value in state.get(index, {}).items():
+                if _per_element(key, value) and value.numel() not in (flat.size, lean, sum(whole)):
+                    raise CheckpointError(
+                        f"{self.path / name}: {key} of flat tensor {index} has {value.numel()} elements; by the "
+                        f"metadata it is {flat.size}"
+                    )
+        groups = optimizer.get("ds_zero_partition_groups")
+        if groups is not None:
+            expected = [self.layout.part_ranks(flat, rank) for flat in self.layout.flats]
+            if [entry["partition_ranks"] for entry in groups] != expected:
+                raise CheckpointError(f"{self.path / name} is of another rank or topology than its name says")
+
+    def _check_module(self, name: str, model: Mapping[str, Any]) -> None:
+        check_version(self.path / name, model)
+        for key, tensor in model["module"].items():
+            param = self.layout.params.get(key)
+            if param is not None and tensor.numel() and tuple(tensor.shape) != param.shape:
+                raise CheckpointError(
+                    f"{self.path / name}: {key} is {tuple(tensor.shape)}; by the metadata it is {param.shape}"
+                )
+
+    def _check_expert(self, name: str, content: Mapping[str, Any]) -> None:
+        number, expert, _ = map(int, _EXPERT.fullmatch(name).groups())  # type: ignore[union-attr]
+        layer: ExpertLayer = next(layer for layer in self.experts if layer.number == number)
+        for weight in layer.names:
+            tensor, shape = content.get(f"{weight}.{expert}"), self.layout.params[weight].shape[1:]
+            if tensor is None or tuple(tensor.shape) != shape:
+                found = "missing" if tensor is None else tuple(tensor.shape)
+                raise CheckpointError(f"{self.path / name}: {weight}.{expert} is {found}; by the metadata {shape}")
+
+
+def _per_element(key: str, value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0 and key != "step"
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1)
+
+
+def _some(names: Iterable[str], limit: int = 3) -> str:
+    names = list(names)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more + (" are" if len(names) > 1 else " is")
+
+
+def _short(value: Any, limit: int = 120) -> str:
+    text = str(value)
+    return text if len(text) <= limit else f"{text[:limit]}..."
