@@ -323,9 +323,9 @@ def _plan(source: Source, model: ModelAxes, request: Request, block: SparklingCo
 
 def _record(source: Source, model: ModelAxes, plan: GrowthPlan, block: SparklingConfig) -> GrowthRecord:
     """The growth record after the growth, which counts as the planned stage that has these widths, if there is one."""
-    record = source.record
-    if record is None or not record.stages:
-        record = GrowthRecord(dict(model.widths), dict(model.built))
+    before = source.record or GrowthRecord({}, {})
+    started = {axis: before.initial_widths.get(axis, width) for axis, width in model.widths.items()}
+    record = GrowthRecord(started, dict(model.built), before.stages)
     widths = {growth.axis: growth.after for growth in plan.growths}
     happened = {stage.planned_step for stage in record.stages}
     planned = (stage.at_step for stage in block.stages if stage.widths == widths and stage.at_step not in happened)

@@ -73,6 +73,8 @@ class Settings:
         sub_group_size: stage 3 only.
         round_robin: ``round_robin_gradients``, stages 1 and 2.
         parameter_alignment: stages 1 and 2.
+        apart: parameters that stage 3 doesn't put into sub-groups with others: AutoEP's routers, if the rest of the
+            model was made under ``zero.Init`` and so in another process group.
     """
 
     stage: int
@@ -81,6 +83,7 @@ class Settings:
     sub_group_size: int = 10**9
     round_robin: bool = False
     parameter_alignment: bool = False
+    apart: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -249,7 +252,8 @@ def make_layout(settings: Settings, params: Mapping[str, Param], groups: Sequenc
         ranks = settings.ranks // shared if expert else settings.ranks
         numels = {name: params[name].numel // (shared if expert else 1) for name in group.names}
         if settings.stage == 3:
-            flats += _sub_groups(settings, index, expert, group.names, numels, ranks)
+            for names in _by_process_group(group.names, settings.apart):
+                flats += _sub_groups(settings, index, expert, names, numels, ranks)
         else:
             flats.append(_window(settings, index, expert, group.names, numels, ranks, params))
     return Layout(settings, params, tuple(groups), tuple(flats))
@@ -295,6 +299,14 @@ def _splits(layout: Layout) -> Iterator[tuple[int, int]]:
             last += 1
         yield first, last
         first = last
+
+
+def _by_process_group(names: Sequence[str], apart: frozenset[str]) -> list[list[str]]:
+    """A group's parameters, those of one process group together, that of the first one first."""
+    split: dict[bool, list[str]] = {}
+    for name in names:
+        split.setdefault(name in apart, []).append(name)
+    return list(split.values())
 
 
 def _sub_groups(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from ds_sparkling.checkpoint.layout import Group, Layout, Param, Settings, Shape, make_layout
 from ds_sparkling.errors import CheckpointError, UnsupportedError
+from ds_sparkling.partition import round_robin
 
 #: DeepSpeed versions whose files were checked.
 CHECKED_VERSIONS = ("0.19.8",)
@@ -141,14 +142,16 @@ def read_layout(where: object, model: Mapping[str, Any], groups: list[dict[str, 
             expert = params[names[0]].expert
             names = _dealt_back(names, settings.ranks // shared if expert else settings.ranks)
         made.append(Group({key: value for key, value in group.items() if key != "params"}, tuple(names)))
-    layout = make_layout(settings, params, made)
     found = [list(entry) for entry in shapes]
-    if found != [list(flat.names) for flat in layout.flats]:
-        raise CheckpointError(
-            f"{where}: param_shapes doesn't have the order of ZeRO-{stage} with the ds_config in it (sub_group_size "
-            f"{settings.sub_group_size}); was the config changed after the engine was made?"
-        )
-    return layout
+    routers = tuple(f"{layer.path}.router." for layer in expert_layers(model))
+    for apart in (frozenset(), frozenset(name for name in params if name.startswith(routers))):
+        layout = make_layout(replace(settings, apart=apart), params, made)
+        if found == [list(flat.names) for flat in layout.flats]:
+            return layout
+    raise CheckpointError(
+        f"{where}: param_shapes doesn't have the order of ZeRO-{stage} with the ds_config in it (sub_group_size "
+        f"{settings.sub_group_size}); was the config changed after the engine was made?"
+    )
 
 
 def shared_names(model: Mapping[str, Any]) -> dict[str, str]:
@@ -189,8 +192,6 @@ def _params(model: Mapping[str, Any], shared: int) -> dict[str, Param]:
 
 def _dealt_back(names: list[str], ranks: int) -> list[str]:
     """The order of a group's parameters before they were dealt out round robin."""
-    from ds_sparkling.partition import round_robin
-
     original = [""] * len(names)
     for name, position in zip(names, round_robin(len(names), ranks), strict=True):
         original[position] = name

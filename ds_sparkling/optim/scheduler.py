@@ -225,9 +225,10 @@ def regrouped_state(state: Mapping[str, Any] | None, origins: Sequence[int]) -> 
             base = data["base"]
             base = None if base is None else {**base, "ends": pick(base["ends"])}
             births.append({**data, "starts": pick(data["starts"]), "base": base})
-        known = own.get("phase")
-        known = None if known is None else {**known, "ends": pick(known["ends"])}
-        state[_KEY] = {"births": births, "groups": pick(own["groups"]), "phase": known}
+        own = {**own, "births": births, "groups": pick(own["groups"])}
+        if own.get("phase") is not None:
+            own["phase"] = {**own["phase"], "ends": pick(own["phase"]["ends"])}
+        state[_KEY] = own
     return state
 
 
