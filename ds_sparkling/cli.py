@@ -43,18 +43,32 @@ def _bench_step(arguments: Sequence[str]) -> None:
     bench(arguments)
 
 
+def _expand_zero_ckpt(arguments: Sequence[str]) -> None:
+    from ds_sparkling.checkpoint.command import main as expand
+
+    expand(arguments)
+
+
+def _bench_expand(arguments: Sequence[str]) -> None:
+    from ds_sparkling.benchmarks.expand import main as bench
+
+    bench(arguments)
+
+
 #: name -> (what runs it, one line of help)
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "train": (_train, "train a mixture-of-experts language model and widen it mid-way"),
+    "expand-zero-ckpt": (_expand_zero_ckpt, "widen, reshape or export a ZeRO checkpoint offline"),
     "plot-schedule": (_plot_schedule, "learning rates of every birth stage, before the run, as text and picture"),
     "bench-regrow": (_bench_regrow, "time and memory of a live growth against other ways"),
     "bench-step": (_bench_step, "time and memory of an optimizer step after a growth"),
+    "bench-expand": (_bench_expand, "time and memory of widening and reshaping a checkpoint"),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the ``ds-sparkling`` console script."""
-    commands = "\n".join(f"  {name:<14}{text}" for name, (_, text) in COMMANDS.items())
+    commands = "\n".join(f"  {name:<18}{text}" for name, (_, text) in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="ds-sparkling",
         description="Widen a mixture-of-experts model in the middle of DeepSpeed training.",
@@ -65,3 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     COMMANDS[arguments.command][0](arguments.arguments)
+
+
+if __name__ == "__main__":
+    main()
