@@ -14,6 +14,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
 from ds_sparkling.errors import GrowthError
+from ds_sparkling.optim.scheduler import regrouped_state
 from ds_sparkling.zero.access import base_optimizer, group_names
 
 _COUNTERS = (
@@ -64,11 +65,7 @@ class Carried:
 
     def check(self, engine: DeepSpeedEngine) -> None:
         """Raise GrowthError if the fresh ``engine`` isn't built like the old one: groups, frozen parameters."""
-        if group_names(engine) != self._group_names:
-            raise GrowthError(
-                "the grown engine's parameter groups hold other parameters than before; build_model, optimizer and "
-                "model_parameters must make the same groups at every width"
-            )
+        self._origins(engine)
         if _frozen_names(engine) != self._frozen:
             changed = sorted(_frozen_names(engine) ^ self._frozen)
             raise GrowthError(
@@ -83,15 +80,38 @@ class Carried:
             setattr(engine, name, value)
         for name, value in self._loss_scale.items():
             setattr(engine.optimizer, name, value)
-        for group, carried in zip(base_optimizer(engine).param_groups, self._groups, strict=True):
-            group.update(carried)
+        origins = self._origins(engine)
+        for group, origin in zip(base_optimizer(engine).param_groups, origins, strict=True):
+            group.update(self._groups[origin])
         if self._schedule is not None:
-            engine.lr_scheduler.load_state_dict(self._schedule)
+            engine.lr_scheduler.load_state_dict(regrouped_state(self._schedule, origins))
         for name, buffer in engine.module.named_buffers():
             if name in self._buffers and self._buffers[name].shape == buffer.shape:
                 buffer.copy_(self._buffers[name])
         for name, module in engine.module.named_modules():
             module.training = self._training.get(name, module.training)
+
+    def _origins(self, engine: DeepSpeedEngine) -> list[int]:
+        """The old group that each of the fresh engine's groups has its settings from.
+
+        DeepSpeed splits the experts' group by its number of elements, so a grown model may have more of them.
+
+        Raises:
+            GrowthError: if a group has parameters of old groups that were set differently.
+        """
+        origins: list[int] = []
+        for names in group_names(engine):
+            found = [index for index, old in enumerate(self._group_names) if names & old]
+            known = frozenset().union(*(self._group_names[index] for index in found))
+            alike = all(self._groups[index] == self._groups[found[0]] for index in found)
+            if not alike or not names <= known or (len(found) > 1 and not self._groups[found[0]].get("moe")):
+                raise GrowthError(
+                    "the grown engine's parameter groups hold other parameters than before; build_model, optimizer and "
+                    "model_parameters must make the same groups at every width"
+                )
+            # A group without trained parameters stands where it stood.
+            origins.append(found[0] if found else min(len(origins), len(self._groups) - 1))
+        return origins
 
 
 def _frozen_names(engine: DeepSpeedEngine) -> frozenset[str]:
