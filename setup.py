@@ -9,6 +9,8 @@ version = next(
     line.split('"')[1] for line in (here / "ds_sparkling/__init__.py").read_text().splitlines() if "__version__" in line
 )
 plots = ["matplotlib>=3.8"]
+# 5.23 breaks inside DeepSpeed 0.19.8's AutoEP.
+hf = ["transformers>=5.9,<5.23", "safetensors>=0.4"]
 
 setup(
     name="ds-sparkling",
@@ -29,7 +31,8 @@ setup(
     ],
     extras_require={
         "plots": plots,
-        "dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.13", "types-tqdm", *plots],
+        "hf": hf,
+        "dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.13", "types-tqdm", *plots, *hf],
     },
     entry_points={"console_scripts": ["ds-sparkling = ds_sparkling.cli:main"]},
 )

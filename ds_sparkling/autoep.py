@@ -74,6 +74,9 @@ def block_axes(block: str, names: BlockNames, axes: Mapping[str, ParamAxes]) -> 
         source = f"{block}.{names.router}.{kind}"
         if source in axes:
             renamed[f"{block}.router.gate.{kind}"] = axes[source]
+    correction = axes.get(f"{block}.{names.router}.e_score_correction_bias")
+    if correction is not None:
+        renamed[f"{block}.router.e_score_correction_bias"] = correction
     return renamed
 
 

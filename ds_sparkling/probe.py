@@ -132,7 +132,7 @@ def _role(name: str, owner: nn.Module, ndim: int, position: int) -> Role:
     if isinstance(owner, nn.Embedding):
         if position == 1:
             return Role.FAN_OUT
-    elif isinstance(owner, nn.Linear):
+    elif isinstance(owner, nn.Linear) or (ndim == 2 and "router" in type(owner).__name__.lower()):
         return Role.FAN_IN if position == 1 else Role.FAN_OUT
     elif "norm" in type(owner).__name__.lower() and ndim == 1:
         if name.endswith("weight"):
@@ -141,7 +141,7 @@ def _role(name: str, owner: nn.Module, ndim: int, position: int) -> Role:
         return Role.FAN_OUT if position == 1 else Role.FAN_IN
     raise PlanError(
         f"{name}: can't tell the role of dimension {position} in a {type(owner).__name__}; known are nn.Linear, "
-        "nn.Embedding, RMSNorm gains and stacked experts [experts, out, in]"
+        "nn.Embedding, routers [experts, in], RMSNorm gains and stacked experts [experts, out, in]"
     )
 
 

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from tqdm import tqdm
 
+from ds_sparkling.autoep import BlockNames
 from ds_sparkling.checkpoint import pickles
 from ds_sparkling.checkpoint.axes import ModelAxes, find_axes
 from ds_sparkling.checkpoint.contents import BLOCK, Contents
@@ -362,8 +363,10 @@ def _model_config(request: Request) -> dict[str, Any]:
 def _stacked(source: Source) -> bool:
     """Whether the model as built has its experts in one tensor; a record that knows it otherwise says so."""
     axes = source.record.axes if source.record is not None else {}
-    layers = expert_layers(source.model_states(0))
-    return not any(name.startswith(f"{layer.path}.") and ".0." in name for name in axes for layer in layers)
+    model = source.model_states(0)
+    experts = BlockNames.from_config(model.get("ds_config") or {}).experts
+    single = tuple(f"{layer.path}.{experts}.0." for layer in expert_layers(model))
+    return not any(name.startswith(single) for name in axes)
 
 
 # -- writing ----------------------------------------------------------------------------------------------------

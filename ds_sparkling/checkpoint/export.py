@@ -209,7 +209,7 @@ def widened_config(config: Mapping[str, Any], widths: Mapping[str, int]) -> dict
 def _own_name(name: str, layers: list[ExpertLayer], names: BlockNames) -> str:
     """A parameter's name in the model as built: AutoEP has moved the routers."""
     for layer in layers:
-        moved = f"{layer.path}.router.gate."
+        moved = f"{layer.path}.router."
         if name.startswith(moved):
-            return f"{layer.path}.{names.router}.{name.removeprefix(moved)}"
+            return f"{layer.path}.{names.router}.{name.removeprefix(moved).removeprefix('gate.')}"
     return name

@@ -155,8 +155,19 @@ def read_layout(where: object, model: Mapping[str, Any], groups: list[dict[str, 
 
 
 def shared_names(model: Mapping[str, Any]) -> dict[str, str]:
-    """The other names of tied parameters, and the name each is stored under."""
-    return dict(model.get("shared_params") or {})
+    """Further names in the module for what is stored under another: tied parameters, and AutoEP's routers.
+
+    AutoEP may register a router under its old name, too, of which ``shared_params`` says nothing.
+    """
+    shared = dict(model.get("shared_params") or {})
+    module = model["module"]
+    for layer in expert_layers(model):
+        for name in module:
+            part, _, rest = name.removeprefix(f"{layer.path}.").partition(".")
+            router = f"{layer.path}.router.{rest}"
+            if name.startswith(f"{layer.path}.") and part not in ("router", "experts") and router in module:
+                shared[name] = router
+    return shared
 
 
 def logical(shape: Any, expert: bool, shared: int) -> Shape:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -12,11 +13,11 @@ from torch import Tensor
 
 from ds_sparkling.checkpoint.contents import Contents
 from ds_sparkling.checkpoint.layout import Flat, Layout, Segment
-from ds_sparkling.checkpoint.metadata import expert_layers, expert_metadata, shared_names
+from ds_sparkling.checkpoint.metadata import ExpertLayer, expert_layers, expert_metadata, shared_names
 from ds_sparkling.checkpoint.output import OutputFile, PickledFile, Run
 from ds_sparkling.checkpoint.pickles import FragmentAddress
 from ds_sparkling.checkpoint.source import WEIGHT
-from ds_sparkling.checkpoint.zero_source import expert_file, flat_tensors, model_file, optimizer_file
+from ds_sparkling.checkpoint.zero_source import expert_file, model_file, optimizer_file
 from ds_sparkling.errors import CheckpointError
 from ds_sparkling.partition import even_pieces, padded_piece
 
@@ -43,36 +44,24 @@ class ZeroFiles:
 
     def names(self) -> list[str]:
         """Names of all files."""
-        settings = self._layout.settings
-        return [
-            *(optimizer_file(rank, self._prefix) for rank in range(settings.ranks)),
-            *self.model_names(),
-        ]
-
-    def model_names(self) -> list[str]:
-        """Names of those with the model's states."""
-        settings = self._layout.settings
-        names = [model_file(settings.stage, rank) for rank in range(settings.ranks if settings.stage == 3 else 1)]
-        if settings.stage < 3:
-            names += [expert_file(layer.number, e) for layer in self._experts for e in range(layer.experts)]
-        return names
+        return list(self._builders)
 
     def build(self, name: str) -> OutputFile:
         """The file of that name."""
         return self._builders[name]()
 
-    @property
-    def _builders(self) -> dict[str, Any]:
+    @cached_property
+    def _builders(self) -> dict[str, Callable[[], PickledFile]]:
         settings = self._layout.settings
-        builders: dict[str, Any] = {}
+        builders: dict[str, Callable[[], PickledFile]] = {}
         for rank in range(settings.ranks):
-            builders[optimizer_file(rank, self._prefix)] = lambda rank=rank: self._optimizer(rank)
+            builders[optimizer_file(rank, self._prefix)] = partial(self._optimizer, rank)
         for rank in range(settings.ranks if settings.stage == 3 else 1):
-            builders[model_file(settings.stage, rank)] = lambda rank=rank: self._model(rank)
+            builders[model_file(settings.stage, rank)] = partial(self._model, rank)
         if settings.stage < 3:
             for layer in self._experts:
                 for expert in range(layer.experts):
-                    builders[expert_file(layer.number, expert)] = lambda args=(layer, expert): self._expert(*args)
+                    builders[expert_file(layer.number, expert)] = partial(self._expert, layer, expert)
         return builders
 
     # -- optimizer states ---------------------------------------------------------------------------------------
@@ -190,7 +179,7 @@ class ZeroFiles:
             model["frozen_param_shapes"] = OrderedDict((name, torch.Size(layout.local_shape(name))) for name in frozen)
             model["frozen_param_fragments"] = OrderedDict((name, self._fragment(file, name, rank)) for name in frozen)
         if old.get("shared_params") is not None:  # rank 0 alone tells
-            model["shared_params"] = shared_names(self._source.model_states(0)) if rank == 0 else {}
+            model["shared_params"] = self._source.model_states(0)["shared_params"] if rank == 0 else {}
         model["lr_scheduler"] = self._scheduler
         model["dp_world_size"] = settings.ranks
         model["ds_config"] = self._config(old.get("ds_config"))
@@ -229,7 +218,7 @@ class ZeroFiles:
         size = padded_piece(param.numel, settings.ranks)
         return file.room([size], param.dtype, [Run(name, WEIGHT, piece.start, piece.stop)])
 
-    def _expert(self, layer: Any, expert: int) -> PickledFile:
+    def _expert(self, layer: ExpertLayer, expert: int) -> PickledFile:
         """The compute weights of one expert."""
         file = PickledFile(expert_file(layer.number, expert), {})
         for name in layer.names:
