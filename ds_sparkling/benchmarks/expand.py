@@ -30,7 +30,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import psutil
 from tqdm import tqdm
 
 from ds_sparkling.benchmarks.common import table
@@ -111,9 +110,8 @@ def _run(command: Sequence[str]) -> tuple[float, int]:
         began = time.monotonic()
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
         peak = 0
-        watched = psutil.Process(process.pid)
         while process.poll() is None:
-            peak = max(peak, _anonymous(watched))
+            peak = max(peak, _anonymous(process.pid))
             time.sleep(0.005)
         seconds = time.monotonic() - began
         if process.returncode:
@@ -122,15 +120,15 @@ def _run(command: Sequence[str]) -> tuple[float, int]:
     return seconds, peak
 
 
-def _anonymous(process: psutil.Process) -> int:
-    total = 0
+def _anonymous(process: int) -> int:
+    """Anonymous resident bytes of a process and all its descendants."""
     try:
-        for each in (process, *process.children(recursive=True)):
-            status = Path(f"/proc/{each.pid}/status").read_text()
-            total += next((int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon")), 0)
-    except (psutil.Error, OSError):
-        pass  # it has just ended
-    return total * 1024
+        status = Path(f"/proc/{process}/status").read_text()
+        children = [path.read_text().split() for path in Path(f"/proc/{process}/task").glob("*/children")]
+    except OSError:  # it has just ended
+        return 0
+    own = next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon")), 0)
+    return own + sum(_anonymous(int(child)) for each in children for child in each)
 
 
 def _copy(source: Path, target: Path, *, sync: bool) -> float:

@@ -64,9 +64,7 @@ class _Synthetic(Source):
             elif f"{block}.experts.w1" not in shapes:
                 for made, known in block_axes(block, BlockNames(), axes).items():
                     shapes[made] = known.shape((config.num_experts,) * len(known.dims), widths)
-        params = {
-            name: Param(name, shape, torch.float32, expert=".experts." in name) for name, shape in shapes.items()
-        }
+        params = {name: Param(name, shape, torch.float32, expert=".experts." in name) for name, shape in shapes.items()}
         settings = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
         groups = [
             Group({**settings, "name": "dense-params"}, tuple(n for n, p in params.items() if not p.expert)),

@@ -37,7 +37,7 @@ class ModelAxes:
     built: dict[str, ParamAxes]
 
 
-class HintsNeeded(PlanError):
+class UnknownAxesError(PlanError):
     """Axes of some parameters aren't known; :attr:`hints` is a file to fill in."""
 
     def __init__(self, message: str, hints: str) -> None:
@@ -54,17 +54,20 @@ def find_axes(source: Source, widths: Iterable[str], config: str | None) -> Mode
             rely on the growth record.
 
     Raises:
-        HintsNeeded: if they aren't known.
+        UnknownAxesError: if they aren't known.
         PlanError, ConfigError: see the message.
     """
     record = source.record
     if config is None:
         known = record is not None and record.axes and set(widths) <= record.widths.keys()
         if record is None or not known:
-            raise HintsNeeded(
+            raise UnknownAxesError(
                 f"{source.path} has no growth record that knows {', '.join(widths)}; pass --config with the model's "
                 "config.json, module:function of what builds it, or a hints file",
-                hints(source.layout.params.values(), record.widths if record else dict.fromkeys(widths, _TO_FILL)),
+                hints(
+                    source.layout.params.values(),
+                    dict.fromkeys(widths, _TO_FILL) | (record.widths if record is not None else {}),
+                ),
             )
         return ModelAxes(record.widths, _in_checkpoint(source, record.axes), dict(record.axes))
     if not Path(config).exists() and ":" in config:
@@ -127,7 +130,7 @@ def _hinted(source: Source, path: Path, data: Mapping[str, Any]) -> ModelAxes:
         else:
             axes[name] = patterns[found[0]]
     if unmatched:
-        raise HintsNeeded(
+        raise UnknownAxesError(
             f"{path} matches no axes to {unmatched[0].name}"
             + (f" and {len(unmatched) - 1} more" if len(unmatched) > 1 else ""),
             hints(source.layout.params.values(), widths, axes),
@@ -174,7 +177,7 @@ def _in_checkpoint(source: Source, built: Mapping[str, ParamAxes]) -> dict[str, 
         known.update(block_axes(layer.path, names, built))
     unmatched = [param for name, param in source.layout.params.items() if name not in known]
     if unmatched:
-        raise HintsNeeded(
+        raise UnknownAxesError(
             f"{unmatched[0].name} is in {source.path}, but not in the model as built",
             hints(source.layout.params.values(), {}, known),
         )
@@ -189,7 +192,7 @@ def _factory(config: str) -> BuildModel:
         raise ConfigError(f"--config {config}: {error}") from error
     if not callable(found):
         raise ConfigError(f"--config {config}: {function} can't be called")
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def _hugging_face(data: Mapping[str, Any], config: str) -> BuildModel:

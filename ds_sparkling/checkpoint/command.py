@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ds_sparkling.checkpoint.axes import HintsNeeded
+from ds_sparkling.checkpoint.axes import UnknownAxesError
 from ds_sparkling.checkpoint.expand import FORMATS, Request, expand, prepare
 from ds_sparkling.checkpoint.team import Team
 from ds_sparkling.errors import SparklingError
@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         with Team() as team:
             _run(_request(options, parser), options, team)
-    except HintsNeeded as error:
+    except UnknownAxesError as error:
         print(f"error: {error}", file=sys.stderr)
         _offer_hints(error.hints, None if options.dry_run else Path(f"{options.out}.hints.json"))
         sys.exit(1)

@@ -34,7 +34,7 @@ from ds_sparkling.config import SparklingConfig, read_json, sparkling_config
 from ds_sparkling.errors import CheckpointError, SparklingError
 from ds_sparkling.growth import GrowthPlan, make_plan
 from ds_sparkling.optim.scheduler import grown_state, regrouped_state
-from ds_sparkling.record import FILE_NAME, GrowthRecord, find_checkpoint
+from ds_sparkling.record import GrowthRecord, find_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -278,7 +278,9 @@ def _check_files(source: Source, request: Request, team: Team, *, progress: bool
     count = len(source.files[team.rank :: team.size])
     try:
         checked = source.check(team.rank, team.size)
-        shown = tqdm(checked, "looking at files", count, unit="file", disable=not progress or team.rank > 0, leave=False)
+        shown = tqdm(
+            checked, "looking at files", count, unit="file", disable=not progress or team.rank > 0, leave=False
+        )
         for path in shown:
             damaged = pickles.damaged_record(path) if request.verify else None
             if damaged is not None:
@@ -432,4 +434,3 @@ def _size(count: int) -> str:
             break
         number, unit = number / 1000, larger
     return f"{number:.0f} {unit}" if unit == "B" else f"{number:.2f} {unit}"
-

@@ -231,9 +231,7 @@ class Layout:
     @cached_property
     def _members(self) -> dict[str, tuple[int, int]]:
         return {
-            name: (index, member)
-            for index, flat in enumerate(self.flats)
-            for member, name in enumerate(flat.names)
+            name: (index, member) for index, flat in enumerate(self.flats) for member, name in enumerate(flat.names)
         }
 
 
@@ -259,9 +257,7 @@ def make_layout(settings: Settings, params: Mapping[str, Param], groups: Sequenc
     return Layout(settings, params, tuple(groups), tuple(flats))
 
 
-def regrouped(
-    layout: Layout, params: Mapping[str, Param], expert_parallel: int
-) -> tuple[tuple[Group, ...], list[int]]:
+def regrouped(layout: Layout, params: Mapping[str, Param], expert_parallel: int) -> tuple[tuple[Group, ...], list[int]]:
     """The optimizer's groups for other sizes: DeepSpeed splits the experts' groups by their number of elements.
 
     Args:

@@ -246,9 +246,7 @@ def expert_metadata(
         shared: size of the expert-parallel groups.
     """
     share = entry["num_experts"] // shared
-    placement = [
-        {"rank": index, "experts": list(range(index * share, (index + 1) * share))} for index in range(shared)
-    ]
+    placement = [{"rank": index, "experts": list(range(index * share, (index + 1) * share))} for index in range(shared)]
     expert_rank = rank % shared
     maps = {name: affine_map(shapes[name], shared) for name in entry["affine_maps"]["params"]}
     return {

@@ -132,7 +132,12 @@ class Filler:
     """
 
     def __init__(
-        self, contents: Contents, *, workers: int, verify: bool = False, progress: Callable[[int], None] = lambda _: None
+        self,
+        contents: Contents,
+        *,
+        workers: int,
+        verify: bool = False,
+        progress: Callable[[int], None] = lambda _: None,
     ) -> None:
         self.report = Report()
         self._contents = contents
@@ -201,7 +206,7 @@ class Filler:
             position += piece.numel() * piece.itemsize
 
     def _write(self, path: Path, descriptor: int, position: int, piece: Tensor) -> None:
-        data = memoryview(piece.contiguous().view(torch.uint8).numpy())
+        data = memoryview(piece.contiguous().view(torch.uint8).numpy().data)
         done = 0
         while done < len(data):
             done += os.pwrite(descriptor, data[done:], position + done)

@@ -62,7 +62,7 @@ def load(path: Path, *, trust: bool = False) -> Any:
     Raises:
         CheckpointError: if the file is missing, damaged, or holds classes that aren't known.
     """
-    known = [(stand_in, stand_in.qualified_name) for stand_in in STAND_INS]
+    known: list[Any] = [(stand_in, stand_in.qualified_name) for stand_in in STAND_INS]
     try:
         with torch.serialization.safe_globals(known):
             if trust:
@@ -159,7 +159,10 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
-class _NamingPickler(pickle._Pickler):
+_PythonPickler: Any = pickle._Pickler
+
+
+class _NamingPickler(_PythonPickler):
     """Pickles stand-ins under the names of DeepSpeed's classes. In Python, because the C pickler looks them up."""
 
     def save_global(self, obj: Any, name: str | None = None) -> None:

@@ -167,7 +167,9 @@ class UniversalFiles:
         self._contents = contents
         self._layout = layout
         self._zero = ZeroFiles(contents, layout, scheduler, "")
-        self._experts = {name: layer.experts for layer in expert_layers(contents.source.model_states(0)) for name in layer.names}
+        self._experts = {
+            name: layer.experts for layer in expert_layers(contents.source.model_states(0)) for name in layer.names
+        }
 
     def names(self) -> list[str]:
         names = [_GLOBAL, model_file(self._layout.settings.stage, 0)]
@@ -203,9 +205,7 @@ class UniversalFiles:
     def _global(self) -> dict[str, Any]:
         optimizer = dict(self._contents.source.optimizer_states(0)["optimizer_state_dict"])
         groups = self._zero.param_groups()
-        numbers = {
-            index: self._contents.numbers(flat.names[0]) for index, flat in enumerate(self._layout.flats)
-        }
+        numbers = {index: self._contents.numbers(flat.names[0]) for index, flat in enumerate(self._layout.flats)}
         for key in _FLAT_KEYS:
             optimizer.pop(key, None)
         optimizer["param_groups"] = groups

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from ds_sparkling.checkpoint import pickles
-from ds_sparkling.checkpoint.layout import Flat
 from ds_sparkling.checkpoint.metadata import ExpertLayer, check_version, expert_layers, read_layout
 from ds_sparkling.checkpoint.source import WEIGHT, Source
 from ds_sparkling.errors import CheckpointError, UnsupportedError
@@ -47,7 +46,9 @@ def flat_tensors(optimizer: Mapping[str, Any]) -> list[Tensor]:
 
 def base_state(optimizer: Mapping[str, Any]) -> dict[str, Any]:
     """The base optimizer's ``state_dict`` in a rank's ``optimizer_state_dict``."""
-    return optimizer["optimizer_state_dict"] if "optimizer_state_dict" in optimizer else optimizer["base_optimizer_state"]
+    return (
+        optimizer["optimizer_state_dict"] if "optimizer_state_dict" in optimizer else optimizer["base_optimizer_state"]
+    )
 
 
 def frozen_pieces(

@@ -22,8 +22,9 @@ PLAN = {"stages": [{"at_step": 2, "widths": WIDE}], "rewarmup": {"steps": 4}}
 
 def grow_and_save(case: Case, directory: str) -> list[int]:
     """How many groups there are before and after; the rates of all groups must go on as they were."""
-    import ds_sparkling
     from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer as split
+
+    import ds_sparkling
 
     defaults = split.__defaults__
     split.__defaults__ = (LIMIT,)

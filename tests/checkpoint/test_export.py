@@ -54,7 +54,9 @@ def load_tensors(directory: Path) -> dict[str, Tensor]:
     return {name: t for path in sorted(directory.glob("*.safetensors")) for name, t in load_file(path).items()}
 
 
-@pytest.mark.parametrize("case", [Case(2, 3, 2, bf16=True), Case(2, 2, 2, frozen=True), Case(3, 3, tied=False)], ids=str)
+@pytest.mark.parametrize(
+    "case", [Case(2, 3, 2, bf16=True), Case(2, 2, 2, frozen=True), Case(3, 3, tied=False)], ids=str
+)
 def test_the_tensors_are_the_models_own(case: Case, workers: Callable[[int], Workers], tmp_path: Path) -> None:
     workers(case.ranks).run(train_and_save, case, str(tmp_path / "saved"))
     (tmp_path / "saved/config.json").write_text(json.dumps(TINY))
@@ -159,10 +161,8 @@ def load_qwen(stage: int, directory: str) -> Tensor:
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_a_hugging_face_model_goes_all_the_way(
-    stage: int, workers: Callable[[int], Workers], tmp_path: Path
-) -> None:
-    """Trained by plain DeepSpeed, widened, loaded by plain DeepSpeed, exported, loaded by transformers: one function."""
+def test_a_hugging_face_model_goes_all_the_way(stage: int, workers: Callable[[int], Workers], tmp_path: Path) -> None:
+    """Trained and loaded by plain DeepSpeed, exported, loaded by transformers: the same function all the way."""
     from transformers import AutoModelForCausalLM
 
     config = tmp_path / "config.json"

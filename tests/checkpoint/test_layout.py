@@ -33,14 +33,17 @@ def layouts(draw: st.DrawFn) -> Layout:
     dense = Group({"lr": 1.0}, tuple(params))
     sizes = draw(st.lists(st.integers(1, 40), max_size=4))
     experts = {f"e{i}": Param(f"e{i}", (shared, size), dtype, expert=True) for i, size in enumerate(sizes)}
-    groups = [dense, *([Group({"lr": 2.0, "moe": True, "name": f"ep_size_{shared}"}, tuple(experts))] if experts else [])]
+    groups = [
+        dense,
+        *([Group({"lr": 2.0, "moe": True, "name": f"ep_size_{shared}"}, tuple(experts))] if experts else []),
+    ]
     return make_layout(settings, {**params, **experts}, groups)
 
 
 @given(layouts())
 def test_every_element_has_one_place(layout: Layout) -> None:
     seen: dict[str, list[int]] = defaultdict(list)
-    taken = set()
+    taken: set[tuple[int, int, int]] = set()
     for rank in range(layout.settings.ranks):
         for index, flat in enumerate(layout.flats):
             for segment in layout.segments(flat, rank):
@@ -63,9 +66,7 @@ def test_places_of_a_stretch_lie_end_to_end(layout: Layout, data: st.DataObject)
     stop = data.draw(st.integers(start + 1, layout.params[name].numel))
     spots = [(p.rank, p.flat, p.offset + i) for p in layout.places(name, start, stop) for i in range(p.numel)]
     expected = [
-        (p.rank, p.flat, p.offset)
-        for element in range(start, stop)
-        for p in layout.places(name, element, element + 1)
+        (p.rank, p.flat, p.offset) for element in range(start, stop) for p in layout.places(name, element, element + 1)
     ]
     assert spots == expected
 

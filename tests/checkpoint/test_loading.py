@@ -84,9 +84,7 @@ def on(case: Case, ranks: int, expert_parallel: int) -> Case:
 
 
 @pytest.mark.parametrize("case", cases(), ids=str)
-def test_plain_deepspeed_loads_it_on_other_ranks(
-    case: Case, workers: Callable[[int], Workers], tmp_path: Path
-) -> None:
+def test_plain_deepspeed_loads_it_on_other_ranks(case: Case, workers: Callable[[int], Workers], tmp_path: Path) -> None:
     workers(case.ranks).run(train_and_save, case, str(tmp_path / "narrow"))
     topologies = [(case.ranks, case.ep), (4, 4) if case.ep else (4, 0), (1, 1) if case.ep else (2, 0)]
     for ranks, shared in dict.fromkeys(topologies):
@@ -98,7 +96,8 @@ def test_plain_deepspeed_loads_it_on_other_ranks(
 
 
 @pytest.mark.parametrize(
-    ("case", "partitioned"), [(Case(2, 3, 2, groups=True), False), (Case(2, 3, 2, groups=True), True), (Case(2, 2), False)]
+    ("case", "partitioned"),
+    [(Case(2, 3, 2, groups=True), False), (Case(2, 3, 2, groups=True), True), (Case(2, 2), False)],
 )
 def test_a_checkpoint_of_plain_deepspeed_grows(
     case: Case, partitioned: bool, workers: Callable[[int], Workers], tmp_path: Path

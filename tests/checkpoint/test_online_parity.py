@@ -122,9 +122,7 @@ def test_any_topology_holds_the_same_tensors(
 
 
 @pytest.fixture(scope="module")
-def saved_once(
-    workers: Callable[[int], Workers], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[Case], Path]:
+def saved_once(workers: Callable[[int], Workers], tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], Path]:
     made: dict[str, Path] = {}
 
     def saved(case: Case) -> Path:

@@ -1,0 +1,207 @@
+"""The command line: plans, JSON, hints files, several processes, and messages."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import checkpoint_files
+import pytest
+import tiny
+from distributed import Workers
+from tiny import Case
+
+from ds_sparkling.benchmarks.common import free_port
+from ds_sparkling.checkpoint.command import main
+from ds_sparkling.checkpoint.expand import open_checkpoint
+
+WIDE = {"hidden_size": 12, "moe_intermediate_size": 10}
+WIDTHS = ["--widths", *(f"{axis}={width}" for axis, width in WIDE.items())]
+FACTORY = ["--config", "olmoe_factory:build_tied"]
+
+
+def train_and_save(case: Case, directory: str) -> None:
+    engine = tiny.initialize(case)
+    tiny.train(engine, 2)
+    engine.save_checkpoint(directory)
+
+
+@pytest.fixture(scope="module")
+def saved(workers: Callable[[int], Workers], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("saved")
+    workers(2).run(train_and_save, Case(2, 3, 2), str(directory))
+    return directory
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def test_a_dry_run_prints_the_plan_and_touches_nothing(
+    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = files_of(saved)
+    main([str(saved), str(tmp_path / "out"), *WIDTHS, *FACTORY, "--world-size", "4", "--dry-run"])
+    text = capsys.readouterr().out
+    for expected in (
+        "hidden_size 6 -> 12, moe_intermediate_size 5 -> 10",
+        "hidden_size (fan_in)",
+        "ranks             2 -> 4",
+        "to read",
+        "to write",
+        "free",
+        "memory",
+    ):
+        assert expected in text
+    main([str(saved), str(tmp_path / "out"), *WIDTHS, *FACTORY, "--dry-run", "--json"])
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["widths"] == WIDE
+    assert plan["bytes_to_write"] > 0
+    assert not list(tmp_path.iterdir())
+    assert files_of(saved) == before
+
+
+def test_the_planned_bytes_are_the_written_ones(
+    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main([str(saved), str(tmp_path / "dry"), *WIDTHS, *FACTORY, "--dry-run", "--json"])
+    plan = json.loads(capsys.readouterr().out)
+    main([str(saved), str(tmp_path / "out"), *WIDTHS, *FACTORY, "--json", "--verify"])
+    summary = json.loads(capsys.readouterr().out)
+    # Beside the tensors there are step counters.
+    assert plan["bytes_to_write"] <= summary["bytes_written"] <= plan["bytes_to_write"] + 100
+    assert summary["bytes_verified"] == summary["bytes_written"]
+    assert summary["not_finite"] == []
+
+
+def test_unknown_axes_give_a_hints_file_that_works_when_filled_in(
+    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit):
+        main([str(saved), str(out), *WIDTHS])
+    assert "no growth record that knows hidden_size" in capsys.readouterr().err
+    path = tmp_path / "out.hints.json"
+    hints = json.loads(path.read_text())
+    assert hints["axes"][r"layers\.\d+\.mlp\.experts\.w1"]["dims"] == [{}, "?", "?"]
+    with pytest.raises(SystemExit):
+        main([str(saved), str(out), *WIDTHS, "--config", str(path)])
+    assert "hidden_size is '?'" in capsys.readouterr().err
+    fill_in(hints)
+    path.write_text(json.dumps(hints))
+    main([str(saved), str(out), *WIDTHS, "--config", str(path)])
+    main([str(saved), str(tmp_path / "probed"), *WIDTHS, *FACTORY])
+    checkpoint_files.same_tensors(out / "global_step2", tmp_path / "probed/global_step2")
+    # The record then knows the widths, but not the axes in the model's own names: the engine finds them out anew.
+    record = open_checkpoint(out / "global_step2").record
+    assert record is not None
+    assert record.widths == WIDE
+    assert record.axes == {}
+
+
+def fill_in(hints: dict[str, Any]) -> None:
+    """What a user knows about the tiny model."""
+    hints["widths"] = {"hidden_size": 6, "moe_intermediate_size": 5}
+    hidden, inner = {"axis": "hidden_size"}, {"axis": "moe_intermediate_size"}
+    into, out = {"role": "fan_in"}, {"role": "fan_out"}
+    known = {
+        "embed_tokens": [{}, hidden | out],
+        "layernorm": [hidden | {"role": "gain"}],
+        "q_norm": [{}],
+        "k_norm": [{}],
+        "q_proj": [{}, hidden | into],
+        "k_proj": [{}, hidden | into],
+        "v_proj": [{}, hidden | into],
+        "o_proj": [hidden | out, {}],
+        "router": [{}, hidden | into],
+        r"experts\.w1": [{}, inner | out | {"alive": [0]}, hidden | into],
+        r"experts\.w2": [{}, hidden | out, inner | into],
+        r"experts\.w3": [{}, inner | out, hidden | into],
+        r"norm\.weight": [hidden | {"role": "gain"}],
+    }
+    for pattern, entry in hints["axes"].items():
+        entry["dims"] = next(dims for part, dims in known.items() if part in pattern)
+        if pattern == r"norm\.weight":
+            entry["head_gain"] = True
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda axes: axes.pop(r"norm\.weight"), "matches no axes to norm.weight"),
+        (lambda axes: axes.update({r"nothing\..*": {"dims": [{}]}}), r"axes.nothing\\..* matches no parameter"),
+        (lambda axes: axes.update({".*": {"dims": [{}]}}), "which differ"),
+        (lambda axes: axes.update({r"norm\.weight": {"dims": [{}, {}]}}), "has 2 dims"),
+        (lambda axes: axes.update({r"norm\.weight": {"dims": [{"axis": "hidden_size"}]}}), "'role'"),
+        (lambda axes: axes.update({"(": {"dims": [{}]}}), "unterminated"),
+    ],
+)
+def test_mistakes_in_a_hints_file_are_named(
+    change: Callable[[dict[str, Any]], Any],
+    message: str,
+    saved: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        main([str(saved), str(tmp_path / "out"), *WIDTHS])
+    path = tmp_path / "out.hints.json"
+    hints = json.loads(path.read_text())
+    fill_in(hints)
+    change(hints["axes"])
+    path.write_text(json.dumps(hints))
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main([str(saved), str(tmp_path / "out"), *WIDTHS, "--config", str(path)])
+    assert message.replace("\\\\", "\\") in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_several_processes_write_the_same_files(saved: Path, tmp_path: Path) -> None:
+    arguments = [*WIDTHS, *FACTORY, "--world-size", "4", "--expert-parallel", "4"]
+    main([str(saved), str(tmp_path / "one"), *arguments])
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "3",
+        "--master_port",
+        str(free_port()),
+    ]
+    tool = str(Path(__file__).parents[2] / "tools/expand_zero_ckpt.py")
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    command = [*launcher, tool, str(saved), str(tmp_path / "three"), *arguments, "--verify"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "three")
+    # A failure of one process is one error of all, and nothing is left.
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode != 0
+    assert "exists and isn't an empty directory" in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "three"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--widths", "hidden_size"], "--widths takes AXIS=WIDTH"),
+        (["--widths", "hidden_size=x"], "--widths takes AXIS=WIDTH"),
+        (["--widths", "hidden_size=8", "hidden_size=9"], "names hidden_size twice"),
+        (["--workers", "0"], "--workers must be at least 1"),
+        (["--config", "no_such_module:build", *WIDTHS], "No module named 'no_such_module'"),
+        (["--config", "no_such_file.json", *WIDTHS], "no_such_file.json doesn't exist"),
+    ],
+)
+def test_wrong_arguments_are_named(
+    arguments: list[str], message: str, saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([str(saved), str(tmp_path / "out"), *arguments])
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
