@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import json
+import pkgutil
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -185,13 +185,12 @@ def _in_checkpoint(source: Source, built: Mapping[str, ParamAxes]) -> dict[str, 
 
 
 def _factory(config: str) -> BuildModel:
-    module, _, function = config.partition(":")
     try:
-        found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
+        found = pkgutil.resolve_name(config)
+    except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"--config {config}: {error}") from error
     if not callable(found):
-        raise ConfigError(f"--config {config}: {function} can't be called")
+        raise ConfigError(f"--config {config} can't be called")
     return found
 
 
@@ -199,7 +198,7 @@ def _hugging_face(data: Mapping[str, Any], config: str) -> BuildModel:
     if "model_type" not in data:
         raise ConfigError(f"{config} is neither a hints file ('axes') nor a Hugging Face config ('model_type')")
     try:
-        transformers = importlib.import_module("transformers")
+        import transformers
     except ImportError:
         raise ConfigError(f"{config} is a Hugging Face config; to probe it: pip install transformers") from None
 
