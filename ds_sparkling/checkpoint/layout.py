@@ -153,7 +153,7 @@ class Layout:
     """All flat tensors of a checkpoint.
 
     Attributes:
-        params: every parameter, frozen ones too, by name.
+        params: every parameter, frozen ones too, by name, in the module's order.
         groups: the optimizer's groups.
         flats: in the order of the files.
     """
@@ -182,10 +182,7 @@ class Layout:
 
     def local_shape(self, name: str) -> Shape:
         """Shape of a parameter on one expert-parallel rank."""
-        param = self.params[name]
-        if not param.expert:
-            return param.shape
-        return (param.shape[0] // self.settings.expert_parallel, *param.shape[1:])
+        return local_shape(self.params[name], self.settings.expert_parallel)
 
     def segments(self, flat: Flat, rank: int) -> Iterator[Segment]:
         """What ``rank``'s tensor of ``flat`` holds, empty pieces left out."""
@@ -224,9 +221,17 @@ class Layout:
             yield Place(rank, index, at, count)
             start += count
 
+    def position(self, name: str) -> int:
+        """A parameter's place in the module's order."""
+        return self._positions[name]
+
     def flat_of(self, name: str) -> int:
         """Index of the flat tensor that holds a trained parameter."""
         return self._members[name][0]
+
+    @cached_property
+    def _positions(self) -> dict[str, int]:
+        return {name: position for position, name in enumerate(self.params)}
 
     @cached_property
     def _members(self) -> dict[str, tuple[int, int]]:
@@ -273,6 +278,9 @@ def regrouped(layout: Layout, params: Mapping[str, Param], expert_parallel: int)
         splits = layout.groups[first:last]
         settings = splits[0].settings
         names = [name for split in splits for name in split.names]
+        by_size = all(_by_size(split, layout) for split in splits)
+        if by_size:
+            names.sort(key=layout.position)
         counts = [len(split.names) for split in splits]
         if splits[0].expert:
             settings = {**settings, "name": f"ep_size_{expert_parallel}"}
@@ -280,9 +288,31 @@ def regrouped(layout: Layout, params: Mapping[str, Param], expert_parallel: int)
                 sizes = [params[name].numel // expert_parallel for name in names]
                 counts = expert_groups(sizes, EXPERT_GROUP_LIMIT)
         for start, stop in itertools.pairwise(itertools.accumulate(counts, initial=0)):
-            made.append(Group(settings, tuple(names[start:stop])))
+            members = names[start:stop]
+            if by_size:
+                members.sort(key=lambda name: local_shape(params[name], expert_parallel), reverse=True)
+            made.append(Group(settings, tuple(members)))
             origins.append(first)
     return tuple(made), origins
+
+
+def local_shape(param: Param, expert_parallel: int) -> Shape:
+    """A parameter's shape on one expert-parallel rank."""
+    return (param.shape[0] // expert_parallel, *param.shape[1:]) if param.expert else param.shape
+
+
+def _by_size(group: Group, layout: Layout) -> bool:
+    """Whether Muon has sorted the group's parameters by their sizes.
+
+    It does, unless the parameters are made in pieces under ``zero.Init`` and so have no size; then they are in the
+    module's order.
+    """
+    if not group.settings.get("use_muon", False):
+        return False
+    original = sorted(group.names, key=layout.position)
+    if layout.settings.stage == 3 and list(group.names) == original:
+        return False
+    return list(group.names) == sorted(original, key=layout.local_shape, reverse=True)
 
 
 def _splits(layout: Layout) -> Iterator[tuple[int, int]]:

@@ -177,8 +177,8 @@ def logical(shape: Any, expert: bool, shared: int) -> Shape:
 
 
 def _params(model: Mapping[str, Any], shared: int) -> dict[str, Param]:
-    """Every parameter, trained ones first."""
-    experts = {name for layer in expert_layers(model) for name in layer.names}
+    """Every parameter, in the module's order; the experts, which aren't in its state dict, at the end."""
+    experts = {name: None for layer in expert_layers(model) for name in layer.names}
     module = model["module"]
     tied = shared_names(model)
     usual = next((t.dtype for t in module.values() if isinstance(t, torch.Tensor) and t.is_floating_point()), None)
@@ -198,7 +198,8 @@ def _params(model: Mapping[str, Any], shared: int) -> dict[str, Param]:
     for name, tensor in module.items():
         if name not in params and name not in buffers and name not in tied and isinstance(tensor, torch.Tensor):
             params[name] = param(name, tensor.shape, trained=False)
-    return params
+    ordered = [name for name in (*module, *experts) if name in params]
+    return {name: params[name] for name in dict.fromkeys([*ordered, *params])}
 
 
 def _dealt_back(names: list[str], ranks: int) -> list[str]:
