@@ -10,10 +10,11 @@ their own, imports included:
 - grow: its experts' inner width doubled (about twice the bytes);
 - ds_to_universal: converted by DeepSpeed's own converter, with as many workers as there are cores.
 
-Next to reshape and grow stand ``cp -r`` of their output, and the same followed by ``sync``: the commands here see every
-file on the disk before they publish it, which cp doesn't. Before each, earlier writes are flushed (``sync``), so that
-nobody pays for another's. The input is in the page cache, if memory allows. Peak memory is anonymous resident memory
-(RssAnon of all processes of the command, sampled every 5 ms). Linux only.
+Next to each stand ``cp -r`` of its output, and the same followed by ``sync``: the first two see every file on the disk
+before they publish it, which cp doesn't. They are run by turns, and the least of each one's times counts. Before each,
+earlier writes are flushed (``sync``), so that nobody pays for another's. The input is in the page cache, if memory
+allows. Peak memory is anonymous resident memory (RssAnon of all processes of the command, sampled every 5 ms). Linux
+only.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ class Row:
     peak_mib: float
 
 
-def measure(gigabytes: float, ranks: int, scratch: Path, *, universal: bool) -> list[Row]:
+def measure(gigabytes: float, ranks: int, scratch: Path, *, repeat: int, universal: bool) -> list[Row]:
     """All lines of one checkpoint."""
     checkpoint = scratch / "checkpoint"
     config = config_of(int(gigabytes * 1e9 / _BYTES_PER_PARAMETER))
@@ -89,16 +90,21 @@ def measure(gigabytes: float, ranks: int, scratch: Path, *, universal: bool) -> 
     rows = []
     for what, command in commands.items():
         out = scratch / "out"
-        seconds, peak = _run([str(out) if part == "OUT" else part for part in command])
-        copy, copy_sync = (_copy(out, scratch / "copy", sync=sync) for sync in (False, True))
-        size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+        runs: list[tuple[float, float, float, int, int]] = []
+        for _ in range(repeat):
+            seconds, peak = _run([str(out) if part == "OUT" else part for part in command])
+            copy, copy_sync = (_copy(out, scratch / "copy", sync=sync) for sync in (False, True))
+            size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+            runs.append((seconds, copy, copy_sync, peak, size))
+            shutil.rmtree(out)
+        seconds, copy, copy_sync = (min(times) for times in list(zip(*runs, strict=True))[:3])
+        peak, size = max(run[3] for run in runs), runs[0][4]
         rows.append(
             Row(
                 *(state / 1e9, ranks, what, size / 1e9, seconds, copy, copy_sync),
                 *(seconds / copy, seconds / copy_sync, peak / _MIB),
             )
         )
-        shutil.rmtree(out)
     shutil.rmtree(checkpoint)
     return rows
 
@@ -149,6 +155,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--sizes", type=float, nargs="+", default=[0.2, 1.0, 4.0], help="GB of weights and moments")
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8], help="ranks of each of them")
+    parser.add_argument("--repeat", type=int, default=3, help="runs of each (default: %(default)s)")
     parser.add_argument("--no-universal", action="store_true", help="leave DeepSpeed's converter out")
     parser.add_argument("--directory", type=Path, help="where to work (default: a temporary directory)")
     parser.add_argument("--json", type=Path, help="also write the figures here")
@@ -160,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="bench-expand-", dir=options.directory) as scratch:
         for size, ranks in tqdm(list(zip(options.sizes, options.ranks, strict=True)), unit="checkpoint"):
-            rows += measure(size, ranks, Path(scratch), universal=not options.no_universal)
+            rows += measure(size, ranks, Path(scratch), repeat=options.repeat, universal=not options.no_universal)
     print(table(_COLUMNS, rows))
     if options.json is not None:
         options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from threading import Lock
+from threading import Lock, local
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ class Contents:
         self.plan = plan
         self._wideners = {} if plan is None else {name: Widener(plan, name) for name in source.layout.params}
         self._spreads: dict[str, list[Spread]] = {}
+        self._threads = local()
         self._locks = {name: Lock() for name in self._wideners}
         self.params: dict[str, Param] = {
             name: Param(name, self._shape(name), param.dtype, param.expert, param.trained)
@@ -61,7 +62,7 @@ class Contents:
         return {name: param.shape for name, param in self.params.items()}
 
     def cuts(self, name: str, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        """``start .. stop`` in stretches that one call of :meth:`pieces` should make: whole rows where it can be."""
+        """``start .. stop`` in stretches that one call of :meth:`make` should make: whole rows where it can be."""
         row = self.params[name].shape[-1] if self.params[name].shape else 1
         block = max(BLOCK // row, 1) * row
         while start < stop:
@@ -70,18 +71,18 @@ class Contents:
             start = end
 
     @torch.no_grad()
-    def pieces(self, name: str, key: str, start: int, stop: int, dtype: torch.dtype) -> Iterator[Tensor]:
-        """The elements ``start .. stop`` as 1-D tensors end to end, rounded to ``dtype``."""
+    def make(self, name: str, key: str, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """The elements ``start .. stop``, 1-D, rounded to ``dtype``; valid until this thread makes the next ones."""
         widener = self._wideners.get(name)
         if widener is None:
-            made = self.source.read(name, key, start, stop)
-        else:
-            made = iter([self._grown(widener, name, key, start, stop)])
-        for piece in made:
-            yield piece.to(dtype)
-
-    def _grown(self, widener: Widener, name: str, key: str, start: int, stop: int) -> Tensor:
-        out = torch.empty(stop - start, dtype=self.dtype(name, key))
+            out = self._scratch(stop - start, dtype)
+            done = 0
+            for piece in self.source.read(name, key, start, stop):
+                out[done : done + piece.numel()].copy_(piece)
+                done += piece.numel()
+            assert done == stop - start
+            return out
+        out = self._scratch(stop - start, self.dtype(name, key))
 
         def old(first: int, last: int) -> Tensor:
             return self.source.elements(name, key, first, last)
@@ -93,7 +94,15 @@ class Contents:
             widener.weight(old, out, start, self._spreads[name])
         else:
             widener.state(key, old, out, start)
-        return out
+        return out.to(dtype)
+
+    def _scratch(self, numel: int, dtype: torch.dtype) -> Tensor:
+        """This thread's memory, used again and again: fresh pages cost more than what is written to them."""
+        size = numel * dtype.itemsize
+        held: Tensor | None = getattr(self._threads, "scratch", None)
+        if held is None or held.numel() < size:
+            held = self._threads.scratch = torch.empty(max(size, BLOCK * dtype.itemsize), dtype=torch.uint8)
+        return held[:size].view(dtype)
 
     def _shape(self, name: str) -> tuple[int, ...]:
         widener = self._wideners.get(name)

@@ -197,13 +197,11 @@ class Filler:
         return descriptor
 
     def _fill_slot(self, path: Path, descriptor: int, slot: Slot, start: int, stop: int) -> None:
-        position = slot.position + (start - slot.run.start) * slot.dtype.itemsize
-        for piece in self._contents.pieces(slot.run.name, slot.run.key, start, stop, slot.dtype):
-            # A sum that isn't finite may also have overflowed, so look closer then.
-            if slot.run.key == WEIGHT and not piece.sum().isfinite() and not piece.isfinite().all():
-                self.report.not_finite.add(slot.run.name)
-            self._write(path, descriptor, position, piece)
-            position += piece.numel() * piece.itemsize
+        piece = self._contents.make(slot.run.name, slot.run.key, start, stop, slot.dtype)
+        # A sum that isn't finite may also have overflowed, so look closer then.
+        if slot.run.key == WEIGHT and not piece.sum().isfinite() and not piece.isfinite().all():
+            self.report.not_finite.add(slot.run.name)
+        self._write(path, descriptor, slot.position + (start - slot.run.start) * slot.dtype.itemsize, piece)
 
     def _write(self, path: Path, descriptor: int, position: int, piece: Tensor) -> None:
         data = memoryview(piece.contiguous().view(torch.uint8).numpy().data)

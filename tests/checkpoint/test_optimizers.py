@@ -61,7 +61,7 @@ def test_any_optimizers_state_grows(case: Case, workers: Callable[[int], Workers
     # There and back over another number of ranks.
     checkpoint_files.run(tmp_path / "saved", tmp_path / "other", tag="before", world_size=5, expert_parallel=1)
     checkpoint_files.same_tensors(tmp_path / "saved/before", tmp_path / "other/before")
-    topology = {"world_size": case.ranks, "expert_parallel": max(case.ep, 1)}
+    topology: dict[str, Any] = {"world_size": case.ranks, "expert_parallel": max(case.ep, 1)}
     checkpoint_files.run(tmp_path / "other", tmp_path / "back", **topology)
     checkpoint_files.same_files(tmp_path / "saved/before", tmp_path / "back/before")
 
