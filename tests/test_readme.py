@@ -11,8 +11,11 @@ import pytest
 import tiny
 from distributed import Workers
 
+from ds_sparkling.checkpoint.command import main as expand
 from ds_sparkling.config import SparklingConfig
 
+#: The README's widths are for a larger model.
+TINY_WIDTHS = {"moe_intermediate_size": 10, "hidden_size": 12}
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
@@ -39,6 +42,25 @@ def run_example(code: str, directory: str) -> tuple[int, int]:
 def test_the_training_loop_runs(workers: Callable[[int], Workers], tmp_path: Path) -> None:
     assert workers(2).run(run_example, block("python"), str(tmp_path)) == [(4, 12), (4, 12)]
     assert (tmp_path / "checkpoints" / "latest").read_text() == "global_step4"
+
+
+def save_tiny(directory: str) -> None:
+    engine = tiny.initialize(tiny.Case(2, 3, 2, sparkling={"stages": [{"at_step": 9, "widths": TINY_WIDTHS}]}))
+    engine.save_checkpoint(directory)
+
+
+def test_the_expander_commands_run(
+    workers: Callable[[int], Workers], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workers(2).run(save_tiny, str(tmp_path / "checkpoints"))
+    monkeypatch.chdir(tmp_path)
+    Path("config.json").write_text("{}")
+    commands = re.findall(r"^python tools/expand_zero_ckpt\.py (.+)$", README, re.MULTILINE)
+    assert len(commands) == 3
+    for command in commands:
+        arguments = [re.sub(r"(\w+)=\d+", lambda axis: f"{axis[1]}={TINY_WIDTHS[axis[1]]}", a) for a in command.split()]
+        expand(arguments)
+        assert list(Path(arguments[1]).iterdir())
 
 
 def test_the_json_block_shows_the_defaults() -> None:
