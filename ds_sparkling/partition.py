@@ -20,8 +20,13 @@ class Piece:
 
 def even_pieces(numel: int, ranks: int) -> list[Piece]:
     """The pieces that ZeRO stage 3 makes of a parameter: ``ceil(numel / ranks)`` each, the last ones short or empty."""
+    return [even_piece(numel, ranks, rank) for rank in range(ranks)]
+
+
+def even_piece(numel: int, ranks: int, rank: int) -> Piece:
+    """That of rank ``rank`` alone."""
     size = padded_piece(numel, ranks)
-    return [Piece(min(rank * size, numel), min((rank + 1) * size, numel)) for rank in range(ranks)]
+    return Piece(min(rank * size, numel), min((rank + 1) * size, numel))
 
 
 def padded_piece(numel: int, ranks: int) -> int:
@@ -41,11 +46,16 @@ def window_pieces(offset: int, numel: int, window: int, ranks: int) -> list[Piec
         window: elements of each rank's window.
         ranks: how many windows there are.
     """
+    return [window_piece(offset, numel, window, rank) for rank in range(ranks)]
+
+
+def window_piece(offset: int, numel: int, window: int, rank: int) -> Piece:
+    """That of rank ``rank`` alone."""
 
     def clip(position: int) -> int:
         return min(max(position - offset, 0), numel)
 
-    return [Piece(clip(rank * window), clip((rank + 1) * window)) for rank in range(ranks)]
+    return Piece(clip(rank * window), clip((rank + 1) * window))
 
 
 def sub_groups(sizes: Sequence[int], limit: int) -> list[int]:

@@ -16,14 +16,13 @@ import torch
 from tqdm import tqdm
 
 from ds_sparkling.autoep import BlockNames
-from ds_sparkling.checkpoint import pickles
 from ds_sparkling.checkpoint.axes import ModelAxes, find_axes
 from ds_sparkling.checkpoint.contents import BLOCK, Contents
 from ds_sparkling.checkpoint.export import HuggingFaceFiles, widened_config
 from ds_sparkling.checkpoint.layout import Layout, Settings, make_layout, regrouped
 from ds_sparkling.checkpoint.metadata import expert_layers
 from ds_sparkling.checkpoint.output import Filler, OutputFile, Report
-from ds_sparkling.checkpoint.publish import check_free, published, staging
+from ds_sparkling.checkpoint.publish import check_free, published, staging, writing
 from ds_sparkling.checkpoint.source import Source
 from ds_sparkling.checkpoint.team import Team
 from ds_sparkling.checkpoint.universal import UniversalFiles, UniversalSource, is_universal
@@ -34,7 +33,7 @@ from ds_sparkling.config import SparklingConfig, read_json, sparkling_config
 from ds_sparkling.errors import CheckpointError, SparklingError
 from ds_sparkling.growth import GrowthPlan, make_plan
 from ds_sparkling.optim.scheduler import grown_state, regrouped_state
-from ds_sparkling.record import GrowthRecord, find_checkpoint
+from ds_sparkling.record import FILE_NAME, GrowthRecord, find_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -175,9 +174,10 @@ def prepare(request: Request, team: Team, *, progress: bool = False) -> Expansio
     """
     if request.format not in FORMATS:
         raise CheckpointError(f"unknown format {request.format!r}; known: {', '.join(FORMATS)}")
+    request = replace(request, out=_absolute(request.out))
     path = _find(request)
     _check_out(request, path)
-    source = open_checkpoint(path, trust=request.trust)
+    source = open_checkpoint(path, trust=request.trust, verify=request.verify)
     _check_files(source, request, team, progress=progress)
     settings = _settings(source, request)
     block = _block(source, request)
@@ -214,31 +214,30 @@ def expand(expansion: Expansion, team: Team, *, progress: bool = False) -> dict[
         raise CheckpointError(f"{request.out} needs {_size(needed)}, but only {_size(free)} are free there")
     publishing = published(request.out) if team.rank == 0 else contextlib.nullcontext(staging(request.out))
     with contextlib.ExitStack() as stack:
-        failure: BaseException | None = None
-        try:
-            root = stack.enter_context(publishing)
-        except SparklingError as error:
-            failure = error
-        team.agree(failure)
-        bar = stack.enter_context(_bar("writing", needed // team.size, progress and team.rank == 0))
-        filler = Filler(expansion.contents, workers=request.workers, verify=request.verify, progress=bar.update)
-        try:
-            filler.fill(_mine(expansion, root, team))
-            if request.verify:
-                bar = stack.enter_context(_bar("verifying", filler.report.written, progress and team.rank == 0))
-                filler.verify(bar.update)
-        except Exception as error:
-            failure = error
-        team.agree(failure)
-        if team.rank == 0:
-            _finish(expansion, root)
-    team.agree()
+        root = team.together(lambda: stack.enter_context(publishing))
+        shown = progress and team.rank == 0
+        with _bar("writing", needed // team.size, shown) as bar:
+            filler = Filler(expansion.contents, workers=request.workers, verify=request.verify, progress=bar.update)
+            team.together(lambda: filler.fill(_mine(expansion, root, team)))
+        if request.verify:
+            with _bar("verifying", filler.report.written, shown) as bar:
+                team.together(lambda: filler.verify(bar.update))
+        team.together(lambda: _finish(expansion, root) if team.rank == 0 else None)
+        team.together(stack.close)
     return _summary(expansion, filler.report, team, time.monotonic() - began)
 
 
-def open_checkpoint(path: Path, *, trust: bool = False) -> Source:
-    """The checkpoint in the directory ``path`` (DIR/TAG)."""
-    return UniversalSource(path, trust=trust) if is_universal(path) else ZeroSource(path, trust=trust)
+def open_checkpoint(path: Path, *, trust: bool = False, verify: bool = False) -> Source:
+    """The checkpoint in the directory ``path`` (DIR/TAG).
+
+    Args:
+        trust, verify: see :func:`pickles.load`.
+
+    Raises:
+        CheckpointError, UnsupportedError: see the message.
+    """
+    with _understanding(path):
+        return (UniversalSource if is_universal(path) else ZeroSource)(path, trust=trust, verify=verify)
 
 
 # -- preparing --------------------------------------------------------------------------------------------------
@@ -248,48 +247,65 @@ def _find(request: Request) -> Path:
     root = request.checkpoint
     if not root.is_dir():
         raise CheckpointError(f"{root} isn't a directory")
-    tag = request.tag
-    if tag is None:
-        for name in ("latest", "latest_universal"):
-            if (root / name).is_file():
-                tag = (root / name).read_text().strip()
-                break
-        else:
-            raise CheckpointError(f"{root} has no file 'latest' or 'latest_universal'; say which checkpoint with --tag")
+    tag = request.tag if request.tag is not None else _latest(root)
     if not tag or tag != Path(tag).name or tag in (".", ".."):
         raise CheckpointError(f"tag {tag!r} isn't the name of a directory in {root}")
-    path = find_checkpoint(root, tag)
+    try:
+        path = find_checkpoint(root, tag)
+    except OSError as error:
+        raise CheckpointError(f"tag {tag[:80]!r} isn't the name of a directory in {root}: {error.strerror}") from error
     assert path is not None
     return path
 
 
+def _latest(root: Path) -> str:
+    for name in ("latest", "latest_universal"):
+        if (root / name).is_file():
+            try:
+                return (root / name).read_text().strip()
+            except (OSError, ValueError) as error:
+                raise CheckpointError(
+                    f"{root / name} can't be read: {error}; say which checkpoint with --tag"
+                ) from error
+    raise CheckpointError(f"{root} has no file 'latest' or 'latest_universal'; say which checkpoint with --tag")
+
+
+def _absolute(out: Path) -> Path:
+    """The same place, whatever it is called; links to it are left, those on the way are followed."""
+    return out.parent.resolve() / out.name if out.name not in ("", "..") else out.resolve()
+
+
 def _check_out(request: Request, path: Path) -> None:
-    out = request.out.resolve()
-    check_free(request.out)
+    out = request.out
+    check_free(out)
     inside = path.resolve()
-    if out == request.checkpoint.resolve() or inside in (out, *out.parents):
-        raise CheckpointError(f"{request.out} lies in the checkpoint {path}; name a directory outside of it")
+    if out == request.checkpoint.resolve() or inside in out.parents:
+        raise CheckpointError(f"{out} lies in the checkpoint {path}; name a directory outside of it")
     if not out.parent.is_dir():
         raise CheckpointError(f"{out.parent} isn't a directory; make it, or name another")
 
 
 def _check_files(source: Source, request: Request, team: Team, *, progress: bool) -> None:
-    failure: Exception | None = None
-    count = len(source.files[team.rank :: team.size])
-    try:
+    def check() -> None:
         checked = source.check(team.rank, team.size)
-        shown = tqdm(
-            checked, "looking at files", count, unit="file", disable=not progress or team.rank > 0, leave=False
-        )
-        for path in shown:
-            damaged = pickles.damaged_record(path) if request.verify else None
-            if damaged is not None:
-                raise CheckpointError(f"{path} is damaged: {damaged} in it doesn't have its checksum")
-    except (SparklingError, KeyError, TypeError, AttributeError, IndexError) as error:
-        failure = error
-        if not isinstance(error, SparklingError):
-            failure = CheckpointError(f"{source.path}: metadata isn't as expected: {type(error).__name__}: {error}")
-    team.agree(failure)
+        count = len(source.files[team.rank :: team.size])
+        shown = progress and team.rank == 0
+        with _understanding(source.path):
+            for _ in tqdm(checked, "looking at files", count, unit="file", disable=not shown, leave=False):
+                pass
+
+    team.together(check)
+
+
+@contextlib.contextmanager
+def _understanding(path: Path) -> Iterator[None]:
+    """Make what metadata of an unexpected kind leads to an error that names the checkpoint."""
+    try:
+        yield
+    except SparklingError:
+        raise
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError, ZeroDivisionError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: metadata isn't as expected: {type(error).__name__}: {error}") from error
 
 
 def _settings(source: Source, request: Request) -> Settings:
@@ -385,15 +401,17 @@ def _finish(expansion: Expansion, root: Path) -> None:
     if expansion.request.format == "hf":
         return
     if expansion.record is not None:
-        expansion.record.write(root / expansion.tag)
+        with writing(root / expansion.tag / FILE_NAME):
+            expansion.record.write(root / expansion.tag)
     for script in _RECOVERY_SCRIPTS:
         if (expansion.request.checkpoint / script).is_file():
-            shutil.copy2(expansion.request.checkpoint / script, root / script)
+            with writing(root / script):
+                shutil.copy2(expansion.request.checkpoint / script, root / script)
     if expansion.request.verify:
         for _ in open_checkpoint(root / expansion.tag, trust=expansion.request.trust).check():
             pass
     latest = root / ("latest_universal" if expansion.request.format == "universal" else "latest")
-    with open(latest, "w") as file:
+    with writing(latest), open(latest, "w") as file:
         file.write(expansion.tag)
         file.flush()
         os.fsync(file.fileno())
@@ -424,7 +442,7 @@ def _bar(text: str, total: int, shown: bool) -> Any:
 
 
 def _free(out: Path) -> int:
-    return shutil.disk_usage(out if out.is_dir() else out.resolve().parent).free
+    return shutil.disk_usage(out if out.is_dir() else out.parent).free
 
 
 def _size(count: int) -> str:

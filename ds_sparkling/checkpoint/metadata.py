@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -39,6 +40,15 @@ class ExpertLayer:
     @property
     def names(self) -> list[str]:
         return [f"{self.prefix}.{weight}" for weight in EXPERT_WEIGHTS]
+
+
+def require(where: object, content: Any, keys: Mapping[str, type]) -> None:
+    """Raise CheckpointError unless ``content`` is a mapping with these keys, of these kinds."""
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{where} holds a {type(content).__name__}, expected a mapping with {', '.join(keys)}")
+    for key, kind in keys.items():
+        if not isinstance(content.get(key), kind):
+            raise CheckpointError(f"{where}: {key} is {content.get(key)!r:.80}, expected a {kind.__name__}")
 
 
 def check_version(where: object, state: Mapping[str, Any]) -> None:
@@ -112,6 +122,9 @@ def read_layout(where: object, model: Mapping[str, Any], groups: list[dict[str, 
         CheckpointError: if the metadata contradicts itself.
         UnsupportedError: if the layout isn't known here.
     """
+    require(where, model, {"module": Mapping, "dp_world_size": int, "global_steps": int, "param_shapes": list})
+    if model["dp_world_size"] < 1:
+        raise CheckpointError(f"{where}: dp_world_size is {model['dp_world_size']}")
     check_version(where, model)
     refuse_unknown(where, model)
     config = model.get("ds_config") or {}
@@ -214,8 +227,12 @@ def _device(zero: Mapping[str, Any], key: str) -> str:
     return str((zero.get(key) or {}).get("device", "none"))
 
 
+@cache
 def affine_map(shape: Shape, ranks: int) -> dict[str, Any]:
-    """DeepSpeed's description of how a logical experts' weight lies on ``ranks`` expert-parallel ranks."""
+    """DeepSpeed's description of how a logical experts' weight lies on ``ranks`` expert-parallel ranks.
+
+    Every file has one per weight, and the same ones; don't change it.
+    """
     strides = [math.prod(shape[position + 1 :]) for position in range(len(shape))]
     local = [shape[0] // ranks, *shape[1:]]
     size = math.prod(local)

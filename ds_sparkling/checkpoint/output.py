@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import zlib
 from abc import ABC, abstractmethod
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from ds_sparkling.checkpoint import pickles
 from ds_sparkling.checkpoint.contents import Contents
+from ds_sparkling.checkpoint.publish import writing
 from ds_sparkling.checkpoint.source import WEIGHT
 from ds_sparkling.errors import CheckpointError
 
@@ -155,12 +155,12 @@ class Filler:
         with ThreadPoolExecutor(self._workers) as pool, ThreadPoolExecutor(self._workers) as syncing:
             synced: list[tuple[Path, Future[None]]] = []
             for path, file in files:
-                with _naming(path):
+                with writing(path):
                     descriptor = self._fill_file(pool, path, file)
                 synced.append((path, syncing.submit(_sync, descriptor)))  # while the next one is filled
                 self.report.files += 1
             for path, done in synced:
-                with _naming(path):
+                with writing(path):
                     done.result()
 
     def verify(self, progress: Callable[[int], None]) -> None:
@@ -226,14 +226,6 @@ class Filler:
         return written.numel
 
 
-@contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise CheckpointError(f"can't write {path}: {error.strerror or error}") from error
-
-
 def _sync(descriptor: int) -> None:
     try:
         os.fsync(descriptor)
@@ -242,9 +234,11 @@ def _sync(descriptor: int) -> None:
 
 
 def _settle(futures: Sequence[Future[None]]) -> None:
-    """Wait for all; on a failure drop those not yet begun and raise it."""
-    done, _ = wait(futures, return_when="FIRST_EXCEPTION")
+    """Wait for all; on a failure drop those not yet begun, wait for the others and raise it."""
+    wait(futures, return_when="FIRST_EXCEPTION")
     for future in futures:
         future.cancel()
-    for future in done:
-        future.result()
+    wait(futures)
+    for future in futures:
+        if not future.cancelled():
+            future.result()

@@ -53,15 +53,18 @@ class ZeroStage(int):
 STAND_INS: tuple[Any, ...] = (LossScaler, DynamicLossScaler, FragmentAddress, ZeroStage)
 
 
-def load(path: Path, *, trust: bool = False) -> Any:
+def load(path: Path, *, trust: bool = False, verify: bool = False) -> Any:
     """What ``path`` holds, its tensors mapped into memory and not read yet.
 
     Args:
         trust: unpickle classes that aren't known, which may run any code.
+        verify: read all of it first, to see that it has its checksums.
 
     Raises:
         CheckpointError: if the file is missing, damaged, or holds classes that aren't known.
     """
+    if verify:
+        _check_sums(path)
     known: list[Any] = [(stand_in, stand_in.qualified_name) for stand_in in STAND_INS]
     try:
         with torch.serialization.safe_globals(known):
@@ -82,22 +85,22 @@ def load(path: Path, *, trust: bool = False) -> Any:
         raise CheckpointError(f"{path} is truncated or damaged: {_first_line(error)}") from error
 
 
-def damaged_record(path: Path) -> str | None:
-    """The first part of ``path`` whose bytes don't match their checksum; None if all do.
+def _check_sums(path: Path) -> None:
+    """Raise CheckpointError if a part of ``path`` doesn't have its checksum.
 
     A part without one (a file that was laid out and then filled has none) isn't looked at.
     """
-    with zipfile.ZipFile(path) as archive:
-        for entry in archive.infolist():
-            if entry.CRC == 0:
-                continue
-            try:
-                with archive.open(entry) as record:
-                    while record.read(1 << 24):
-                        pass
-            except zipfile.BadZipFile:
-                return entry.filename
-    return None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for entry in archive.infolist():
+                if entry.CRC:
+                    with archive.open(entry) as record:
+                        while record.read(1 << 24):
+                            pass
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing") from None
+    except Exception as error:  # zipfile raises all kinds on bytes that aren't its own
+        raise CheckpointError(f"{path} is damaged, by its checksums: {_first_line(error)}") from error
 
 
 def lay_out(path: Path, content: Any) -> dict[int, int]:

@@ -8,6 +8,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator
+from io import TextIOWrapper
 from pathlib import Path
 
 from ds_sparkling.errors import CheckpointError
@@ -23,13 +24,17 @@ def staging(out: Path) -> Path:
 
 
 def check_free(out: Path) -> None:
-    """Raise CheckpointError unless ``out`` doesn't exist or is an empty directory."""
-    if out.is_dir() and not any(out.iterdir()):
-        return
-    if out.exists() or out.is_symlink():
+    """Raise CheckpointError unless ``out`` doesn't exist or is an empty directory, and nothing else is in the way."""
+    if not out.name:
+        raise CheckpointError(f"{out} can't be made; name a directory")
+    if out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
         raise CheckpointError(f"{out} exists and isn't an empty directory; nothing is overwritten, name another")
     incomplete = staging(out).parent
-    if incomplete.exists() and not (incomplete / _LOCK).is_file():
+    if not incomplete.exists() and not incomplete.is_symlink():
+        return
+    left = {entry.name for entry in incomplete.iterdir()} if incomplete.is_dir() else {""}
+    # A call that is killed leaves the lock, with or without data, or at its very beginning and end nothing.
+    if incomplete.is_symlink() or not left <= {_LOCK, _DATA} or (left and not (incomplete / _LOCK).is_file()):
         raise CheckpointError(f"{incomplete} is in the way, and isn't left from an earlier call; remove it")
 
 
@@ -40,19 +45,13 @@ def published(out: Path) -> Iterator[Path]:
     What an earlier call left when it was killed is removed.
 
     Raises:
-        CheckpointError: if ``out`` is taken, or another process is writing it.
+        CheckpointError: if ``out`` is taken or can't be written, or another process is writing it.
     """
     check_free(out)
     data = staging(out)
-    incomplete = data.parent
-    incomplete.mkdir(parents=True, exist_ok=True)
-    with open(incomplete / _LOCK, "a") as lock:
+    with writing(out), _locked(out):
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise CheckpointError(f"another process is writing {out} (it holds {lock.name})") from error
-        try:
+            check_free(out)
             if data.exists():
                 shutil.rmtree(data)
             data.mkdir()
@@ -61,7 +60,55 @@ def published(out: Path) -> Iterator[Path]:
             os.rename(data, out)
             sync_directory(out.parent)
         finally:
-            shutil.rmtree(incomplete, ignore_errors=True)
+            # The lock goes last, so that what is left of a call killed here is known as its.
+            shutil.rmtree(data, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Make errors of the file system errors that name what can't be written."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"can't write {path}: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Hold the lock in the staging directory, which is made and removed with it."""
+    incomplete = staging(out).parent
+    path = incomplete / _LOCK
+    with _acquire(out, path):
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                incomplete.rmdir()
+
+
+def _acquire(out: Path, path: Path) -> TextIOWrapper:
+    """The open lock file, locked.
+
+    Raises:
+        CheckpointError: if another process holds it.
+    """
+    while True:
+        path.parent.mkdir(exist_ok=True)
+        try:
+            lock = open(path, "a")  # noqa: SIM115 (it stays open)
+        except FileNotFoundError:
+            continue  # another call has just removed the directory
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                lock.close()
+                raise CheckpointError(f"another process is writing {out} (it holds {path})") from error
+        # Its last holder may have removed the file between open and lock; then it locks nothing.
+        if path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+            return lock
+        lock.close()
 
 
 def sync_tree(root: Path) -> None:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import datetime
 import os
+from collections.abc import Callable
 from types import TracebackType
+from typing import TypeVar
 
 import torch.distributed as dist
 
 from ds_sparkling.errors import CheckpointError
+
+_T = TypeVar("_T")
 
 
 class Team:
@@ -36,6 +40,20 @@ class Team:
     ) -> None:
         if self._started:
             dist.destroy_process_group()
+
+    def together(self, action: Callable[[], _T]) -> _T:
+        """Do ``action`` in every process, and wait for all; the error of one is an error of all.
+
+        Raises:
+            As ``action``; on the other processes CheckpointError.
+        """
+        failure, result = None, None
+        try:
+            result = action()
+        except Exception as error:
+            failure = error
+        self.agree(failure)
+        return result  # type: ignore[return-value]
 
     def agree(self, failure: BaseException | None = None) -> None:
         """Wait for all processes to get here.

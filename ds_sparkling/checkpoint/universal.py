@@ -13,7 +13,7 @@ from torch import Tensor
 from ds_sparkling.checkpoint import pickles
 from ds_sparkling.checkpoint.contents import Contents
 from ds_sparkling.checkpoint.layout import Layout
-from ds_sparkling.checkpoint.metadata import expert_layers, read_layout
+from ds_sparkling.checkpoint.metadata import expert_layers, read_layout, require
 from ds_sparkling.checkpoint.output import OutputFile, PickledFile, Run
 from ds_sparkling.checkpoint.source import WEIGHT, Source
 from ds_sparkling.checkpoint.zero_files import ZeroFiles
@@ -45,9 +45,13 @@ def state_file(name: str, key: str) -> str:
     Raises:
         CheckpointError: if the name would lead out of the checkpoint.
     """
-    if not name or name != Path(name).name or name in (".", "..") or "\0" in name:
-        raise CheckpointError(f"parameter name {name!r} can't be the name of a directory")
-    return f"{_FOLDER}/{name}/{_WEIGHT_FILE if key == WEIGHT else key}.pt"
+    file = _WEIGHT_FILE if key == WEIGHT else key
+    for kind, part in (("parameter name", name), ("optimizer state", key)):
+        if not part or part != Path(part).name or part in (".", "..") or "\0" in part:
+            raise CheckpointError(f"{kind} {part!r} can't be the name of a directory or a file")
+    if key == _WEIGHT_FILE:
+        raise CheckpointError(f"an optimizer state can't be called {key!r} in a universal checkpoint")
+    return f"{_FOLDER}/{name}/{file}.pt"
 
 
 class UniversalSource(Source):
@@ -55,18 +59,19 @@ class UniversalSource(Source):
 
     Args:
         path: DIR/TAG.
-        trust: see :func:`pickles.load`.
+        trust, verify: see :func:`pickles.load`.
 
     Raises:
         CheckpointError, UnsupportedError: see the message.
     """
 
-    def __init__(self, path: Path, *, trust: bool = False) -> None:
+    def __init__(self, path: Path, *, trust: bool = False, verify: bool = False) -> None:
         self.path = path
-        self._trust = trust
+        self._trust, self._verify = trust, verify
         self._opened: dict[str, Any] = {}
         self._lock = Lock()
         self._global = self._open(_GLOBAL)
+        require(path / _GLOBAL, self._global, {"param_groups": list})
         stage = int(self._global.get("zero_stage", 1))
         # DeepSpeed's converter keeps the groups by themselves and, for stage 3, in the base optimizer's state.
         groups = self._global["param_groups"]
@@ -150,7 +155,7 @@ class UniversalSource(Source):
     def _open(self, name: str) -> Any:
         with self._lock:
             if name not in self._opened:
-                self._opened[name] = pickles.load(self.path / name, trust=self._trust)
+                self._opened[name] = pickles.load(self.path / name, trust=self._trust, verify=self._verify)
             return self._opened[name]
 
 

@@ -19,7 +19,7 @@ from ds_sparkling.checkpoint.pickles import FragmentAddress
 from ds_sparkling.checkpoint.source import WEIGHT
 from ds_sparkling.checkpoint.zero_source import expert_file, model_file, optimizer_file
 from ds_sparkling.errors import CheckpointError
-from ds_sparkling.partition import even_pieces, padded_piece
+from ds_sparkling.partition import even_piece, padded_piece
 
 
 class ZeroFiles:
@@ -39,6 +39,7 @@ class ZeroFiles:
         self._scheduler = scheduler
         self._prefix = prefix
         self._experts = expert_layers(self._source.model_states(0))
+        self._shapes = contents.shapes()
         for flat in layout.flats:
             self._numbers(flat)
 
@@ -185,7 +186,7 @@ class ZeroFiles:
         model["ds_config"] = self._config(old.get("ds_config"))
         if old.get("ds_autoep_layers"):
             model["ds_autoep_layers"] = [
-                expert_metadata(entry, self._contents.shapes(), rank, settings.ranks, settings.expert_parallel)
+                expert_metadata(entry, self._shapes, rank, settings.ranks, settings.expert_parallel)
                 for entry in old["ds_autoep_layers"]
             ]
             info = dict(old.get("universal_checkpoint_info") or {})
@@ -214,7 +215,7 @@ class ZeroFiles:
         if settings.stage < 3:
             shape = self._layout.local_shape(name)
             return file.room(shape, param.dtype, [Run(name, WEIGHT, 0, self._layout.local_numel(name))])
-        piece = even_pieces(param.numel, settings.ranks)[rank]
+        piece = even_piece(param.numel, settings.ranks, rank)
         size = padded_piece(param.numel, settings.ranks)
         return file.room([size], param.dtype, [Run(name, WEIGHT, piece.start, piece.stop)])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ds_sparkling.checkpoint import pickles
-from ds_sparkling.checkpoint.metadata import ExpertLayer, check_version, expert_layers, read_layout
+from ds_sparkling.checkpoint.metadata import ExpertLayer, check_version, expert_layers, read_layout, require
 from ds_sparkling.checkpoint.source import WEIGHT, Source
 from ds_sparkling.errors import CheckpointError, UnsupportedError
 from ds_sparkling.partition import padded_piece
@@ -22,6 +22,9 @@ _OPTIMIZER = re.compile(r"(bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\
 _MODEL_3 = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_model_states\.pt")
 _MODEL = re.compile(r"mp_rank_(\d+)_model_states\.pt")
 _EXPERT = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_(\d+)_model_states\.pt")
+
+#: Elements of a tensor that are looked at.
+_SAMPLE = 1024
 
 
 def optimizer_file(rank: int, prefix: str) -> str:
@@ -70,23 +73,27 @@ class ZeroSource(Source):
 
     Args:
         path: DIR/TAG.
-        trust: see :func:`pickles.load`.
+        trust, verify: see :func:`pickles.load`.
 
     Raises:
         CheckpointError, UnsupportedError: see the message.
     """
 
-    def __init__(self, path: Path, *, trust: bool = False) -> None:
+    def __init__(self, path: Path, *, trust: bool = False, verify: bool = False) -> None:
         self.path = path
-        self._trust = trust
+        self._trust, self._verify = trust, verify
         self._opened: dict[str, Any] = {}
         self._lock = Lock()
         self._names = frozenset(entry.name for entry in path.iterdir() if entry.name.endswith(".pt"))
         self.prefix = self._prefix()
-        optimizer = self._open(optimizer_file(0, self.prefix))["optimizer_state_dict"]
+        optimizer_path = path / optimizer_file(0, self.prefix)
+        content = self._open(optimizer_path.name)
+        require(optimizer_path, content, {"optimizer_state_dict": Mapping})
+        optimizer = content["optimizer_state_dict"]
         base = base_state(optimizer)
         if isinstance(base, list):
             raise UnsupportedError(f"{path}: checkpoints with zero_optimization.elastic_checkpoint aren't supported")
+        require(optimizer_path, base, {"state": Mapping, "param_groups": list})
         stage = self._stage(optimizer)
         model = self._open(model_file(stage, 0))
         self.layout = read_layout(path / model_file(stage, 0), model, base["param_groups"], stage)
@@ -116,17 +123,25 @@ class ZeroSource(Source):
 
     def check(self, part: int = 0, parts: int = 1) -> Iterator[Path]:
         reference = self._identity(self.model_states(0)), self._optimizer_identity(self.optimizer_states(0))
+        samples: dict[bytes, str] = {}
         for name in sorted(self._expected())[part::parts]:
             content = self._open(name)
             if _OPTIMIZER.fullmatch(name):
                 rank = int(_OPTIMIZER.fullmatch(name)[2])  # type: ignore[index]
                 self._same(name, reference[1], self._optimizer_identity(content))
                 self._check_flats(name, rank, content["optimizer_state_dict"])
+                self._check_rank(name, rank, content["optimizer_state_dict"])
+                self._check_unlike(name, flat_tensors(content["optimizer_state_dict"]), samples)
             elif _EXPERT.fullmatch(name):
                 self._check_expert(name, content)
             else:
                 self._same(name, reference[0], self._identity(content))
                 self._check_module(name, content)
+                if self.stage == 3:
+                    fragments = (content.get("frozen_param_fragments") or {}).values()
+                    self._check_unlike(name, list(fragments), samples)
+                else:
+                    self._check_rounded(name, content)
             yield self.path / name
 
     def _expected(self) -> set[str]:
@@ -175,7 +190,7 @@ class ZeroSource(Source):
     def _open(self, name: str) -> Any:
         with self._lock:
             if name not in self._opened:
-                self._opened[name] = pickles.load(self.path / name, trust=self._trust)
+                self._opened[name] = pickles.load(self.path / name, trust=self._trust, verify=self._verify)
             return self._opened[name]
 
     # -- contents -----------------------------------------------------------------------------------------------
@@ -297,6 +312,12 @@ class ZeroSource(Source):
                     f"{self.path / name}: flat tensor {index} ({flat.names[0]} ...) has {tensor.numel()} elements; "
                     f"by the metadata it is {flat.size}"
                 )
+            kept = base_state(self._optimizer(0))["state"].get(index, {})
+            found = sorted(state.get(index, {}))
+            if found != sorted(kept):
+                raise CheckpointError(
+                    f"{self.path / name} has the states {found} of flat tensor {index}, rank 0 has {sorted(kept)}"
+                )
             whole = [self.layout.local_numel(other) for other in self.layout.touching(flat, rank)]
             for key, value in state.get(index, {}).items():
                 if _per_element(key, value) and value.numel() not in (flat.size, lean, sum(whole)):
@@ -304,14 +325,64 @@ class ZeroSource(Source):
                         f"{self.path / name}: {key} of flat tensor {index} has {value.numel()} elements; by the "
                         f"metadata it is {flat.size}"
                     )
+
+    def _check_rank(self, name: str, rank: int, optimizer: Mapping[str, Any]) -> None:
+        """What a rank's optimizer states say about where they belong must be so."""
         groups = optimizer.get("ds_zero_partition_groups")
         if groups is not None:
-            expected = [self.layout.part_ranks(flat, rank) for flat in self.layout.flats]
-            if [entry["partition_ranks"] for entry in groups] != expected:
-                raise CheckpointError(f"{self.path / name} is of another rank or topology than its name says")
+            found: Any = [(entry["partition_rank"], entry["partition_ranks"]) for entry in groups]
+            expected: Any = [
+                (self.layout.part(flat, rank)[1], self.layout.part_ranks(flat, rank)) for flat in self.layout.flats
+            ]
+        elif "param_slice_mappings" in optimizer and not self.layout.settings.round_robin:
+            # DeepSpeed's mappings don't know about round_robin_gradients.
+            found = [
+                {key: (piece.start, piece.numel) for key, piece in mapping.items()}
+                for mapping in optimizer["param_slice_mappings"]
+            ]
+            expected = [
+                {s.name: (s.offset, s.stop - s.start) for s in self.layout.segments(flat, rank)}
+                for flat in self.layout.flats
+            ]
+        else:
+            return
+        if found != expected:
+            raise CheckpointError(f"{self.path / name} is of another rank or topology than its name says")
+
+    def _check_unlike(self, name: str, tensors: Sequence[Tensor], samples: dict[bytes, str]) -> None:
+        """No two ranks' tensors may be the same, as they are when a file was copied over another's."""
+        parts = [tensor.detach().reshape(-1)[:: max(tensor.numel() // _SAMPLE, 1)].float() for tensor in tensors]
+        sample = torch.cat(parts) if parts else torch.empty(0)
+        if sample.numel() == 0 or bool((sample == sample[0]).all()):
+            return  # padding alone, or weights as they were initialised
+        other = samples.setdefault(sample.numpy().tobytes(), name)
+        if other != name:
+            raise CheckpointError(
+                f"{self.path / name} is of another rank than its name says: it holds what {other} holds"
+            )
+
+    def _check_rounded(self, name: str, model: Mapping[str, Any]) -> None:
+        """Stages 1 and 2: the module's weights must be the rounded masters, as they are after every step."""
+        for key, tensor in model["module"].items():
+            param = self.layout.params.get(key)
+            if param is None or not param.trained or not tensor.numel():
+                continue
+            count = min(param.numel, _SAMPLE)
+            master = self.elements(key, WEIGHT, 0, count).detach().to(tensor.dtype)
+            found = tensor.detach().reshape(-1)[:count]
+            if not bool((found == master).logical_or(master.isfinite().logical_not()).all()):
+                raise CheckpointError(
+                    f"{self.path / name}: {key} isn't the rounded master weight of the optimizer states; was it saved "
+                    "at another step?"
+                )
 
     def _check_module(self, name: str, model: Mapping[str, Any]) -> None:
         check_version(self.path / name, model)
+        match = _MODEL_3.fullmatch(name)
+        for entry in (model.get("ds_autoep_layers") or []) if match else []:
+            place = entry["ep_rank"], entry["expert_data_parallel_rank"]
+            if place != (int(match[1]) % entry["ep_size"], int(match[1]) // entry["ep_size"]):  # type: ignore[index]
+                raise CheckpointError(f"{self.path / name} is of another rank or topology than its name says")
         for key, tensor in model["module"].items():
             param = self.layout.params.get(key)
             if param is not None and tensor.numel() and tuple(tensor.shape) != param.shape:
