@@ -26,10 +26,12 @@ def test_warmup_cosine_is_eq_25_and_26(warmup: int, decay: int, t: int, start: f
         assert found == pytest.approx((1 - t / warmup) * start + t / warmup * peak, rel=1e-12)
     else:
         assert found == pytest.approx(
-            (peak + end) / 2 + (peak - end) / 2 * math.cos(math.pi * (t - warmup) / decay), rel=1e-12
+            (peak + end) / 2 + (peak - end) / 2 * math.cos(math.pi * (t - warmup) / decay),
+            rel=1e-12,
+            abs=1e-12 * max(peak, end),
         )
-    assert min(start, peak, end) <= found * (1 + 1e-12)
-    assert found <= max(start, peak, end) * (1 + 1e-12)
+    rounding = 1e-12 * max(start, peak, end)
+    assert min(start, peak, end) - rounding <= found <= max(start, peak, end) + rounding
 
 
 def birth(age: int, base: CosineBase | None, **rewarmup: object) -> Birth:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import os
 from collections.abc import Callable
 from types import TracebackType
@@ -40,6 +41,7 @@ class Team:
     ) -> None:
         if self._started:
             dist.destroy_process_group()
+            gc.collect()  # what is left of it would be taken apart at exit, which gloo's threads don't survive
 
     def together(self, action: Callable[[], _T]) -> _T:
         """Do ``action`` in every process, and wait for all; the error of one is an error of all.
