@@ -44,6 +44,13 @@ def block_of(strategy: Strategy, path: Path) -> Path:
     return path
 
 
+def load_tensors(directory: Path) -> dict[str, Tensor]:
+    """What is in the ``safetensors`` files of a Hugging Face directory."""
+    from safetensors.torch import load_file
+
+    return {name: t for path in sorted(directory.glob("*.safetensors")) for name, t in load_file(path).items()}
+
+
 def logical(source: Source) -> dict[tuple[str, str], Tensor]:
     """Every weight and state of a checkpoint, whole."""
     found = {}

@@ -69,7 +69,7 @@ def find_axes(source: Source, widths: Iterable[str], config: str | None) -> Mode
                     dict.fromkeys(widths, _TO_FILL) | (record.widths if record is not None else {}),
                 ),
             )
-        return ModelAxes(record.widths, _in_checkpoint(source, record.axes), dict(record.axes))
+        return ModelAxes(record.widths, _in_checkpoint(source, record.widths, record.axes), dict(record.axes))
     if not Path(config).exists() and ":" in config:
         return _probed(source, widths, _factory(config), None)
     data = read_json(config)
@@ -165,10 +165,10 @@ def _probed(
         given = {axis: config[axis] for axis in widths if axis in config} | given
     before = base_widths(build_model, widths, given)
     built = probe(build_model, before)
-    return ModelAxes(before, _in_checkpoint(source, built), built)
+    return ModelAxes(before, _in_checkpoint(source, before, built), built)
 
 
-def _in_checkpoint(source: Source, built: Mapping[str, ParamAxes]) -> dict[str, ParamAxes]:
+def _in_checkpoint(source: Source, widths: Mapping[str, int], built: Mapping[str, ParamAxes]) -> dict[str, ParamAxes]:
     """The axes in the checkpoint's names, from those of the model as built."""
     model = source.model_states(0)
     known = dict(built)
@@ -179,7 +179,7 @@ def _in_checkpoint(source: Source, built: Mapping[str, ParamAxes]) -> dict[str, 
     if unmatched:
         raise UnknownAxesError(
             f"{unmatched[0].name} is in {source.path}, but not in the model as built",
-            hints(source.layout.params.values(), {}, known),
+            hints(source.layout.params.values(), widths, known),
         )
     return {name: known[name] for name in source.layout.params}
 

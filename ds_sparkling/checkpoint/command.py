@@ -23,15 +23,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     torch.set_num_threads(1)  # the workers are the threads
+    team = Team()
     try:
-        with Team() as team:
+        with team:
             _run(_request(options, parser), options, team)
-    except UnknownAxesError as error:
-        print(f"error: {error}", file=sys.stderr)
-        _offer_hints(error.hints, None if options.dry_run else Path(f"{options.out}.hints.json"))
-        sys.exit(1)
     except SparklingError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if team.rank == 0:  # it knows the others' failures
+            print(f"error: {error}", file=sys.stderr)
+            if isinstance(error, UnknownAxesError):
+                _offer_hints(error.hints, None if options.dry_run else Path(f"{options.out}.hints.json"))
         sys.exit(1)
 
 

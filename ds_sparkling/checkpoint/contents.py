@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ds_sparkling.checkpoint.layout import Param
 from ds_sparkling.checkpoint.source import WEIGHT, Source
+from ds_sparkling.errors import CheckpointError
 from ds_sparkling.growth import GrowthPlan, Widener
 from ds_sparkling.growth.spread import Spread
 from ds_sparkling.strategy import OptimizerState
@@ -63,7 +64,7 @@ class Contents:
 
     def cuts(self, name: str, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """``start .. stop`` in stretches that one call of :meth:`make` should make: whole rows where it can be."""
-        row = self.params[name].shape[-1] if self.params[name].shape else 1
+        row = max(self.params[name].shape[-1], 1) if self.params[name].shape else 1
         block = max(BLOCK // row, 1) * row
         while start < stop:
             end = min((start // block + 1) * block, stop)
@@ -80,7 +81,8 @@ class Contents:
             for piece in self.source.read(name, key, start, stop):
                 out[done : done + piece.numel()].copy_(piece)
                 done += piece.numel()
-            assert done == stop - start
+            if done != stop - start:
+                raise CheckpointError(f"{self.source.path}: {key} of {name} has fewer elements than the metadata says")
             return out
         out = self._scratch(stop - start, self.dtype(name, key))
 
@@ -90,7 +92,10 @@ class Contents:
         if key == WEIGHT:
             with self._locks[name]:
                 if name not in self._spreads:
-                    self._spreads[name] = widener.spreads(old)
+                    try:
+                        self._spreads[name] = widener.spreads(old)
+                    except ValueError as error:
+                        raise CheckpointError(f"{name}: {error}") from error
             widener.weight(old, out, start, self._spreads[name])
         else:
             widener.state(key, old, out, start)

@@ -179,6 +179,12 @@ def prepare(request: Request, team: Team, *, progress: bool = False) -> Expansio
     _check_out(request, path)
     source = open_checkpoint(path, trust=request.trust, verify=request.verify)
     _check_files(source, request, team, progress=progress)
+    with _understanding(path):
+        return _decide(request, source)
+
+
+def _decide(request: Request, source: Source) -> Expansion:
+    """Everything that follows from the checkpoint and the request."""
     settings = _settings(source, request)
     block = _block(source, request)
     model = find_axes(source, request.widths, request.config) if request.widths else None
@@ -343,8 +349,10 @@ def _plan(source: Source, model: ModelAxes, request: Request, block: SparklingCo
 def _record(source: Source, model: ModelAxes, plan: GrowthPlan, block: SparklingConfig) -> GrowthRecord:
     """The growth record after the growth, which counts as the planned stage that has these widths, if there is one."""
     before = source.record or GrowthRecord({}, {})
-    started = {axis: before.initial_widths.get(axis, width) for axis, width in model.widths.items()}
-    record = GrowthRecord(started, dict(model.built), before.stages)
+    started = {**model.widths, **before.initial_widths}
+    # Axes of a hints file are in the checkpoint's names; the engine then finds out those of the model as built.
+    known = before.axes if started.keys() == before.initial_widths.keys() else {}
+    record = GrowthRecord(started, dict(model.built or known), before.stages)
     widths = {growth.axis: growth.after for growth in plan.growths}
     happened = {stage.planned_step for stage in record.stages}
     planned = (stage.at_step for stage in block.stages if stage.widths == widths and stage.at_step not in happened)
@@ -369,7 +377,8 @@ def _prefix(contents: Contents) -> str:
 
 def _model_config(request: Request) -> dict[str, Any]:
     """The model's own config at the new widths."""
-    path = Path(request.config) if request.config is not None else request.checkpoint / "config.json"
+    given = Path(request.config) if request.config is not None else None
+    path = given if given is not None and given.is_file() else request.checkpoint / "config.json"
     if not path.is_file():
         raise CheckpointError(f"format hf needs the model's config.json; {path} doesn't exist, pass --config FILE")
     config = read_json(path)
@@ -382,8 +391,14 @@ def _stacked(source: Source) -> bool:
     """Whether the model as built has its experts in one tensor; a record that knows it otherwise says so."""
     axes = source.record.axes if source.record is not None else {}
     model = source.model_states(0)
-    experts = BlockNames.from_config(model.get("ds_config") or {}).experts
-    single = tuple(f"{layer.path}.{experts}.0." for layer in expert_layers(model))
+    names = BlockNames.from_config(model.get("ds_config") or {})
+    layers = expert_layers(model)
+    if layers and not axes and names.up is not None:
+        raise CheckpointError(
+            f"{source.path} has no growth record that tells whether the model's experts are stacked or modules, which "
+            "format hf needs to know"
+        )
+    single = tuple(f"{layer.path}.{names.experts}.0." for layer in layers)
     return not any(name.startswith(single) for name in axes)
 
 
@@ -442,7 +457,7 @@ def _bar(text: str, total: int, shown: bool) -> Any:
 
 
 def _free(out: Path) -> int:
-    return shutil.disk_usage(out if out.is_dir() else out.parent).free
+    return shutil.disk_usage(out.parent).free
 
 
 def _size(count: int) -> str:

@@ -67,8 +67,16 @@ class HuggingFaceFiles:
     """
 
     def __init__(self, contents: Contents, config: Mapping[str, Any], *, stacked: bool = True) -> None:
+        model = contents.source.model_states(0)
+        if contents.source.layout.settings.stage > 1 and model.get("frozen_param_shapes") is None:
+            raise CheckpointError(
+                f"{contents.source.path} was saved with exclude_frozen_parameters, so it hasn't all of the model"
+            )
         self._contents = contents
         self._config = dict(config)
+        dtypes = {param.dtype for param in contents.params.values()}
+        if len(dtypes) == 1:
+            self._config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtypes.pop()).partition(".")[2]
         self._stacked = stacked
         self._shards = self._cut(list(self._tensors()))
 
@@ -166,7 +174,7 @@ class SafetensorsFile(OutputFile):
             position = start + header[tensor.name]["data_offsets"][0]
             if tensor.buffer is not None:
                 yield position, tensor.buffer
-            for run in tensor.runs:
+            for run in tensor.runs if tensor.bytes else ():
                 yield Slot(run, position, tensor.dtype)
                 position += (run.stop - run.start) * tensor.dtype.itemsize
 
@@ -184,14 +192,14 @@ class JsonFile(OutputFile):
 
 
 def widened_config(config: Mapping[str, Any], widths: Mapping[str, int]) -> dict[str, Any]:
-    """A model's config with new widths, wherever it has them.
+    """A model's config with new widths, in its text model's part if it has one.
 
     Raises:
         CheckpointError: if it has none of that name.
     """
 
     def put(part: Mapping[str, Any]) -> dict[str, Any]:
-        changed = {key: put(value) if isinstance(value, Mapping) else value for key, value in part.items()}
+        changed = {key: put(value) if key == "text_config" else value for key, value in part.items()}
         for axis in widths:
             if axis in changed:
                 found.add(axis)

@@ -103,6 +103,8 @@ def refuse_unknown(where: object, model: Mapping[str, Any]) -> None:
         "zero_optimization.elastic_checkpoint": bool(zero.get("elastic_checkpoint")),
         "zero_hpz_partition_size": zero.get("zero_hpz_partition_size", 1) not in (None, 1),
         "mics_shard_size": zero.get("mics_shard_size", -1) not in (None, -1),
+        "zero_quantized_nontrainable_weights": bool(zero.get("zero_quantized_nontrainable_weights")),
+        "zero_quantized_weights": bool(zero.get("zero_quantized_weights")),
         "NVMe offload": "nvme" in (_device(zero, "offload_optimizer"), _device(zero, "offload_param")),
     }
     for reason, found in reasons.items():
@@ -167,6 +169,12 @@ def read_layout(where: object, model: Mapping[str, Any], groups: list[dict[str, 
     )
 
 
+def optimizer_offloaded(model: Mapping[str, Any]) -> bool:
+    """Whether the optimizer was offloaded to the CPU."""
+    zero = (model.get("ds_config") or {}).get("zero_optimization") or {}
+    return _device(zero, "offload_optimizer") != "none" or bool(zero.get("cpu_offload"))
+
+
 def shared_names(model: Mapping[str, Any]) -> dict[str, str]:
     """Further names in the module for what is stored under another: tied parameters, and AutoEP's routers.
 
@@ -194,10 +202,12 @@ def _params(model: Mapping[str, Any], shared: int) -> dict[str, Param]:
     experts = {name: None for layer in expert_layers(model) for name in layer.names}
     module = model["module"]
     tied = shared_names(model)
-    usual = next((t.dtype for t in module.values() if isinstance(t, torch.Tensor) and t.is_floating_point()), None)
+    routers = {name: f"{layer.path}.router.gate.weight" for layer in expert_layers(model) for name in layer.names}
 
     def param(name: str, shape: Any, trained: bool) -> Param:
-        dtype = module[name].dtype if name in module else usual or torch.float32
+        # The experts aren't in the module's state dict, but their router is, in the same dtype.
+        kept = module.get(name, module.get(routers.get(name)))
+        dtype = torch.float32 if kept is None else kept.dtype
         return Param(name, logical(shape, name in experts, shared), dtype, name in experts, trained)
 
     params = {
@@ -211,6 +221,11 @@ def _params(model: Mapping[str, Any], shared: int) -> dict[str, Param]:
     for name, tensor in module.items():
         if name not in params and name not in buffers and name not in tied and isinstance(tensor, torch.Tensor):
             params[name] = param(name, tensor.shape, trained=False)
+    for entry in model.get("ds_autoep_layers") or []:  # frozen experts, of which param_shapes may know nothing
+        for name, known in entry["affine_maps"]["params"].items():
+            if name not in params:
+                shape = (known["logical_shape"][0] // shared, *known["logical_shape"][1:])
+                params[name] = param(name, shape, trained=False)
     ordered = [name for name in (*module, *experts) if name in params]
     return {name: params[name] for name in dict.fromkeys([*ordered, *params])}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import mmap
 import os
 import zlib
 from abc import ABC, abstractmethod
@@ -19,6 +21,11 @@ from ds_sparkling.checkpoint.contents import Contents
 from ds_sparkling.checkpoint.publish import writing
 from ds_sparkling.checkpoint.source import WEIGHT
 from ds_sparkling.errors import CheckpointError
+
+#: Of mmap(2): take address space without a promise of memory, which nobody will touch.
+_NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
+#: Files per worker that may wait for the disk.
+_UNSYNCED_FILES = 4
 
 
 @dataclass(frozen=True)
@@ -74,7 +81,12 @@ class PickledFile(OutputFile):
 
     def room(self, shape: Sequence[int], dtype: torch.dtype, runs: Iterator[Run] | Sequence[Run]) -> Tensor:
         """A tensor to put into ``content`` that ``runs`` will fill. It takes address space, but no memory."""
-        tensor = torch.empty(tuple(shape), dtype=dtype)
+        size = math.prod(shape) * dtype.itemsize
+        if size:
+            reserved = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE)
+            tensor = torch.frombuffer(reserved, dtype=dtype).view(tuple(shape))
+        else:
+            tensor = torch.empty(tuple(shape), dtype=dtype)
         self.runs.append((tensor, list(runs)))
         return tensor
 
@@ -157,11 +169,12 @@ class Filler:
             for path, file in files:
                 with writing(path):
                     descriptor = self._fill_file(pool, path, file)
-                synced.append((path, syncing.submit(_sync, descriptor)))  # while the next one is filled
+                synced.append((path, syncing.submit(_sync, descriptor)))  # while the next ones are filled
                 self.report.files += 1
+                if len(synced) > _UNSYNCED_FILES * self._workers:
+                    _finish_sync(*synced.pop(0))
             for path, done in synced:
-                with writing(path):
-                    done.result()
+                _finish_sync(path, done)
 
     def verify(self, progress: Callable[[int], None]) -> None:
         """Read everything back from the disk and compare it with the checksums taken while writing.
@@ -204,7 +217,7 @@ class Filler:
         self._write(path, descriptor, slot.position + (start - slot.run.start) * slot.dtype.itemsize, piece)
 
     def _write(self, path: Path, descriptor: int, position: int, piece: Tensor) -> None:
-        data = memoryview(piece.contiguous().view(torch.uint8).numpy().data)
+        data = memoryview(piece.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         done = 0
         while done < len(data):
             done += os.pwrite(descriptor, data[done:], position + done)
@@ -224,6 +237,11 @@ class Filler:
                 f"{written.position + written.numel} differ; is the disk sound?"
             )
         return written.numel
+
+
+def _finish_sync(path: Path, done: Future[None]) -> None:
+    with writing(path):
+        done.result()
 
 
 def _sync(descriptor: int) -> None:

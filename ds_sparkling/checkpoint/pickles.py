@@ -129,13 +129,16 @@ def lay_out(path: Path, content: Any) -> dict[int, int]:
                 records[int(number)] = (entry.header_offset + 30 + name + extra, entry.file_size)
     places = [records[number] for number in sorted(records)]
     # torch numbers storages as it meets them, which is the order of the walk.
-    assert [size for _, size in places] == list(storages.values()), f"{path}: storages in another order than expected"
+    if [size for _, size in places] != list(storages.values()):
+        raise CheckpointError(f"{path} would hold tensors in objects of unknown classes, which can't be written")
     return dict(zip(storages, (offset for offset, _ in places), strict=True))
 
 
 def tensors(content: Any) -> Iterator[Tensor]:
     """Every tensor in ``content``, in the order it is pickled."""
     if isinstance(content, Tensor):
+        if content.layout != torch.strided:
+            raise CheckpointError(f"a tensor of layout {content.layout} in the checkpoint can't be written")
         yield content
     elif isinstance(content, Mapping):
         for key, value in content.items():

@@ -27,6 +27,8 @@ def check_free(out: Path) -> None:
     """Raise CheckpointError unless ``out`` doesn't exist or is an empty directory, and nothing else is in the way."""
     if not out.name:
         raise CheckpointError(f"{out} can't be made; name a directory")
+    if out.is_dir() and os.path.ismount(out):
+        raise CheckpointError(f"{out} is a mount point, which can't be replaced; name a directory in it")
     if out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
         raise CheckpointError(f"{out} exists and isn't an empty directory; nothing is overwritten, name another")
     incomplete = staging(out).parent
@@ -58,7 +60,7 @@ def published(out: Path) -> Iterator[Path]:
             yield data
             sync_tree(data)
             os.rename(data, out)
-            sync_directory(out.parent)
+            sync(out.parent)
         finally:
             # The lock goes last, so that what is left of a call killed here is known as its.
             shutil.rmtree(data, ignore_errors=True)
@@ -112,13 +114,15 @@ def _acquire(out: Path, path: Path) -> TextIOWrapper:
 
 
 def sync_tree(root: Path) -> None:
-    """See that the names of all files under ``root`` are on the disk."""
-    for directory, _, _ in os.walk(root, topdown=False):
-        sync_directory(Path(directory))
+    """See that all files under ``root``, and their names, are on the disk."""
+    for directory, _, names in os.walk(root, topdown=False):
+        for name in names:
+            sync(Path(directory) / name)
+        sync(Path(directory))
 
 
-def sync_directory(path: Path) -> None:
-    """See that the names in a directory are on the disk."""
+def sync(path: Path) -> None:
+    """See that a file, or the names in a directory, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ds_sparkling.checkpoint import pickles
 from ds_sparkling.checkpoint.layout import Layout
 from ds_sparkling.record import GrowthRecord
 
@@ -25,12 +27,21 @@ class Source(ABC):
         path: DIR/TAG.
         layout: its parameters, groups and topology.
         record: its growth record, if it has one.
-        warnings: what is odd about it, but no error.
+        offloaded: whether its optimizer was offloaded to the CPU.
+
+    Args:
+        trust, verify: see :func:`pickles.load`.
     """
 
-    path: Path
     layout: Layout
     record: GrowthRecord | None
+    offloaded: bool = False
+
+    def __init__(self, path: Path, *, trust: bool = False, verify: bool = False) -> None:
+        self.path = path
+        self._trust, self._verify = trust, verify
+        self._opened: dict[str, Any] = {}
+        self._lock = Lock()
 
     @property
     @abstractmethod
@@ -49,9 +60,15 @@ class Source(ABC):
     def states(self, name: str) -> Mapping[str, torch.dtype]:
         """The per-element states that the optimizer keeps of a parameter, and their dtypes."""
 
-    @abstractmethod
     def whole_states(self, name: str) -> frozenset[str]:
-        """Those of them that every rank holding a part of the parameter keeps as a whole (Muon, stages 1 and 2)."""
+        """Those of them that every rank holding a part of the parameter keeps as a whole.
+
+        That is Muon's momentum in stages 1 and 2, unless it is offloaded.
+        """
+        group = self.layout.groups[self.layout.flats[self.layout.flat_of(name)].group]
+        if self.layout.settings.stage == 3 or self.offloaded or not group.settings.get("use_muon", False):
+            return frozenset()
+        return frozenset({"momentum_buffer"} & self.states(name).keys())
 
     @abstractmethod
     def numbers(self, name: str) -> dict[str, Any]:
@@ -72,6 +89,13 @@ class Source(ABC):
     @abstractmethod
     def optimizer_states(self, rank: int) -> dict[str, Any]:
         """The optimizer states file of ``rank``; only its metadata may be used."""
+
+    def open(self, name: str) -> Any:
+        """What the file ``name`` of the checkpoint holds; it is opened once, when it is first needed."""
+        with self._lock:
+            if name not in self._opened:
+                self._opened[name] = pickles.load(self.path / name, trust=self._trust, verify=self._verify)
+            return self._opened[name]
 
     def elements(self, name: str, key: str, start: int, stop: int) -> Tensor:
         """The elements ``start .. stop`` in one 1-D tensor, which is copied only if they lie in several places."""

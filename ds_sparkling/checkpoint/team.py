@@ -25,8 +25,9 @@ class Team:
     """
 
     def __init__(self) -> None:
-        self.rank = int(os.environ.get("RANK", "0"))
-        self.size = int(os.environ.get("WORLD_SIZE", "1"))
+        launched = dist.is_torchelastic_launched()  # clusters set RANK and WORLD_SIZE for jobs of other kinds, too
+        self.rank = int(os.environ["RANK"]) if launched else 0
+        self.size = int(os.environ["WORLD_SIZE"]) if launched else 1
         self._started = False
 
     def __enter__(self) -> Team:

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ds_sparkling.checkpoint import pickles
 from ds_sparkling.checkpoint.contents import Contents
 from ds_sparkling.checkpoint.layout import Layout
-from ds_sparkling.checkpoint.metadata import expert_layers, read_layout, require
+from ds_sparkling.checkpoint.metadata import expert_layers, optimizer_offloaded, read_layout, require
 from ds_sparkling.checkpoint.output import OutputFile, PickledFile, Run
 from ds_sparkling.checkpoint.source import WEIGHT, Source
 from ds_sparkling.checkpoint.zero_files import ZeroFiles
 from ds_sparkling.checkpoint.zero_source import base_state, frozen_pieces, model_file
-from ds_sparkling.errors import CheckpointError
+from ds_sparkling.errors import CheckpointError, UnsupportedError
 from ds_sparkling.record import read_record
+
+logger = logging.getLogger(__name__)
 
 _FOLDER = "zero"
 _GLOBAL = f"{_FOLDER}/optimizer_state.pt"
@@ -54,6 +55,18 @@ def state_file(name: str, key: str) -> str:
     return f"{_FOLDER}/{name}/{file}.pt"
 
 
+def refuse_round_robin(layout: Layout) -> None:
+    """Raise UnsupportedError for ``round_robin_gradients``, of whose order universal checkpoints know nothing.
+
+    DeepSpeed writes and reads them as if parameters weren't dealt out, so the elements get mixed up.
+    """
+    if layout.settings.round_robin and layout.settings.ranks > 1:
+        raise UnsupportedError(
+            "DeepSpeed's universal checkpoints mix up the parameters of runs with round_robin_gradients; use the ZeRO "
+            "checkpoint itself"
+        )
+
+
 class UniversalSource(Source):
     """A universal checkpoint, by DeepSpeed's converter or by this package.
 
@@ -66,17 +79,16 @@ class UniversalSource(Source):
     """
 
     def __init__(self, path: Path, *, trust: bool = False, verify: bool = False) -> None:
-        self.path = path
-        self._trust, self._verify = trust, verify
-        self._opened: dict[str, Any] = {}
-        self._lock = Lock()
-        self._global = self._open(_GLOBAL)
+        super().__init__(path, trust=trust, verify=verify)
+        self._global = self.open(_GLOBAL)
         require(path / _GLOBAL, self._global, {"param_groups": list})
         stage = int(self._global.get("zero_stage", 1))
         # DeepSpeed's converter keeps the groups by themselves and, for stage 3, in the base optimizer's state.
         groups = self._global["param_groups"]
-        model = self._open(model_file(stage, 0))
+        model = self.open(model_file(stage, 0))
         self.layout = read_layout(path / model_file(stage, 0), model, groups, stage)
+        refuse_round_robin(self.layout)
+        self.offloaded = optimizer_offloaded(model)
         self.record = read_record(path)
         self._keys: dict[str, frozenset[str]] = {}
         for name, param in self.layout.params.items():
@@ -98,7 +110,7 @@ class UniversalSource(Source):
 
     def check(self, part: int = 0, parts: int = 1) -> Iterator[Path]:
         for path in self.files[part::parts]:
-            content = self._open(str(path.relative_to(self.path)))
+            content = self.open(str(path.relative_to(self.path)))
             name = path.parent.name
             if name in self.layout.params and path.stem != _STEP:
                 found = _tensor(content).numel()
@@ -110,16 +122,11 @@ class UniversalSource(Source):
 
     def states(self, name: str) -> Mapping[str, torch.dtype]:
         keys = sorted(self._keys[name] - {_WEIGHT_FILE, _STEP})
-        return {key: _tensor(self._open(state_file(name, key))).dtype for key in keys}
-
-    def whole_states(self, name: str) -> frozenset[str]:
-        group = self.layout.groups[self.layout.flats[self.layout.flat_of(name)].group]
-        muon = self._stage < 3 and group.settings.get("use_muon", False)
-        return frozenset({"momentum_buffer"} & self._keys[name]) if muon else frozenset()
+        return {key: _tensor(self.open(state_file(name, key))).dtype for key in keys}
 
     def numbers(self, name: str) -> dict[str, Any]:
         if _STEP in self._keys[name]:
-            return {_STEP: self._open(state_file(name, _STEP))}
+            return {_STEP: self.open(state_file(name, _STEP))}
         if self._stage < 3 or not self.states(name):
             return {}
         # One for all: the loader of stage 3 has no other place for it.
@@ -128,20 +135,20 @@ class UniversalSource(Source):
 
     def weight_dtype(self, name: str) -> torch.dtype:
         if self.layout.params[name].trained:
-            return _tensor(self._open(state_file(name, WEIGHT))).dtype
+            return _tensor(self.open(state_file(name, WEIGHT))).dtype
         return self.layout.params[name].dtype
 
     def read(self, name: str, key: str, start: int, stop: int) -> Iterator[Tensor]:
         param = self.layout.params[name]
         if param.trained or _WEIGHT_FILE in self._keys[name]:
-            yield _tensor(self._open(state_file(name, key))).reshape(-1)[start:stop].to(self._dtype(name, key))
+            yield _tensor(self.open(state_file(name, key))).reshape(-1)[start:stop].to(self._dtype(name, key))
         else:
             yield from frozen_pieces(self.model_states, param.numel, self.layout.settings.ranks, name, start, stop)
 
     def model_states(self, rank: int) -> dict[str, Any]:
         # Ours has that of rank 0 only, which is all that DeepSpeed looks at.
         name = model_file(self._stage, rank)
-        return self._open(name if (self.path / name).exists() else model_file(self._stage, 0))
+        return self.open(name if (self.path / name).exists() else model_file(self._stage, 0))
 
     def optimizer_states(self, rank: int) -> dict[str, Any]:
         model = self.model_states(0)
@@ -151,12 +158,6 @@ class UniversalSource(Source):
 
     def _dtype(self, name: str, key: str) -> torch.dtype:
         return self.weight_dtype(name) if key == WEIGHT else self.states(name)[key]
-
-    def _open(self, name: str) -> Any:
-        with self._lock:
-            if name not in self._opened:
-                self._opened[name] = pickles.load(self.path / name, trust=self._trust, verify=self._verify)
-            return self._opened[name]
 
 
 class UniversalFiles:
@@ -169,12 +170,27 @@ class UniversalFiles:
     """
 
     def __init__(self, contents: Contents, layout: Layout, scheduler: Any) -> None:
+        refuse_round_robin(contents.source.layout)
         self._contents = contents
         self._layout = layout
+        self._warn()
         self._zero = ZeroFiles(contents, layout, scheduler, "")
         self._experts = {
             name: layer.experts for layer in expert_layers(contents.source.model_states(0)) for name in layer.names
         }
+
+    def _warn(self) -> None:
+        """Say what DeepSpeed's own loader can't do with the result; this package reads all of it."""
+        source = self._contents.source
+        kept = [frozenset(source.states(name)) for name, param in self._contents.params.items() if param.trained]
+        adam = frozenset({"exp_avg", "exp_avg_sq"})
+        if any(not adam <= keys for keys in kept) or (
+            self._layout.settings.stage == 3 and any(keys - adam for keys in kept)
+        ):
+            logger.warning(
+                "DeepSpeed loads universal checkpoints of Adam's two moments only; this optimizer keeps %s",
+                sorted(frozenset().union(*kept)) or "nothing yet",
+            )
 
     def names(self) -> list[str]:
         names = [_GLOBAL, model_file(self._layout.settings.stage, 0)]

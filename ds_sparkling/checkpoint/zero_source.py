@@ -5,14 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ds_sparkling.checkpoint import pickles
-from ds_sparkling.checkpoint.metadata import ExpertLayer, check_version, expert_layers, read_layout, require
+from ds_sparkling.checkpoint.metadata import (
+    ExpertLayer,
+    check_version,
+    expert_layers,
+    optimizer_offloaded,
+    read_layout,
+    require,
+)
 from ds_sparkling.checkpoint.source import WEIGHT, Source
 from ds_sparkling.errors import CheckpointError, UnsupportedError
 from ds_sparkling.partition import padded_piece
@@ -23,6 +28,8 @@ _MODEL_3 = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_model_states\.pt")
 _MODEL = re.compile(r"mp_rank_(\d+)_model_states\.pt")
 _EXPERT = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_(\d+)_model_states\.pt")
 
+#: Metadata that thousands of ranks' files would fill the memory with.
+_SHARED_METADATA = {"ds_autoep_layers", "universal_checkpoint_info", "param_shapes", "ds_config", "lr_scheduler"}
 #: Elements of a tensor that are looked at.
 _SAMPLE = 1024
 
@@ -80,14 +87,11 @@ class ZeroSource(Source):
     """
 
     def __init__(self, path: Path, *, trust: bool = False, verify: bool = False) -> None:
-        self.path = path
-        self._trust, self._verify = trust, verify
-        self._opened: dict[str, Any] = {}
-        self._lock = Lock()
+        super().__init__(path, trust=trust, verify=verify)
         self._names = frozenset(entry.name for entry in path.iterdir() if entry.name.endswith(".pt"))
         self.prefix = self._prefix()
         optimizer_path = path / optimizer_file(0, self.prefix)
-        content = self._open(optimizer_path.name)
+        content = self.open(optimizer_path.name)
         require(optimizer_path, content, {"optimizer_state_dict": Mapping})
         optimizer = content["optimizer_state_dict"]
         base = base_state(optimizer)
@@ -95,8 +99,9 @@ class ZeroSource(Source):
             raise UnsupportedError(f"{path}: checkpoints with zero_optimization.elastic_checkpoint aren't supported")
         require(optimizer_path, base, {"state": Mapping, "param_groups": list})
         stage = self._stage(optimizer)
-        model = self._open(model_file(stage, 0))
+        model = self.open(model_file(stage, 0))
         self.layout = read_layout(path / model_file(stage, 0), model, base["param_groups"], stage)
+        self.offloaded = optimizer_offloaded(model)
         self.experts = expert_layers(model)
         self.record = read_record(path)
         self._check_names()
@@ -116,32 +121,38 @@ class ZeroSource(Source):
         return [self.path / name for name in sorted(self._expected())]
 
     def model_states(self, rank: int) -> dict[str, Any]:
-        return self._open(model_file(self.stage, rank))
+        return self._with_shared(self.open(model_file(self.stage, rank)))
+
+    def _with_shared(self, model: dict[str, Any]) -> dict[str, Any]:
+        """The same with the large metadata of rank 0, which differs from it in nothing that is used."""
+        first = self.open(model_file(self.stage, 0))
+        for key in _SHARED_METADATA & model.keys():
+            model[key] = first[key]
+        return model
 
     def optimizer_states(self, rank: int) -> dict[str, Any]:
-        return self._open(optimizer_file(rank, self.prefix))
+        return self.open(optimizer_file(rank, self.prefix))
 
     def check(self, part: int = 0, parts: int = 1) -> Iterator[Path]:
         reference = self._identity(self.model_states(0)), self._optimizer_identity(self.optimizer_states(0))
         samples: dict[bytes, str] = {}
         for name in sorted(self._expected())[part::parts]:
-            content = self._open(name)
+            content = self.open(name)
             if _OPTIMIZER.fullmatch(name):
                 rank = int(_OPTIMIZER.fullmatch(name)[2])  # type: ignore[index]
                 self._same(name, reference[1], self._optimizer_identity(content))
                 self._check_flats(name, rank, content["optimizer_state_dict"])
                 self._check_rank(name, rank, content["optimizer_state_dict"])
-                self._check_unlike(name, flat_tensors(content["optimizer_state_dict"]), samples)
+                if self.model_states(0)["global_steps"]:
+                    self._check_unlike(name, flat_tensors(content["optimizer_state_dict"]), samples)
             elif _EXPERT.fullmatch(name):
                 self._check_expert(name, content)
             else:
                 self._same(name, reference[0], self._identity(content))
                 self._check_module(name, content)
-                if self.stage == 3:
-                    fragments = (content.get("frozen_param_fragments") or {}).values()
-                    self._check_unlike(name, list(fragments), samples)
-                else:
+                if self.stage < 3:
                     self._check_rounded(name, content)
+                self._with_shared(content)
             yield self.path / name
 
     def _expected(self) -> set[str]:
@@ -159,7 +170,8 @@ class ZeroSource(Source):
                 f"{self.path}: {_some(missing)} missing; the checkpoint is of {self.ranks} ranks "
                 f"(dp_world_size in {model_file(self.stage, 0)})"
             )
-        extra = sorted(self._names - expected)
+        known = (_OPTIMIZER, _MODEL_3, _MODEL, _EXPERT)
+        extra = sorted(name for name in self._names - expected if any(pattern.fullmatch(name) for pattern in known))
         if extra:
             raise CheckpointError(
                 f"{self.path}: {_some(extra)} too many for a checkpoint of {self.ranks} ranks; was another one saved "
@@ -187,21 +199,10 @@ class ZeroSource(Source):
         # Only DeepSpeed's BF16_Optimizer, a stage 1, doesn't say.
         return int(optimizer.get("zero_stage", 1))
 
-    def _open(self, name: str) -> Any:
-        with self._lock:
-            if name not in self._opened:
-                self._opened[name] = pickles.load(self.path / name, trust=self._trust, verify=self._verify)
-            return self._opened[name]
-
     # -- contents -----------------------------------------------------------------------------------------------
 
     def states(self, name: str) -> Mapping[str, torch.dtype]:
         return {key: value.dtype for key, value in self._state(name).items() if _per_element(key, value)}
-
-    def whole_states(self, name: str) -> frozenset[str]:
-        group = self.layout.groups[self.layout.flats[self.layout.flat_of(name)].group]
-        muon = self.stage < 3 and group.settings.get("use_muon", False)
-        return frozenset({"momentum_buffer"} & self._state(name).keys()) if muon else frozenset()
 
     def numbers(self, name: str) -> dict[str, Any]:
         return {key: value for key, value in self._state(name).items() if not _per_element(key, value)}
@@ -247,7 +248,7 @@ class ZeroSource(Source):
             while start < stop:
                 expert, offset = divmod(start, size)
                 count = min(size - offset, stop - start)
-                content = self._open(expert_file(layer.number, expert))
+                content = self.open(expert_file(layer.number, expert))
                 yield content[f"{number}.{expert}"].reshape(-1)[offset : offset + count]
                 start += count
         else:

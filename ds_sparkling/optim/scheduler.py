@@ -235,7 +235,14 @@ def regrouped_state(state: Mapping[str, Any] | None, origins: Sequence[int]) -> 
 def _configured_phase(
     state: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], config: Mapping[str, Any]
 ) -> Phase | None:
-    """Where a plain WarmupCosineLR of the config stands, which saves nothing but its step."""
+    """Where a plain scheduler stands: one of torch's tells by its state, WarmupCosineLR by the config."""
+    start, cosine = 0, state
+    if "_milestones" in state and "_schedulers" in state:
+        start, cosine = state["_milestones"][-1], state["_schedulers"][-1]
+    if "T_max" in cosine and "eta_min" in cosine:
+        last = state["last_epoch"]
+        ends = (float(cosine["eta_min"]),) * len(groups)
+        return Phase(last < start, CosineBase(start + cosine["T_max"] - last, ends))
     if config.get("type") != "WarmupCosineLR" or "last_batch_iteration" not in state:
         return None
     params = config.get("params") or {}

@@ -356,9 +356,10 @@ def _windows(
         weight = flat.data[start : start + pieces[rank].numel]
         shard = Shard(names[id(param)], tuple(param.shape), pieces, rank, group, weight, master=flat)
         whole_numel = param.numel() if pieces[rank].numel else 0
-        # Muon orthogonalises whole matrices, so it keeps the momentum of all that touch the window, end to end.
+        # Muon orthogonalises whole matrices, so it keeps the momentum of all that touch the window, end to end; only
+        # when it is offloaded it keeps that of the window.
         momentum = optimizer.optimizer.state.get(flat, {}).get("momentum_buffer")
-        if momentum is not None and _is_muon(optimizer.optimizer):
+        if momentum is not None and _is_muon(optimizer.optimizer) and not getattr(optimizer, "cpu_offload", False):
             shard.wholes["momentum_buffer"] = momentum[whole_offset : whole_offset + whole_numel]
         whole_offset += whole_numel
         yield _with_state(shard, optimizer.optimizer, start)

@@ -48,12 +48,6 @@ def train_and_save(case: Case, directory: str) -> None:
     engine.save_checkpoint(directory)
 
 
-def load_tensors(directory: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
-    return {name: t for path in sorted(directory.glob("*.safetensors")) for name, t in load_file(path).items()}
-
-
 @pytest.mark.parametrize(
     "case", [Case(2, 3, 2, bf16=True), Case(2, 2, 2, frozen=True), Case(3, 3, tied=False)], ids=str
 )
@@ -61,7 +55,7 @@ def test_the_tensors_are_the_models_own(case: Case, workers: Callable[[int], Wor
     workers(case.ranks).run(train_and_save, case, str(tmp_path / "saved"))
     (tmp_path / "saved/config.json").write_text(json.dumps(TINY))
     checkpoint_files.run(tmp_path / "saved", tmp_path / "hf", format="hf", verify=True)
-    found = load_tensors(tmp_path / "hf")
+    found = checkpoint_files.load_tensors(tmp_path / "hf")
     model = case.build_model()
     expected = {name: tuple(param.shape) for name, param in model.named_parameters()}
     assert {name: tuple(tensor.shape) for name, tensor in found.items()} == expected
@@ -94,7 +88,7 @@ def test_large_models_are_cut_into_shards_with_an_index(
     checkpoint_files.run(tmp_path / "saved", tmp_path / "many", format="hf", config=str(config))
     index = json.loads((tmp_path / "many/model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 2
-    one, many = load_tensors(tmp_path / "one"), load_tensors(tmp_path / "many")
+    one, many = checkpoint_files.load_tensors(tmp_path / "one"), checkpoint_files.load_tensors(tmp_path / "many")
     assert index["weight_map"].keys() == one.keys() == many.keys()
     assert index["metadata"]["total_size"] == sum(t.numel() * t.itemsize for t in one.values())
     assert all(torch.equal(one[name], many[name]) for name in one)
@@ -173,7 +167,11 @@ def test_a_hugging_face_model_goes_all_the_way(stage: int, workers: Callable[[in
     wide = workers(2).run(load_qwen, stage, str(tmp_path / "wide"))[0]
     assert torch.allclose(wide, narrow, rtol=1e-5, atol=1e-6)
     checkpoint_files.run(tmp_path / "saved", tmp_path / "hf", QWEN_WIDE, format="hf", **options)
-    assert json.loads((tmp_path / "hf/config.json").read_text()) == {**QWEN, **QWEN_WIDE}
+    assert json.loads((tmp_path / "hf/config.json").read_text()) == {
+        **QWEN,
+        **QWEN_WIDE,
+        "dtype": "float32",
+    }
     model, report = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]

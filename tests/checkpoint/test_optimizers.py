@@ -31,6 +31,7 @@ CASES = [
     case("Muon", 2, momentum=0.9, zero={"reduce_scatter": False}),
     case("Muon", 3, 2, momentum=0.9, zero={"reduce_scatter": False}),
     case("Muon", 2, 2, momentum=0.9, zero={"reduce_scatter": True}),
+    case("Muon", 2, momentum=0.9, zero={"reduce_scatter": False, **OFFLOAD}),
     case("AdamW", 3, 2, zero=OFFLOAD),
     case("AdamW", 2, 2, zero=OFFLOAD),
     case("SGD", 3, 2),

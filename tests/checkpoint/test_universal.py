@@ -14,6 +14,7 @@ from distributed import Workers
 from tiny import Case
 
 from ds_sparkling.checkpoint.expand import open_checkpoint
+from ds_sparkling.errors import UnsupportedError
 
 WIDE = {"hidden_size": 13, "moe_intermediate_size": 11}
 
@@ -73,3 +74,26 @@ def test_what_deepspeed_converts_is_read(case: Case, workers: Callable[[int], Wo
     checkpoint_files.run(tmp_path / "saved", tmp_path / "first", WIDE, **options)
     checkpoint_files.run(tmp_path / "converted", tmp_path / "second", WIDE, **options)
     checkpoint_files.same_tensors(tmp_path / "first/global_step2", tmp_path / "second/global_step2")
+
+
+def test_dealt_out_parameters_are_refused(workers: Callable[[int], Workers], tmp_path: Path) -> None:
+    """DeepSpeed's own universal checkpoints of round_robin_gradients have the parameters mixed up."""
+    case = Case(2, 2, zero={"round_robin_gradients": True})
+    workers(2).run(train_and_save, case, str(tmp_path / "saved"))
+    with pytest.raises(UnsupportedError, match="round_robin_gradients"):
+        checkpoint_files.run(tmp_path / "saved", tmp_path / "universal", format="universal")
+    converted = tmp_path / "converted/global_step2"
+    workers(1).run(convert, str(tmp_path / "saved/global_step2"), str(converted))
+    with pytest.raises(UnsupportedError, match="round_robin_gradients"):
+        open_checkpoint(converted)
+
+
+def test_what_deepspeed_cant_load_is_said(
+    workers: Callable[[int], Workers], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    optimizer = {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}}
+    top = {"optimizer": optimizer, "zero_allow_untested_optimizer": True}
+    workers(2).run(train_and_save, Case(2, 3, top=top), str(tmp_path / "saved"))
+    checkpoint_files.run(tmp_path / "saved", tmp_path / "universal", format="universal")
+    assert "this optimizer keeps ['momentum_buffer']" in caplog.text
+    checkpoint_files.same_tensors(tmp_path / "saved/global_step2", tmp_path / "universal/global_step2")

@@ -11,7 +11,7 @@ import torch
 from torch.optim import lr_scheduler as torch_schedulers
 
 from ds_sparkling.errors import ConfigError
-from ds_sparkling.optim.scheduler import RewarmupScheduler
+from ds_sparkling.optim.scheduler import RewarmupScheduler, grown_state, regrouped_state
 from ds_sparkling.schedule import warmup_cosine
 from ds_sparkling.strategy import BiasCorrection, Curve, OptimizerState, Rewarmup, Scope, Strategy
 
@@ -245,3 +245,46 @@ def test_settled_growths_count_as_old() -> None:
     assert scheduler.rates(1) == [1e-3] * 3
     assert [birth.restart for birth in scheduler.births] == [False, False]
     assert all(birth.rewarmup.scope is Scope.NONE for birth in scheduler.births)
+
+
+CONFIGURED = {
+    "WarmupCosineLR": {
+        "type": "WarmupCosineLR",
+        "params": {"total_num_steps": 41, "warmup_num_steps": 5, "cos_min_ratio": 0.1, "warmup_type": "linear"},
+    }
+}
+
+
+@pytest.mark.parametrize("steps", [3, 12, 38])
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("name", [*COSINES, *OTHERS])
+def test_a_saved_state_grows_as_the_scheduler_does(name: str, plain: bool, steps: int) -> None:
+    """Also that of a base scheduler alone, as far as it or the config tells what it is."""
+    scheduler = make({**COSINES, **OTHERS}[name])
+    run(scheduler, steps)
+    strategy = Strategy(rewarmup=Rewarmup(steps=4))
+    base = None if scheduler.base is None else scheduler.base.state_dict()
+    state = json.loads(json.dumps(base if plain else scheduler.state_dict(), default=str))
+    found = grown_state(state, scheduler.optimizer.param_groups, strategy, CONFIGURED.get(name, {}))
+    scheduler.born(strategy)
+    (expected,), (birth,) = scheduler.state_dict()["ds_sparkling"]["births"], found["ds_sparkling"]["births"]
+    if expected["base"] is not None and plain:
+        assert birth["base"].pop("ends") == pytest.approx(expected["base"].pop("ends"), rel=1e-12)
+    assert birth == expected
+
+
+def test_a_saved_state_follows_other_groups() -> None:
+    scheduler = make(COSINES["SequentialLR"])
+    run(scheduler, 12)
+    scheduler.born(Strategy(rewarmup=Rewarmup(steps=4)))
+    state = regrouped_state(scheduler.state_dict(), [1, 0, 1])
+    assert state is not None
+    own, before = state["ds_sparkling"], scheduler.state_dict()["ds_sparkling"]
+    for found, expected in [
+        (own["births"][0]["starts"], before["births"][0]["starts"]),
+        (own["births"][0]["base"]["ends"], before["births"][0]["base"]["ends"]),
+        (own["groups"], before["groups"]),
+        (state["_last_lr"], scheduler.get_last_lr()),
+        (state["_schedulers"][1]["base_lrs"], scheduler.base._schedulers[1].base_lrs),
+    ]:
+        assert found == [expected[1], expected[0], expected[1]]
