@@ -13,7 +13,7 @@ their own, imports included:
 Next to each stand ``cp -r`` of its output, and the same followed by ``sync``: the first two see every file on the disk
 before they publish it, which cp doesn't. They are run by turns, and the least of each one's times counts. Before each,
 earlier writes are flushed (``sync``), so that nobody pays for another's. The input is in the page cache, if memory
-allows. Peak memory is anonymous resident memory (RssAnon of all processes of the command, sampled every 5 ms). Linux
+allows. Peak memory is anonymous resident memory (RssAnon of all processes of the command, sampled every 20 ms). Linux
 only.
 """
 
@@ -118,7 +118,7 @@ def _run(command: Sequence[str]) -> tuple[float, int]:
         peak = 0
         while process.poll() is None:
             peak = max(peak, _anonymous(process.pid))
-            time.sleep(0.005)
+            time.sleep(0.02)
         seconds = time.monotonic() - began
         if process.returncode:
             output.seek(0)

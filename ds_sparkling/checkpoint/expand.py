@@ -343,7 +343,8 @@ def _block(source: Source, request: Request) -> SparklingConfig:
 def _plan(source: Source, model: ModelAxes, request: Request, block: SparklingConfig) -> GrowthPlan:
     shapes = {name: param.shape for name, param in source.layout.params.items()}
     stage = 1 + (len(source.record.stages) if source.record is not None else 0)
-    return make_plan(shapes, model.axes, model.widths, request.widths, block.strategy, stage=stage)
+    share = None if expert_layers(source.model_states(0)) else 1.0  # a checkpoint doesn't tell top-k
+    return make_plan(shapes, model.axes, model.widths, request.widths, block.strategy, stage=stage, active_share=share)
 
 
 def _record(source: Source, model: ModelAxes, plan: GrowthPlan, block: SparklingConfig) -> GrowthRecord:

@@ -45,14 +45,15 @@ class GrowthPlan:
         growths: one :class:`AxisGrowth` per grown axis.
         strategy: how new entries, scales and optimizer state are made.
         params: one :class:`ParamPlan` per parameter, in the model's order.
-        active_share: share of the stacked experts that one token uses (top-k over experts); 1 for a dense model.
+        active_share: share of the stacked experts that one token uses (top-k over experts); 1 for a dense model, None if
+            it isn't known.
     """
 
     stage: int
     growths: tuple[AxisGrowth, ...]
     strategy: Strategy
     params: tuple[ParamPlan, ...]
-    active_share: float = 1.0
+    active_share: float | None = 1.0
 
     def param(self, name: str) -> ParamPlan:
         try:
@@ -74,9 +75,15 @@ class GrowthPlan:
         return {growth.axis: unit_scales(growth, self.strategy) for growth in self.growths}
 
     def parameters(self, *, active: bool = False) -> tuple[int, int]:
-        """Total (or active per token) parameters before and after."""
+        """Total (or active per token) parameters before and after.
+
+        Raises:
+            PlanError: if it isn't known how many are active.
+        """
         axes = {param.name: param.axes for param in self.params}
         share = self.active_share if active else 1.0
+        if share is None:
+            raise PlanError("how many of the experts' parameters are active per token isn't known")
         return (
             count_parameters({param.name: param.before for param in self.params}, axes, share),
             count_parameters({param.name: param.after for param in self.params}, axes, share),
@@ -118,13 +125,15 @@ class GrowthPlan:
         Args:
             fraction: share of the token budget spent before the growth, to tell the compute saved.
         """
-        total, active = self.parameters(), self.parameters(active=True)
+        total = self.parameters()
         widths = ", ".join(f"{g.axis} {g.before} -> {g.after}" for g in self.growths) or "unchanged widths"
         lines = [
             f"growth stage {self.stage}: {widths}",
             f"  parameters        {total[0]:>15,} -> {total[1]:>15,}",
-            f"  active per token  {active[0]:>15,} -> {active[1]:>15,}",
         ]
+        if self.active_share is not None:
+            active = self.parameters(active=True)
+            lines.append(f"  active per token  {active[0]:>15,} -> {active[1]:>15,}")
         if fraction is not None:
             lines.append(
                 f"  compute saved     {self.compute_saved(fraction):.1%} of training the wide model throughout"
@@ -164,7 +173,7 @@ def make_plan(
     strategy: Strategy,
     *,
     stage: int,
-    active_share: float = 1.0,
+    active_share: float | None = 1.0,
 ) -> GrowthPlan:
     """Plan the growth of a model whose parameters have logical ``shapes`` at widths ``before``.
 
