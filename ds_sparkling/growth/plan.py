@@ -45,8 +45,8 @@ class GrowthPlan:
         growths: one :class:`AxisGrowth` per grown axis.
         strategy: how new entries, scales and optimizer state are made.
         params: one :class:`ParamPlan` per parameter, in the model's order.
-        active_share: share of the stacked experts that one token uses (top-k over experts); 1 for a dense model, None if
-            it isn't known.
+        active_share: share of the stacked experts that one token uses (top-k over experts); 1 for a dense model, None
+            if it isn't known.
     """
 
     stage: int
