@@ -164,7 +164,10 @@ def _probed(
     if config is not None:
         given = {axis: config[axis] for axis in widths if axis in config} | given
     before = base_widths(build_model, widths, given)
-    built = probe(build_model, before)
+    try:
+        built = probe(build_model, before)
+    except PlanError as error:
+        raise UnknownAxesError(str(error), hints(source.layout.params.values(), before)) from error
     return ModelAxes(before, _in_checkpoint(source, before, built), built)
 
 

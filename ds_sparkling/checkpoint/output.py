@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -157,6 +158,7 @@ class Filler:
         self._verify = verify
         self._progress = progress
         self._written: list[_Written] = []
+        self._lock = Lock()
 
     def fill(self, files: Iterator[tuple[Path, OutputFile]]) -> None:
         """Write every file, and see that it is on the disk.
@@ -213,7 +215,8 @@ class Filler:
         piece = self._contents.make(slot.run.name, slot.run.key, start, stop, slot.dtype)
         # A sum that isn't finite may also have overflowed, so look closer then.
         if slot.run.key == WEIGHT and not piece.sum().isfinite() and not piece.isfinite().all():
-            self.report.not_finite.add(slot.run.name)
+            with self._lock:
+                self.report.not_finite.add(slot.run.name)
         self._write(path, descriptor, slot.position + (start - slot.run.start) * slot.dtype.itemsize, piece)
 
     def _write(self, path: Path, descriptor: int, position: int, piece: Tensor) -> None:
@@ -221,10 +224,12 @@ class Filler:
         done = 0
         while done < len(data):
             done += os.pwrite(descriptor, data[done:], position + done)
-        if self._verify:
-            self._written.append(_Written(path, position, len(data), zlib.crc32(data)))
-        self.report.written += len(data)
-        self._progress(len(data))
+        written = _Written(path, position, len(data), zlib.crc32(data)) if self._verify else None
+        with self._lock:
+            if written is not None:
+                self._written.append(written)
+            self.report.written += len(data)
+            self._progress(len(data))
 
     def _verified(self, written: _Written) -> int:
         with open(written.path, "rb") as file:

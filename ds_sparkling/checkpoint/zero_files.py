@@ -40,8 +40,8 @@ class ZeroFiles:
         self._prefix = prefix
         self._experts = expert_layers(self._source.model_states(0))
         self._shapes = contents.shapes()
-        for flat in layout.flats:
-            self._numbers(flat)
+        self._tied = shared_names(self._source.model_states(0))
+        self._numbers = [self._agreed_numbers(flat) for flat in layout.flats]
 
     def names(self) -> list[str]:
         """Names of all files."""
@@ -82,7 +82,7 @@ class ZeroFiles:
             first = flat.names[0]
             runs = [_run(WEIGHT, segment) for segment in segments]
             flats.append(file.room([lean], self._contents.dtype(first, WEIGHT), runs))
-            numbers = {key: copy.copy(value) for key, value in self._numbers(flat).items()}
+            numbers = {key: copy.copy(value) for key, value in self._numbers[index].items()}
             kept = {**numbers, **self._states(file, flat, segments)}
             if kept:
                 state[index] = kept
@@ -123,7 +123,7 @@ class ZeroFiles:
                 made[key] = file.room([flat.size], dtype, [_run(key, segment) for segment in segments])
         return made
 
-    def _numbers(self, flat: Flat) -> dict[str, Any]:
+    def _agreed_numbers(self, flat: Flat) -> dict[str, Any]:
         """The step counters of a flat tensor, on which its parameters must agree."""
         first, *others = flat.names
         numbers = self._contents.numbers(first)
@@ -196,10 +196,9 @@ class ZeroFiles:
     def _module(self, file: PickledFile, old: Mapping[str, Any]) -> Any:
         """The module's state dict: whole compute weights in stages 1 and 2, only buffers in stage 3."""
         module = copy.copy(old["module"])
-        tied = shared_names(self._source.model_states(0))
         made: dict[tuple[str, int], Tensor] = {}
         for key, tensor in old["module"].items():
-            name = tied.get(key, key)
+            name = self._tied.get(key, key)
             param = self._contents.params.get(name)
             if param is None or not isinstance(tensor, Tensor) or not tensor.numel():
                 continue

@@ -104,6 +104,16 @@ def test_unknown_axes_give_a_hints_file_that_works_when_filled_in(
     assert record.axes == {}
 
 
+def test_a_model_that_probing_doesnt_understand_gives_a_hints_file(
+    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([str(saved), str(tmp_path / "out"), *WIDTHS, "--config", "olmoe_factory:build_unknown"])
+    assert "can't tell the role of dimension 0 in a Strange" in capsys.readouterr().err
+    hints = json.loads((tmp_path / "out.hints.json").read_text())
+    assert hints["widths"] == {"hidden_size": 6, "moe_intermediate_size": 5}
+
+
 def fill_in(hints: dict[str, Any]) -> None:
     """What a user knows about the tiny model."""
     hints["widths"] = {"hidden_size": 6, "moe_intermediate_size": 5}
