@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_sparkling.checkpoint.expand import Request, expand, open_checkpoint, prepare
+from ds_sparkling.checkpoint.expand import Request, expand, prepare
+from ds_sparkling.checkpoint.opening import open_checkpoint
 from ds_sparkling.checkpoint.source import WEIGHT, Source
 from ds_sparkling.checkpoint.team import Team
 from ds_sparkling.checkpoint.zero_source import ZeroSource, base_state, flat_tensors

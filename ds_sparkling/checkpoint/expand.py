@@ -15,25 +15,24 @@ from typing import Any, Protocol
 import torch
 from tqdm import tqdm
 
-from ds_sparkling.autoep import BlockNames
 from ds_sparkling.checkpoint.axes import ModelAxes, find_axes
 from ds_sparkling.checkpoint.contents import BLOCK, Contents
-from ds_sparkling.checkpoint.export import HuggingFaceFiles, widened_config
+from ds_sparkling.checkpoint.export import HuggingFaceFiles, experts_are_stacked, widened_config
 from ds_sparkling.checkpoint.layout import Layout, Settings, make_layout, regrouped
 from ds_sparkling.checkpoint.metadata import expert_layers
+from ds_sparkling.checkpoint.opening import check_files, find, open_checkpoint, understanding
 from ds_sparkling.checkpoint.output import Filler, OutputFile, Report
 from ds_sparkling.checkpoint.publish import check_free, published, staging, writing
 from ds_sparkling.checkpoint.source import Source
 from ds_sparkling.checkpoint.team import Team
-from ds_sparkling.checkpoint.universal import UniversalFiles, UniversalSource, is_universal
-from ds_sparkling.checkpoint.zero_files import ZeroFiles
-from ds_sparkling.checkpoint.zero_source import ZeroSource
+from ds_sparkling.checkpoint.universal import UniversalFiles
+from ds_sparkling.checkpoint.zero_files import ZeroFiles, file_prefix
 from ds_sparkling.config import BLOCK as CONFIG_BLOCK
 from ds_sparkling.config import SparklingConfig, read_json, sparkling_config
-from ds_sparkling.errors import CheckpointError, SparklingError
+from ds_sparkling.errors import CheckpointError
 from ds_sparkling.growth import GrowthPlan, make_plan
 from ds_sparkling.optim.scheduler import grown_state, regrouped_state
-from ds_sparkling.record import FILE_NAME, GrowthRecord, find_checkpoint
+from ds_sparkling.record import FILE_NAME, GrowthRecord
 
 logger = logging.getLogger(__name__)
 
@@ -175,11 +174,11 @@ def prepare(request: Request, team: Team, *, progress: bool = False) -> Expansio
     if request.format not in FORMATS:
         raise CheckpointError(f"unknown format {request.format!r}; known: {', '.join(FORMATS)}")
     request = replace(request, out=_absolute(request.out))
-    path = _find(request)
+    path = find(request.checkpoint, request.tag)
     _check_out(request, path)
     source = open_checkpoint(path, trust=request.trust, verify=request.verify)
-    _check_files(source, request, team, progress=progress)
-    with _understanding(path):
+    check_files(source, team, progress=progress)
+    with understanding(path):
         return _decide(request, source)
 
 
@@ -233,47 +232,7 @@ def expand(expansion: Expansion, team: Team, *, progress: bool = False) -> dict[
     return _summary(expansion, filler.report, team, time.monotonic() - began)
 
 
-def open_checkpoint(path: Path, *, trust: bool = False, verify: bool = False) -> Source:
-    """The checkpoint in the directory ``path`` (DIR/TAG).
-
-    Args:
-        trust, verify: see :func:`pickles.load`.
-
-    Raises:
-        CheckpointError, UnsupportedError: see the message.
-    """
-    with _understanding(path):
-        return (UniversalSource if is_universal(path) else ZeroSource)(path, trust=trust, verify=verify)
-
-
 # -- preparing --------------------------------------------------------------------------------------------------
-
-
-def _find(request: Request) -> Path:
-    root = request.checkpoint
-    if not root.is_dir():
-        raise CheckpointError(f"{root} isn't a directory")
-    tag = request.tag if request.tag is not None else _latest(root)
-    if not tag or tag != Path(tag).name or tag in (".", ".."):
-        raise CheckpointError(f"tag {tag!r} isn't the name of a directory in {root}")
-    try:
-        path = find_checkpoint(root, tag)
-    except OSError as error:
-        raise CheckpointError(f"tag {tag[:80]!r} isn't the name of a directory in {root}: {error.strerror}") from error
-    assert path is not None
-    return path
-
-
-def _latest(root: Path) -> str:
-    for name in ("latest", "latest_universal"):
-        if (root / name).is_file():
-            try:
-                return (root / name).read_text().strip()
-            except (OSError, ValueError) as error:
-                raise CheckpointError(
-                    f"{root / name} can't be read: {error}; say which checkpoint with --tag"
-                ) from error
-    raise CheckpointError(f"{root} has no file 'latest' or 'latest_universal'; say which checkpoint with --tag")
 
 
 def _absolute(out: Path) -> Path:
@@ -289,29 +248,6 @@ def _check_out(request: Request, path: Path) -> None:
         raise CheckpointError(f"{out} lies in the checkpoint {path}; name a directory outside of it")
     if not out.parent.is_dir():
         raise CheckpointError(f"{out.parent} isn't a directory; make it, or name another")
-
-
-def _check_files(source: Source, request: Request, team: Team, *, progress: bool) -> None:
-    def check() -> None:
-        checked = source.check(team.rank, team.size)
-        count = len(source.files[team.rank :: team.size])
-        shown = progress and team.rank == 0
-        with _understanding(source.path):
-            for _ in tqdm(checked, "looking at files", count, unit="file", disable=not shown, leave=False):
-                pass
-
-    team.together(check)
-
-
-@contextlib.contextmanager
-def _understanding(path: Path) -> Iterator[None]:
-    """Make what metadata of an unexpected kind leads to an error that names the checkpoint."""
-    try:
-        yield
-    except SparklingError:
-        raise
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError, ZeroDivisionError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: metadata isn't as expected: {type(error).__name__}: {error}") from error
 
 
 def _settings(source: Source, request: Request) -> Settings:
@@ -364,16 +300,8 @@ def _files(request: Request, contents: Contents, layout: Layout, scheduler: Any,
     if request.format == "universal":
         return UniversalFiles(contents, layout, scheduler)
     if request.format == "hf":
-        return HuggingFaceFiles(contents, _model_config(request), stacked=_stacked(source))
-    prefix = source.prefix if isinstance(source, ZeroSource) else _prefix(contents)
-    return ZeroFiles(contents, layout, scheduler, prefix)
-
-
-def _prefix(contents: Contents) -> str:
-    """What bf16 training puts before the names of optimizer files."""
-    config = contents.source.model_states(0).get("ds_config") or {}
-    block = config.get("bf16") or config.get("bfloat16") or {}
-    return "bf16_" if block.get("enabled") else ""
+        return HuggingFaceFiles(contents, _model_config(request), stacked=experts_are_stacked(source))
+    return ZeroFiles(contents, layout, scheduler, file_prefix(source))
 
 
 def _model_config(request: Request) -> dict[str, Any]:
@@ -386,21 +314,6 @@ def _model_config(request: Request) -> dict[str, Any]:
     if "axes" in config:
         raise CheckpointError(f"format hf needs the model's config.json; {path} is a hints file")
     return widened_config(config, request.widths)
-
-
-def _stacked(source: Source) -> bool:
-    """Whether the model as built has its experts in one tensor; a record that knows it otherwise says so."""
-    axes = source.record.axes if source.record is not None else {}
-    model = source.model_states(0)
-    names = BlockNames.from_config(model.get("ds_config") or {})
-    layers = expert_layers(model)
-    if layers and not axes and names.up is not None:
-        raise CheckpointError(
-            f"{source.path} has no growth record that tells whether the model's experts are stacked or modules, which "
-            "format hf needs to know"
-        )
-    single = tuple(f"{layer.path}.{names.experts}.0." for layer in layers)
-    return not any(name.startswith(single) for name in axes)
 
 
 # -- writing ----------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from ds_sparkling.checkpoint.contents import Contents
 from ds_sparkling.checkpoint.layout import Shape
 from ds_sparkling.checkpoint.metadata import ExpertLayer, expert_layers, shared_names
 from ds_sparkling.checkpoint.output import OutputFile, Run, Slot
-from ds_sparkling.checkpoint.source import WEIGHT
+from ds_sparkling.checkpoint.source import WEIGHT, Source
 from ds_sparkling.errors import CheckpointError
 
 #: Bytes of tensors in one shard, as ``save_pretrained`` has it.
@@ -221,3 +221,22 @@ def _own_name(name: str, layers: list[ExpertLayer], names: BlockNames) -> str:
         if name.startswith(moved):
             return f"{layer.path}.{names.router}.{name.removeprefix(moved).removeprefix('gate.')}"
     return name
+
+
+def experts_are_stacked(source: Source) -> bool:
+    """Whether the model as built has its experts in one tensor, by its growth record or the names of their weights.
+
+    Raises:
+        CheckpointError: if it can't be told.
+    """
+    axes = source.record.axes if source.record is not None else {}
+    model = source.model_states(0)
+    names = BlockNames.from_config(model.get("ds_config") or {})
+    layers = expert_layers(model)
+    if layers and not axes and names.up is not None:
+        raise CheckpointError(
+            f"{source.path} has no growth record that tells whether the model's experts are stacked or modules, which "
+            "format hf needs to know"
+        )
+    single = tuple(f"{layer.path}.{names.experts}.0." for layer in layers)
+    return not any(name.startswith(single) for name in axes)

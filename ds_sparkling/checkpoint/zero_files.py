@@ -16,8 +16,8 @@ from ds_sparkling.checkpoint.layout import Flat, Layout, Segment
 from ds_sparkling.checkpoint.metadata import ExpertLayer, expert_layers, expert_metadata, shared_names
 from ds_sparkling.checkpoint.output import OutputFile, PickledFile, Run
 from ds_sparkling.checkpoint.pickles import FragmentAddress
-from ds_sparkling.checkpoint.source import WEIGHT
-from ds_sparkling.checkpoint.zero_source import expert_file, model_file, optimizer_file
+from ds_sparkling.checkpoint.source import WEIGHT, Source
+from ds_sparkling.checkpoint.zero_source import ZeroSource, expert_file, model_file, optimizer_file
 from ds_sparkling.errors import CheckpointError
 from ds_sparkling.partition import even_piece, padded_piece
 
@@ -240,3 +240,12 @@ class ZeroFiles:
 
 def _run(key: str, segment: Segment) -> Run:
     return Run(segment.name, key, segment.start, segment.stop, segment.offset)
+
+
+def file_prefix(source: Source) -> str:
+    """What DeepSpeed puts before the names of optimizer files: ``bf16_`` in such runs."""
+    if isinstance(source, ZeroSource):
+        return source.prefix
+    config = source.model_states(0).get("ds_config") or {}
+    block = config.get("bf16") or config.get("bfloat16") or {}
+    return "bf16_" if block.get("enabled") else ""

@@ -18,7 +18,7 @@ from tiny import Case
 
 from ds_sparkling.benchmarks.common import free_port
 from ds_sparkling.checkpoint.command import main
-from ds_sparkling.checkpoint.expand import open_checkpoint
+from ds_sparkling.checkpoint.opening import open_checkpoint
 
 WIDE = {"hidden_size": 12, "moe_intermediate_size": 10}
 WIDTHS = ["--widths", *(f"{axis}={width}" for axis, width in WIDE.items())]

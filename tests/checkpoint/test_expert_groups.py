@@ -12,7 +12,7 @@ from distributed import Workers
 from tiny import Case
 
 from ds_sparkling.checkpoint import layout
-from ds_sparkling.checkpoint.expand import open_checkpoint
+from ds_sparkling.checkpoint.opening import open_checkpoint
 
 #: Elements; two of a rank's three expert weights fit into one group before the growth, one after it.
 LIMIT = 400

@@ -16,7 +16,7 @@ from tiny import Case
 from torch import Tensor
 
 from ds_sparkling.checkpoint import export
-from ds_sparkling.checkpoint.expand import open_checkpoint
+from ds_sparkling.checkpoint.opening import open_checkpoint
 from ds_sparkling.checkpoint.source import WEIGHT
 from ds_sparkling.errors import CheckpointError
 

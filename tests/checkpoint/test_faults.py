@@ -37,7 +37,8 @@ from tiny import Case
 
 from ds_sparkling.benchmarks.synthetic import config_of, write_checkpoint
 from ds_sparkling.checkpoint import expand, pickles, publish
-from ds_sparkling.checkpoint.expand import Request, open_checkpoint, prepare
+from ds_sparkling.checkpoint.expand import Request, prepare
+from ds_sparkling.checkpoint.opening import open_checkpoint
 from ds_sparkling.checkpoint.team import Team
 from ds_sparkling.errors import CheckpointError, ConfigError, PlanError, SparklingError, UnsupportedError
 

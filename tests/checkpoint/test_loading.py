@@ -13,7 +13,7 @@ import torch
 from distributed import Workers
 from tiny import Case
 
-from ds_sparkling.checkpoint.expand import open_checkpoint
+from ds_sparkling.checkpoint.opening import open_checkpoint
 from ds_sparkling.checkpoint.source import WEIGHT
 
 WIDE = {"hidden_size": 13, "moe_intermediate_size": 11}

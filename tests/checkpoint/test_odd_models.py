@@ -15,7 +15,7 @@ from distributed import Workers
 from tiny import Case
 from torch import nn
 
-from ds_sparkling.checkpoint.expand import open_checkpoint
+from ds_sparkling.checkpoint.opening import open_checkpoint
 
 WIDE = {"hidden_size": 12, "moe_intermediate_size": 10}
 

@@ -12,7 +12,7 @@ import tiny
 from distributed import Workers
 from tiny import Case
 
-from ds_sparkling.checkpoint.expand import open_checkpoint
+from ds_sparkling.checkpoint.opening import open_checkpoint
 from ds_sparkling.strategy import (
     INIT_PAIRS,
     BiasCorrection,

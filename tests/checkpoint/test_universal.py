@@ -13,7 +13,7 @@ import tiny
 from distributed import Workers
 from tiny import Case
 
-from ds_sparkling.checkpoint.expand import open_checkpoint
+from ds_sparkling.checkpoint.opening import open_checkpoint
 from ds_sparkling.errors import UnsupportedError
 
 WIDE = {"hidden_size": 13, "moe_intermediate_size": 11}
