@@ -305,15 +305,15 @@ def _files(request: Request, contents: Contents, layout: Layout, scheduler: Any,
 
 
 def _model_config(request: Request) -> dict[str, Any]:
-    """The model's own config at the new widths."""
-    given = Path(request.config) if request.config is not None else None
-    path = given if given is not None and given.is_file() else request.checkpoint / "config.json"
-    if not path.is_file():
-        raise CheckpointError(f"format hf needs the model's config.json; {path} doesn't exist, pass --config FILE")
-    config = read_json(path)
-    if "axes" in config:
-        raise CheckpointError(f"format hf needs the model's config.json; {path} is a hints file")
-    return widened_config(config, request.widths)
+    """The model's own config at the new widths: ``--config`` if it is one, else that beside the checkpoint."""
+    places = [Path(request.config)] if request.config is not None else []
+    for path in (*places, request.checkpoint / "config.json"):
+        config = read_json(path) if path.is_file() else {"axes": None}
+        if "axes" not in config:  # which a hints file has
+            return widened_config(config, request.widths)
+    raise CheckpointError(
+        f"format hf needs the model's config.json; there is none in {request.checkpoint}, pass --config FILE"
+    )
 
 
 # -- writing ----------------------------------------------------------------------------------------------------

@@ -73,7 +73,7 @@ def test_odd_models_grow(case: Case, frozen: str, workers: Callable[[int], Worke
         assert new == pytest.approx(old, rel=2e-2 if case.bf16 else 1e-5)
         assert (sum(map(sum, table)), scale) == (66.0, 1.5)
     (tmp_path / "saved/config.json").write_text("{}")
-    checkpoint_files.run(tmp_path / "saved", tmp_path / "hf", format="hf", verify=True)
+    checkpoint_files.run(tmp_path / "saved", tmp_path / "hf", format="hf", config=str(hints), verify=True)
     exported = checkpoint_files.load_tensors(tmp_path / "hf")
     assert case.stage == 3 or exported["empty"].shape == (3, 0)
     assert float(exported["scale"]) == 1.5
