@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 
@@ -99,3 +99,12 @@ def expert_groups(sizes: Sequence[int], limit: int) -> list[int]:
 def round_robin(count: int, ranks: int) -> list[int]:
     """Which parameter comes where when ZeRO stages 1 and 2 deal a group's ``count`` parameters out to ``ranks``."""
     return [index for first in range(min(ranks, count)) for index in range(first, count, ranks)]
+
+
+def cut(start: int, stop: int, size: int) -> Iterator[tuple[int, int, int]]:
+    """The elements ``start .. stop`` cut at the multiples of ``size``: (which multiple, offset in it, elements)."""
+    while start < stop:
+        index, offset = divmod(start, size)
+        count = min(size - offset, stop - start)
+        yield index, offset, count
+        start += count

@@ -9,7 +9,9 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import tiny
 import torch
+from tiny import Case
 from torch import Tensor
 
 from ds_sparkling.checkpoint.expand import Request, expand, prepare
@@ -18,6 +20,13 @@ from ds_sparkling.checkpoint.source import WEIGHT, Source
 from ds_sparkling.checkpoint.team import Team
 from ds_sparkling.checkpoint.zero_source import ZeroSource, base_state, flat_tensors
 from ds_sparkling.strategy import Strategy
+
+
+def train_and_save(case: Case, directory: str) -> None:
+    """A job: two steps of the tiny model, and a checkpoint."""
+    engine = tiny.initialize(case)
+    tiny.train(engine, 2)
+    engine.save_checkpoint(directory)
 
 
 def run(checkpoint: Path, out: Path, widths: Mapping[str, int] | None = None, **options: Any) -> dict[str, Any]:

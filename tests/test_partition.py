@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ds_sparkling.partition import Piece, even_pieces, padded_piece, window_pieces
+from ds_sparkling.partition import Piece, cut, even_pieces, padded_piece, window_pieces
 
 numels = st.integers(0, 5000)
 rank_counts = st.integers(1, 40)
@@ -85,3 +85,12 @@ def test_a_parameter_alone_in_its_windows_has_even_pieces(numel: int, ranks: int
 )
 def test_windows_of_four_by_hand(offset: int, expected: list[Piece]) -> None:
     assert window_pieces(offset, numel=6, window=4, ranks=3) == expected
+
+
+@given(st.integers(0, 60), st.integers(0, 60), st.integers(1, 20))
+def test_a_stretch_is_cut_at_the_multiples(start: int, length: int, size: int) -> None:
+    pieces = list(cut(start, start + length, size))
+    elements = [index * size + offset + i for index, offset, count in pieces for i in range(count)]
+    assert elements == list(range(start, start + length))
+    assert all(count and offset + count <= size for _, offset, count in pieces)
+    assert all(offset == 0 for _, offset, _ in pieces[1:])

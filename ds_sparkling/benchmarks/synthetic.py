@@ -15,7 +15,7 @@ from torch import Tensor
 from ds_sparkling.autoep import BlockNames, block_axes
 from ds_sparkling.checkpoint.contents import BLOCK, Contents
 from ds_sparkling.checkpoint.layout import Group, Param, Settings, make_layout
-from ds_sparkling.checkpoint.metadata import CHECKED_VERSIONS, affine_map
+from ds_sparkling.checkpoint.metadata import CHECKED_VERSIONS, EXPERT_WEIGHTS
 from ds_sparkling.checkpoint.output import Filler
 from ds_sparkling.checkpoint.pickles import LossScaler, ZeroStage
 from ds_sparkling.checkpoint.source import Source
@@ -73,7 +73,7 @@ class _Synthetic(Source):
                 tuple(n for n, p in params.items() if p.expert),
             ),
         ]
-        self.path = Path(_TAG)
+        super().__init__(Path(_TAG))
         self.layout = make_layout(Settings(3, ranks, expert_parallel), params, groups)
         self.record = GrowthRecord(widths, dict(axes))
         self._config = config
@@ -89,9 +89,6 @@ class _Synthetic(Source):
 
     def states(self, name: str) -> Mapping[str, torch.dtype]:
         return dict.fromkeys(_STATES, torch.float32)
-
-    def whole_states(self, name: str) -> frozenset[str]:
-        return frozenset()
 
     def numbers(self, name: str) -> dict[str, Any]:
         return {"step": torch.tensor(1.0)}
@@ -148,26 +145,16 @@ class _Synthetic(Source):
         }
 
     def _layer(self, number: int, block: str) -> dict[str, Any]:
-        shared, experts = self.layout.settings.expert_parallel, self._config.num_experts
-        names = [f"{block}.experts.{weight}" for weight in ("w1", "w2", "w3")]
+        """What DeepSpeed says of a layer; what depends on ranks and shapes is made when it is written."""
+        experts = self._config.num_experts
         return {
             "moe_layer_id": number,
             "module_path": block,
             "num_experts": experts,
-            "num_local_experts": experts // shared,
-            "ep_size": shared,
-            "expert_placement": {
-                "version": 1,
-                "num_experts": experts,
-                "ep_size": shared,
-                "ranks": [
-                    {"rank": r, "experts": list(range(r * experts // shared, (r + 1) * experts // shared))}
-                    for r in range(shared)
-                ],
-            },
+            "expert_placement": {"version": 1, "num_experts": experts},
             "affine_maps": {
                 "version": 1,
-                "params": {name: affine_map(self.layout.params[name].shape, shared) for name in names},
+                "params": {f"{block}.experts.{weight}": None for weight in EXPERT_WEIGHTS},
             },
             "expert_key_prefix": f"{block}.experts",
             "checkpoint_format": "zero3_partitioned",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from threading import Lock, local
 from typing import Any
 
@@ -15,6 +15,7 @@ from ds_sparkling.checkpoint.source import WEIGHT, Source
 from ds_sparkling.errors import CheckpointError
 from ds_sparkling.growth import GrowthPlan, Widener
 from ds_sparkling.growth.spread import Spread
+from ds_sparkling.partition import cut
 from ds_sparkling.strategy import OptimizerState
 
 #: Elements that are made at a time; with a few tensors of this size per worker memory doesn't depend on the model's.
@@ -39,10 +40,9 @@ class Contents:
         self._spreads: dict[str, list[Spread]] = {}
         self._threads = local()
         self._locks = {name: Lock() for name in self._wideners}
-        self.params: dict[str, Param] = {
-            name: Param(name, self._shape(name), param.dtype, param.expert, param.trained)
-            for name, param in source.layout.params.items()
-        }
+        self.params: dict[str, Param] = dict(source.layout.params)
+        for name, widener in self._wideners.items():
+            self.params[name] = replace(self.params[name], shape=widener.after)
         for name, widener in self._wideners.items():
             for key in source.states(name) if self.params[name].trained else ():
                 widener.state(key, _nothing, torch.empty(0))
@@ -66,10 +66,9 @@ class Contents:
         """``start .. stop`` in stretches that one call of :meth:`make` should make: whole rows where it can be."""
         row = max(self.params[name].shape[-1], 1) if self.params[name].shape else 1
         block = max(BLOCK // row, 1) * row
-        while start < stop:
-            end = min((start // block + 1) * block, stop)
-            yield start, end
-            start = end
+        for index, offset, count in cut(start, stop, block):
+            first = index * block + offset
+            yield first, first + count
 
     @torch.no_grad()
     def make(self, name: str, key: str, start: int, stop: int, dtype: torch.dtype) -> Tensor:
@@ -109,17 +108,13 @@ class Contents:
             held = self._threads.scratch = torch.empty(max(size, BLOCK * dtype.itemsize), dtype=torch.uint8)
         return held[:size].view(dtype)
 
-    def _shape(self, name: str) -> tuple[int, ...]:
-        widener = self._wideners.get(name)
-        return self.source.layout.params[name].shape if widener is None else tuple(widener.after)
-
     @property
     def bytes(self) -> int:
         """Of all weights and states as they will be kept."""
         total = 0
         for name, param in self.params.items():
             keys = [WEIGHT, *(self.source.states(name) if param.trained else ())]
-            total += math.prod(param.shape) * sum(self.dtype(name, key).itemsize for key in keys)
+            total += param.numel * sum(self.dtype(name, key).itemsize for key in keys)
         return total
 
 

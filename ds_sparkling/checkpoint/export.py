@@ -85,12 +85,12 @@ class HuggingFaceFiles:
 
     def build(self, name: str) -> OutputFile:
         if name in self._shards:
-            return SafetensorsFile(name, self._shards[name])
+            return SafetensorsFile(self._shards[name])
         if name == "config.json":
-            return JsonFile(name, self._config)
+            return JsonFile(self._config)
         index = {tensor.name: shard for shard, tensors in self._shards.items() for tensor in tensors}
         total = sum(tensor.bytes for tensors in self._shards.values() for tensor in tensors)
-        return JsonFile(name, {"metadata": {"total_size": total}, "weight_map": index})
+        return JsonFile({"metadata": {"total_size": total}, "weight_map": index})
 
     def _cut(self, tensors: list[Exported]) -> dict[str, list[Exported]]:
         shards: list[list[Exported]] = [[]]
@@ -149,7 +149,6 @@ class HuggingFaceFiles:
 class SafetensorsFile(OutputFile):
     """Tensors end to end behind a JSON header (the safetensors format)."""
 
-    name: str
     tensors: list[Exported]
 
     def lay_out(self, path: Path) -> Iterator[Slot | tuple[int, Tensor]]:
@@ -183,7 +182,6 @@ class SafetensorsFile(OutputFile):
 class JsonFile(OutputFile):
     """A JSON file."""
 
-    name: str
     content: Any
 
     def lay_out(self, path: Path) -> Iterator[Slot | tuple[int, Tensor]]:

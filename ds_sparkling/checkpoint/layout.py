@@ -49,6 +49,10 @@ class Param:
     def numel(self) -> int:
         return math.prod(self.shape)
 
+    def local_shape(self, expert_parallel: int) -> Shape:
+        """Its shape on one of ``expert_parallel`` ranks that share the experts."""
+        return (self.shape[0] // expert_parallel, *self.shape[1:]) if self.expert else self.shape
+
 
 @dataclass(frozen=True)
 class Group:
@@ -73,6 +77,7 @@ class Settings:
         sub_group_size: stage 3 only.
         round_robin: ``round_robin_gradients``, stages 1 and 2.
         parameter_alignment: stages 1 and 2.
+        offloaded: the optimizer is offloaded to the CPU.
         apart: parameters that stage 3 doesn't put into sub-groups with others: AutoEP's routers, if the rest of the
             model was made under ``zero.Init`` and so in another process group.
     """
@@ -83,7 +88,12 @@ class Settings:
     sub_group_size: int = 10**9
     round_robin: bool = False
     parameter_alignment: bool = False
+    offloaded: bool = False
     apart: frozenset[str] = frozenset()
+
+    def parts(self, *, expert: bool) -> int:
+        """In how many parts a flat tensor is: over all ranks, or over those with the same experts."""
+        return self.ranks // self.expert_parallel if expert else self.ranks
 
 
 @dataclass(frozen=True)
@@ -177,12 +187,11 @@ class Layout:
 
     def local_numel(self, name: str) -> int:
         """Elements of a parameter on one expert-parallel rank."""
-        param = self.params[name]
-        return param.numel // (self.settings.expert_parallel if param.expert else 1)
+        return math.prod(self.local_shape(name))
 
     def local_shape(self, name: str) -> Shape:
         """Shape of a parameter on one expert-parallel rank."""
-        return local_shape(self.params[name], self.settings.expert_parallel)
+        return self.params[name].local_shape(self.settings.expert_parallel)
 
     def segments(self, flat: Flat, rank: int) -> Iterator[Segment]:
         """What ``rank``'s tensor of ``flat`` holds, empty pieces left out."""
@@ -247,13 +256,12 @@ def make_layout(settings: Settings, params: Mapping[str, Param], groups: Sequenc
         groups: the optimizer's groups as they shall be (see :func:`regrouped`).
     """
     flats: list[Flat] = []
-    shared = settings.expert_parallel
     for index, group in enumerate(groups):
         if not group.names:
             continue
         expert = params[group.names[0]].expert
-        ranks = settings.ranks // shared if expert else settings.ranks
-        numels = {name: params[name].numel // (shared if expert else 1) for name in group.names}
+        ranks = settings.parts(expert=expert)
+        numels = {name: math.prod(params[name].local_shape(settings.expert_parallel)) for name in group.names}
         if settings.stage == 3:
             for names in _by_process_group(group.names, settings.apart):
                 flats += _sub_groups(settings, index, expert, names, numels, ranks)
@@ -285,20 +293,15 @@ def regrouped(layout: Layout, params: Mapping[str, Param], expert_parallel: int)
         if splits[0].expert:
             settings = {**settings, "name": f"ep_size_{expert_parallel}"}
             if counts == expert_groups([layout.local_numel(name) for name in names], EXPERT_GROUP_LIMIT):
-                sizes = [params[name].numel // expert_parallel for name in names]
+                sizes = [math.prod(params[name].local_shape(expert_parallel)) for name in names]
                 counts = expert_groups(sizes, EXPERT_GROUP_LIMIT)
         for start, stop in itertools.pairwise(itertools.accumulate(counts, initial=0)):
             members = names[start:stop]
             if by_size:
-                members.sort(key=lambda name: local_shape(params[name], expert_parallel), reverse=True)
+                members.sort(key=lambda name: params[name].local_shape(expert_parallel), reverse=True)
             made.append(Group(settings, tuple(members)))
             origins.append(first)
     return tuple(made), origins
-
-
-def local_shape(param: Param, expert_parallel: int) -> Shape:
-    """A parameter's shape on one expert-parallel rank."""
-    return (param.shape[0] // expert_parallel, *param.shape[1:]) if param.expert else param.shape
 
 
 def _by_size(group: Group, layout: Layout) -> bool:

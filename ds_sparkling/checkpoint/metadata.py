@@ -78,9 +78,8 @@ def expert_parallel(where: object, model: Mapping[str, Any]) -> int:
     sizes = set()
     for entry in model.get("ds_autoep_layers") or []:
         size, experts = entry["ep_size"], entry["num_experts"]
-        share = experts // size
         placement = entry.get("expert_placement")
-        expected = [list(range(rank * share, (rank + 1) * share)) for rank in range(size)]
+        expected = [rank["experts"] for rank in _placement(experts, size)]
         if experts % size or (placement and [rank["experts"] for rank in placement["ranks"]] != expected):
             raise UnsupportedError(
                 f"{where}: the experts of {entry['module_path']} aren't placed in order and evenly over {size} ranks"
@@ -141,6 +140,7 @@ def read_layout(where: object, model: Mapping[str, Any], groups: list[dict[str, 
         int(float(zero.get("sub_group_size", 10**9))),
         bool(zero.get("round_robin_gradients", False)) and stage < 3,
         bool(zero.get("parameter_alignment", False)) and stage < 3,
+        _device(zero, "offload_optimizer") != "none" or bool(zero.get("cpu_offload")),
     )
     params = _params(model, shared)
     shapes = list(model["param_shapes"] or [])
@@ -154,8 +154,7 @@ def read_layout(where: object, model: Mapping[str, Any], groups: list[dict[str, 
     for group in groups:
         names = [name for _ in group["params"] for name in next(lists)]
         if settings.round_robin and names:
-            expert = params[names[0]].expert
-            names = _dealt_back(names, settings.ranks // shared if expert else settings.ranks)
+            names = _dealt_back(names, settings.parts(expert=params[names[0]].expert))
         made.append(Group({key: value for key, value in group.items() if key != "params"}, tuple(names)))
     found = [list(entry) for entry in shapes]
     routers = tuple(f"{layer.path}.router." for layer in expert_layers(model))
@@ -167,12 +166,6 @@ def read_layout(where: object, model: Mapping[str, Any], groups: list[dict[str, 
         f"{where}: param_shapes doesn't have the order of ZeRO-{stage} with the ds_config in it (sub_group_size "
         f"{settings.sub_group_size}); was the config changed after the engine was made?"
     )
-
-
-def optimizer_offloaded(model: Mapping[str, Any]) -> bool:
-    """Whether the optimizer was offloaded to the CPU."""
-    zero = (model.get("ds_config") or {}).get("zero_optimization") or {}
-    return _device(zero, "offload_optimizer") != "none" or bool(zero.get("cpu_offload"))
 
 
 def shared_names(model: Mapping[str, Any]) -> dict[str, str]:
@@ -238,6 +231,12 @@ def _dealt_back(names: list[str], ranks: int) -> list[str]:
     return original
 
 
+def _placement(experts: int, ranks: int) -> list[dict[str, Any]]:
+    """Experts in order, equally many on each rank, as DeepSpeed describes it."""
+    share = experts // ranks
+    return [{"rank": rank, "experts": list(range(rank * share, (rank + 1) * share))} for rank in range(ranks)]
+
+
 def _device(zero: Mapping[str, Any], key: str) -> str:
     return str((zero.get(key) or {}).get("device", "none"))
 
@@ -279,14 +278,14 @@ def expert_metadata(
         shared: size of the expert-parallel groups.
     """
     share = entry["num_experts"] // shared
-    placement = [{"rank": index, "experts": list(range(index * share, (index + 1) * share))} for index in range(shared)]
     expert_rank = rank % shared
+    placement = {**entry["expert_placement"], "ep_size": shared, "ranks": _placement(entry["num_experts"], shared)}
     maps = {name: affine_map(shapes[name], shared) for name in entry["affine_maps"]["params"]}
     return {
         **entry,
         "num_local_experts": share,
         "ep_size": shared,
-        "expert_placement": {**entry["expert_placement"], "ep_size": shared, "ranks": placement},
+        "expert_placement": placement,
         "affine_maps": {**entry["affine_maps"], "params": maps},
         "ep_group_name": f"ep_size_{shared}",
         "ep_rank": expert_rank,

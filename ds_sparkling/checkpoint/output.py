@@ -50,13 +50,7 @@ class Slot:
 
 
 class OutputFile(ABC):
-    """A file of the output.
-
-    Attributes:
-        name: its path within the output.
-    """
-
-    name: str
+    """A file of the output."""
 
     @abstractmethod
     def lay_out(self, path: Path) -> Iterator[Slot | tuple[int, Tensor]]:
@@ -76,7 +70,6 @@ class PickledFile(OutputFile):
         runs: (tensor in ``content``, what goes into it); the rest of such a tensor is zero.
     """
 
-    name: str
     content: Any
     runs: list[tuple[Tensor, list[Run]]] = field(default_factory=list)
 
@@ -123,13 +116,11 @@ class Report:
 
     Attributes:
         written: bytes of parameters and other tensors.
-        files: how many files.
         not_finite: parameters with NaN or Inf in their weights.
         verified: bytes that were read back and found as written.
     """
 
     written: int = 0
-    files: int = 0
     not_finite: set[str] = field(default_factory=set)
     verified: int = 0
 
@@ -172,7 +163,6 @@ class Filler:
                 with writing(path):
                     descriptor = self._fill_file(pool, path, file)
                 synced.append((path, syncing.submit(_sync, descriptor)))  # while the next ones are filled
-                self.report.files += 1
                 if len(synced) > _UNSYNCED_FILES * self._workers:
                     _finish_sync(*synced.pop(0))
             for path, done in synced:

@@ -27,15 +27,17 @@ class Source(ABC):
         path: DIR/TAG.
         layout: its parameters, groups and topology.
         record: its growth record, if it has one.
-        offloaded: whether its optimizer was offloaded to the CPU.
 
     Args:
+        path: DIR/TAG.
         trust, verify: see :func:`pickles.load`.
+
+    Raises:
+        CheckpointError, UnsupportedError: see the message.
     """
 
     layout: Layout
     record: GrowthRecord | None
-    offloaded: bool = False
 
     def __init__(self, path: Path, *, trust: bool = False, verify: bool = False) -> None:
         self.path = path
@@ -66,7 +68,8 @@ class Source(ABC):
         That is Muon's momentum in stages 1 and 2, unless it is offloaded.
         """
         group = self.layout.groups[self.layout.flats[self.layout.flat_of(name)].group]
-        if self.layout.settings.stage == 3 or self.offloaded or not group.settings.get("use_muon", False):
+        settings = self.layout.settings
+        if settings.stage == 3 or settings.offloaded or not group.settings.get("use_muon", False):
             return frozenset()
         return frozenset({"momentum_buffer"} & self.states(name).keys())
 

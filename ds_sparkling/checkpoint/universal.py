@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ds_sparkling.checkpoint.contents import Contents
 from ds_sparkling.checkpoint.layout import Layout
-from ds_sparkling.checkpoint.metadata import expert_layers, optimizer_offloaded, read_layout, require
+from ds_sparkling.checkpoint.metadata import expert_layers, read_layout, require
 from ds_sparkling.checkpoint.output import OutputFile, PickledFile, Run
 from ds_sparkling.checkpoint.source import WEIGHT, Source
 from ds_sparkling.checkpoint.zero_files import ZeroFiles
@@ -68,15 +68,7 @@ def refuse_round_robin(layout: Layout) -> None:
 
 
 class UniversalSource(Source):
-    """A universal checkpoint, by DeepSpeed's converter or by this package.
-
-    Args:
-        path: DIR/TAG.
-        trust, verify: see :func:`pickles.load`.
-
-    Raises:
-        CheckpointError, UnsupportedError: see the message.
-    """
+    """A universal checkpoint, by DeepSpeed's converter or by this package."""
 
     def __init__(self, path: Path, *, trust: bool = False, verify: bool = False) -> None:
         super().__init__(path, trust=trust, verify=verify)
@@ -88,7 +80,6 @@ class UniversalSource(Source):
         model = self.open(model_file(stage, 0))
         self.layout = read_layout(path / model_file(stage, 0), model, groups, stage)
         refuse_round_robin(self.layout)
-        self.offloaded = optimizer_offloaded(model)
         self.record = read_record(path)
         self._keys: dict[str, frozenset[str]] = {}
         for name, param in self.layout.params.items():
@@ -204,19 +195,19 @@ class UniversalFiles:
 
     def build(self, name: str) -> OutputFile:
         if name == _GLOBAL:
-            return PickledFile(name, self._global())
+            return PickledFile(self._global())
         if "/" not in name:
             return self._zero.build(name)
         _, param, file = name.split("/")
         key = file.removesuffix(".pt")
         if key == _STEP:
-            return PickledFile(name, self._contents.numbers(param)[key])
-        return self._state(name, param, WEIGHT if key == _WEIGHT_FILE else key)
+            return PickledFile(self._contents.numbers(param)[key])
+        return self._state(param, WEIGHT if key == _WEIGHT_FILE else key)
 
-    def _state(self, file_name: str, name: str, key: str) -> PickledFile:
+    def _state(self, name: str, key: str) -> PickledFile:
         param = self._contents.params[name]
         dtype = self._contents.dtype(name, key) if param.trained else torch.float32
-        file = PickledFile(file_name, {})
+        file = PickledFile({})
         room = file.room(param.shape, dtype, [Run(name, key, 0, param.numel)])
         file.content = {"cat_dim": 0, "param": room}
         if param.expert:

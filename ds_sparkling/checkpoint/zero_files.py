@@ -19,6 +19,7 @@ from ds_sparkling.checkpoint.pickles import FragmentAddress
 from ds_sparkling.checkpoint.source import WEIGHT, Source
 from ds_sparkling.checkpoint.zero_source import ZeroSource, expert_file, model_file, optimizer_file
 from ds_sparkling.errors import CheckpointError
+from ds_sparkling.optim.counters import same_numbers
 from ds_sparkling.partition import even_piece, padded_piece
 
 
@@ -71,7 +72,7 @@ class ZeroFiles:
         layout = self._layout
         old = self._source.optimizer_states(rank % self._source.layout.settings.ranks)
         optimizer = dict(old["optimizer_state_dict"])
-        file = PickledFile(optimizer_file(rank, self._prefix), {**old, "optimizer_state_dict": optimizer})
+        file = PickledFile({**old, "optimizer_state_dict": optimizer})
         file.content["ds_config"] = self._config(old.get("ds_config"))
         trimmed = "zero_stage" in optimizer  # DeepSpeed's BF16_Optimizer saves its padding, too
         flats: list[Tensor] = []
@@ -129,7 +130,7 @@ class ZeroFiles:
         numbers = self._contents.numbers(first)
         for name in others:
             found = self._contents.numbers(name)
-            if found.keys() != numbers.keys() or any(float(found[key]) != float(numbers[key]) for key in found):
+            if not same_numbers(numbers, found):
                 raise CheckpointError(
                     f"{first} and {name} are at different optimizer steps ({numbers} and {found}) but share one flat "
                     "tensor in the new layout"
@@ -170,7 +171,7 @@ class ZeroFiles:
         settings = layout.settings
         old = self._source.model_states(rank % self._source.layout.settings.ranks)
         model = dict(old)
-        file = PickledFile(model_file(settings.stage, rank), model)
+        file = PickledFile(model)
         model["module"] = self._module(file, old)
         model["param_shapes"] = [
             OrderedDict((name, torch.Size(layout.local_shape(name))) for name in flat.names) for flat in layout.flats
@@ -220,7 +221,7 @@ class ZeroFiles:
 
     def _expert(self, layer: ExpertLayer, expert: int) -> PickledFile:
         """The compute weights of one expert."""
-        file = PickledFile(expert_file(layer.number, expert), {})
+        file = PickledFile({})
         for name in layer.names:
             shape = self._contents.params[name].shape[1:]
             numel = self._contents.params[name].numel // layer.experts

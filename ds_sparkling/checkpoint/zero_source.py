@@ -14,13 +14,12 @@ from ds_sparkling.checkpoint.metadata import (
     ExpertLayer,
     check_version,
     expert_layers,
-    optimizer_offloaded,
     read_layout,
     require,
 )
 from ds_sparkling.checkpoint.source import WEIGHT, Source
 from ds_sparkling.errors import CheckpointError, UnsupportedError
-from ds_sparkling.partition import padded_piece
+from ds_sparkling.partition import cut, padded_piece
 from ds_sparkling.record import read_record
 
 _OPTIMIZER = re.compile(r"(bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
@@ -65,25 +64,14 @@ def frozen_pieces(
     model_states: Callable[[int], Mapping[str, Any]], numel: int, ranks: int, name: str, start: int, stop: int
 ) -> Iterator[Tensor]:
     """The elements ``start .. stop`` of a frozen parameter under stage 3, from the pieces in every rank's file."""
-    size = padded_piece(numel, ranks)
-    while start < stop:
-        rank, offset = divmod(start, size)
-        count = min(size - offset, stop - start)
+    for rank, offset, count in cut(start, stop, padded_piece(numel, ranks)):
         yield model_states(rank)["frozen_param_fragments"][name].view(-1)[offset : offset + count]
-        start += count
 
 
 class ZeroSource(Source):
     """A ZeRO checkpoint.
 
     Files are opened when they are needed, once each, and mapped into memory.
-
-    Args:
-        path: DIR/TAG.
-        trust, verify: see :func:`pickles.load`.
-
-    Raises:
-        CheckpointError, UnsupportedError: see the message.
     """
 
     def __init__(self, path: Path, *, trust: bool = False, verify: bool = False) -> None:
@@ -101,7 +89,6 @@ class ZeroSource(Source):
         stage = self._stage(optimizer)
         model = self.open(model_file(stage, 0))
         self.layout = read_layout(path / model_file(stage, 0), model, base["param_groups"], stage)
-        self.offloaded = optimizer_offloaded(model)
         self.experts = expert_layers(model)
         self.record = read_record(path)
         self._check_names()
@@ -230,13 +217,11 @@ class ZeroSource(Source):
     def _read_whole(self, name: str, key: str, start: int, stop: int) -> Iterator[Tensor]:
         index = self.layout.flat_of(name)
         flat, local = self.layout.flats[index], self.layout.local_numel(name)
-        while start < stop:
-            count = min(stop, (start // local + 1) * local) - start
-            rank = next(self.layout.places(name, start // local * local, stop)).rank
+        for expert_rank, offset, count in cut(start, stop, local):
+            rank = next(self.layout.places(name, expert_rank * local, stop)).rank
             before = self.layout.touching(flat, rank)
-            offset = sum(self.layout.local_numel(other) for other in before[: before.index(name)]) + start % local
+            offset += sum(self.layout.local_numel(other) for other in before[: before.index(name)])
             yield base_state(self._optimizer(rank))["state"][index][key].view(-1)[offset : offset + count]
-            start += count
 
     def _read_frozen(self, name: str, start: int, stop: int) -> Iterator[Tensor]:
         param = self.layout.params[name]
@@ -244,13 +229,9 @@ class ZeroSource(Source):
             yield from frozen_pieces(self.model_states, param.numel, self.ranks, name, start, stop)
         elif param.expert:
             layer, number = next((layer, name) for layer in self.experts if name in layer.names)
-            size = param.numel // layer.experts
-            while start < stop:
-                expert, offset = divmod(start, size)
-                count = min(size - offset, stop - start)
+            for expert, offset, count in cut(start, stop, param.numel // layer.experts):
                 content = self.open(expert_file(layer.number, expert))
                 yield content[f"{number}.{expert}"].reshape(-1)[offset : offset + count]
-                start += count
         else:
             yield self.model_states(0)["module"][name].reshape(-1)[start:stop]
 

@@ -96,6 +96,10 @@ class Widener:
     def numel(self) -> int:
         return math.prod(self.after)
 
+    @property
+    def _unmoved(self) -> bool:
+        return not any(dim.axis in self._scales for dim in self._dims)
+
     # -- the two public operations ------------------------------------------------------------------------------
 
     def weight(
@@ -147,11 +151,6 @@ class Widener:
                 )
             scales = [scale ** STATE_DEGREES[key] for scale in self._gradient_scales]
         self._fill(self._elements(old), out, start, actions, scales, [])
-
-    @property
-    def moves(self) -> bool:
-        """Whether the tensor has a dimension that grows; if not, its weight is the old one."""
-        return any(dim.axis in self._scales for dim in self._dims)
 
     # -- what the plan says, made concrete ----------------------------------------------------------------------
 
@@ -269,7 +268,7 @@ class Widener:
             raise PlanError(f"{self.param.name}: got a piece {start}..{stop}; the plan has {self.after}")
         if start == stop:
             return
-        if not self.moves and actions[_OLD] == "copy":
+        if self._unmoved and actions[_OLD] == "copy":
             out.copy_(old(start, stop))
             return
         columns = self.after[-1] if self.after else 1

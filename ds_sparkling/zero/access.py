@@ -27,6 +27,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
 from ds_sparkling.errors import GrowthError, UnsupportedError
+from ds_sparkling.optim.counters import same_numbers
 from ds_sparkling.partition import Piece, even_pieces, padded_piece, window_pieces
 
 #: DeepSpeed versions whose internals this file was checked against.
@@ -176,7 +177,7 @@ def make_states(engine: DeepSpeedEngine, templates: Mapping[str, Shard], *, drop
     for master, members in by_master.values():
         template = templates[members[0]]
         for name in members[1:]:
-            if not _same_numbers(template.scalars, templates[name].scalars):
+            if not same_numbers(template.scalars, templates[name].scalars):
                 raise GrowthError(
                     f"{template.name} and {name} are at different optimizer steps ({template.scalars} and "
                     f"{templates[name].scalars}) but share one flat tensor after the growth"
@@ -412,10 +413,6 @@ def _with_state(shard: Shard, base: torch.optim.Optimizer, offset: int) -> Shard
                 "such an optimizer can't be grown"
             )
     return shard
-
-
-def _same_numbers(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
-    return first.keys() == second.keys() and all(float(first[key]) == float(second[key]) for key in first)
 
 
 def _step_device(value: Tensor, master: Tensor) -> torch.device:

@@ -12,7 +12,6 @@ from typing import Any
 
 import checkpoint_files
 import pytest
-import tiny
 from distributed import Workers
 from tiny import Case
 
@@ -25,16 +24,10 @@ WIDTHS = ["--widths", *(f"{axis}={width}" for axis, width in WIDE.items())]
 FACTORY = ["--config", "olmoe_factory:build_tied"]
 
 
-def train_and_save(case: Case, directory: str) -> None:
-    engine = tiny.initialize(case)
-    tiny.train(engine, 2)
-    engine.save_checkpoint(directory)
-
-
 @pytest.fixture(scope="module")
 def saved(workers: Callable[[int], Workers], tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("saved")
-    workers(2).run(train_and_save, Case(2, 3, 2), str(directory))
+    workers(2).run(checkpoint_files.train_and_save, Case(2, 3, 2), str(directory))
     return directory
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import checkpoint_files
 import pytest
-import tiny
 import torch
 from distributed import Workers
 from tiny import Case
@@ -42,17 +41,11 @@ QWEN_WIDE = {"hidden_size": 32, "moe_intermediate_size": 16}
 IDS = list(range(3, 19))
 
 
-def train_and_save(case: Case, directory: str) -> None:
-    engine = tiny.initialize(case)
-    tiny.train(engine, 2)
-    engine.save_checkpoint(directory)
-
-
 @pytest.mark.parametrize(
     "case", [Case(2, 3, 2, bf16=True), Case(2, 2, 2, frozen=True), Case(3, 3, tied=False)], ids=str
 )
 def test_the_tensors_are_the_models_own(case: Case, workers: Callable[[int], Workers], tmp_path: Path) -> None:
-    workers(case.ranks).run(train_and_save, case, str(tmp_path / "saved"))
+    workers(case.ranks).run(checkpoint_files.train_and_save, case, str(tmp_path / "saved"))
     (tmp_path / "saved/config.json").write_text(json.dumps(TINY))
     checkpoint_files.run(tmp_path / "saved", tmp_path / "hf", format="hf", verify=True)
     found = checkpoint_files.load_tensors(tmp_path / "hf")
@@ -80,7 +73,7 @@ def test_the_tensors_are_the_models_own(case: Case, workers: Callable[[int], Wor
 def test_large_models_are_cut_into_shards_with_an_index(
     workers: Callable[[int], Workers], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    workers(2).run(train_and_save, Case(2, 3, 2), str(tmp_path / "saved"))
+    workers(2).run(checkpoint_files.train_and_save, Case(2, 3, 2), str(tmp_path / "saved"))
     config = tmp_path / "config.json"
     config.write_text(json.dumps({**TINY, "text_config": {"hidden_size": 6}}))
     checkpoint_files.run(tmp_path / "saved", tmp_path / "one", format="hf", config=str(config))
@@ -96,7 +89,7 @@ def test_large_models_are_cut_into_shards_with_an_index(
 
 
 def test_without_the_models_config_it_is_refused(workers: Callable[[int], Workers], tmp_path: Path) -> None:
-    workers(2).run(train_and_save, Case(2, 3, 2), str(tmp_path / "saved"))
+    workers(2).run(checkpoint_files.train_and_save, Case(2, 3, 2), str(tmp_path / "saved"))
     with pytest.raises(CheckpointError, match=r"needs the model's config\.json.*--config"):
         checkpoint_files.run(tmp_path / "saved", tmp_path / "hf", format="hf")
     with pytest.raises(CheckpointError, match="no moe_intermediate_size"):

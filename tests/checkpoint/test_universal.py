@@ -9,7 +9,6 @@ from pathlib import Path
 
 import checkpoint_files
 import pytest
-import tiny
 from distributed import Workers
 from tiny import Case
 
@@ -25,12 +24,6 @@ CASES = [
     Case(3, 2, frozen=True, groups=True),
     Case(2, 1, bf16=True, top={"data_types": {"grad_accum_dtype": "fp32"}}),
 ]
-
-
-def train_and_save(case: Case, directory: str) -> None:
-    engine = tiny.initialize(case)
-    tiny.train(engine, 2)
-    engine.save_checkpoint(directory)
 
 
 def convert(folder: str, out: str) -> None:
@@ -52,7 +45,7 @@ def convert(folder: str, out: str) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_there_and_back(case: Case, workers: Callable[[int], Workers], tmp_path: Path) -> None:
-    workers(case.ranks).run(train_and_save, case, str(tmp_path / "saved"))
+    workers(case.ranks).run(checkpoint_files.train_and_save, case, str(tmp_path / "saved"))
     saved = tmp_path / "saved/global_step2"
     checkpoint_files.run(tmp_path / "saved", tmp_path / "universal", format="universal")
     assert (tmp_path / "universal/latest_universal").read_text() == "global_step2"
@@ -63,7 +56,7 @@ def test_there_and_back(case: Case, workers: Callable[[int], Workers], tmp_path:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_what_deepspeed_converts_is_read(case: Case, workers: Callable[[int], Workers], tmp_path: Path) -> None:
-    workers(case.ranks).run(train_and_save, case, str(tmp_path / "saved"))
+    workers(case.ranks).run(checkpoint_files.train_and_save, case, str(tmp_path / "saved"))
     saved, converted = tmp_path / "saved/global_step2", tmp_path / "converted/global_step2"
     workers(1).run(convert, str(saved), str(converted))
     shutil.copy(saved / "ds_sparkling.json", converted)
@@ -79,7 +72,7 @@ def test_what_deepspeed_converts_is_read(case: Case, workers: Callable[[int], Wo
 def test_dealt_out_parameters_are_refused(workers: Callable[[int], Workers], tmp_path: Path) -> None:
     """DeepSpeed's own universal checkpoints of round_robin_gradients have the parameters mixed up."""
     case = Case(2, 2, zero={"round_robin_gradients": True})
-    workers(2).run(train_and_save, case, str(tmp_path / "saved"))
+    workers(2).run(checkpoint_files.train_and_save, case, str(tmp_path / "saved"))
     with pytest.raises(UnsupportedError, match="round_robin_gradients"):
         checkpoint_files.run(tmp_path / "saved", tmp_path / "universal", format="universal")
     converted = tmp_path / "converted/global_step2"
@@ -93,7 +86,7 @@ def test_what_deepspeed_cant_load_is_said(
 ) -> None:
     optimizer = {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}}
     top = {"optimizer": optimizer, "zero_allow_untested_optimizer": True}
-    workers(2).run(train_and_save, Case(2, 3, top=top), str(tmp_path / "saved"))
+    workers(2).run(checkpoint_files.train_and_save, Case(2, 3, top=top), str(tmp_path / "saved"))
     checkpoint_files.run(tmp_path / "saved", tmp_path / "universal", format="universal")
     assert "this optimizer keeps ['momentum_buffer']" in caplog.text
     checkpoint_files.same_tensors(tmp_path / "saved/global_step2", tmp_path / "universal/global_step2")
