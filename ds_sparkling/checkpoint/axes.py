@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pkgutil
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from ds_sparkling.checkpoint.metadata import expert_layers
 from ds_sparkling.checkpoint.source import Source
 from ds_sparkling.config import read_json
 from ds_sparkling.errors import ConfigError, PlanError
+from ds_sparkling.factory import HuggingFaceFactory, named_factory
 from ds_sparkling.probe import BuildModel, base_widths, probe
 
 _TO_FILL = "?"
@@ -71,11 +71,13 @@ def find_axes(source: Source, widths: Iterable[str], config: str | None) -> Mode
             )
         return ModelAxes(record.widths, _in_checkpoint(source, record.widths, record.axes), dict(record.axes))
     if not Path(config).exists() and ":" in config:
-        return _probed(source, widths, _factory(config), None)
+        return _probed(source, widths, named_factory(config), None)
     data = read_json(config)
     if "axes" in data:
         return _hinted(source, Path(config), data)
-    return _probed(source, widths, _hugging_face(data, config), data)
+    if "model_type" not in data:
+        raise ConfigError(f"{config} is neither a hints file ('axes') nor a Hugging Face config ('model_type')")
+    return _probed(source, widths, HuggingFaceFactory(data), data)
 
 
 def hints(params: Iterable[Param], widths: Mapping[str, Any], axes: Mapping[str, ParamAxes] | None = None) -> str:
@@ -185,28 +187,3 @@ def _in_checkpoint(source: Source, widths: Mapping[str, int], built: Mapping[str
             hints(source.layout.params.values(), widths, known),
         )
     return {name: known[name] for name in source.layout.params}
-
-
-def _factory(config: str) -> BuildModel:
-    try:
-        found = pkgutil.resolve_name(config)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"--config {config}: {error}") from error
-    if not callable(found):
-        raise ConfigError(f"--config {config} can't be called")
-    return found
-
-
-def _hugging_face(data: Mapping[str, Any], config: str) -> BuildModel:
-    if "model_type" not in data:
-        raise ConfigError(f"{config} is neither a hints file ('axes') nor a Hugging Face config ('model_type')")
-    try:
-        import transformers
-    except ImportError:
-        raise ConfigError(f"{config} is a Hugging Face config; to probe it: pip install transformers") from None
-
-    def build_model(**widths: int) -> Any:
-        settings = transformers.AutoConfig.for_model(**{**data, **widths})
-        return transformers.AutoModelForCausalLM.from_config(settings)
-
-    return build_model
