@@ -1,0 +1,1 @@
+"""Growing a small instance of a model before anything is trained, and comparing it with what it was."""

@@ -1,0 +1,192 @@
+"""Growing a small model and comparing the wide one with it, module by module."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from ds_sparkling.axes import Dim, ParamAxes
+from ds_sparkling.check.forward import Call, Inputs, NotRunnableError, Seen, Side, given_call, run, token_call, watch
+from ds_sparkling.check.instance import Instance
+from ds_sparkling.check.module import grow_into, plan_of, randomize, settled
+from ds_sparkling.errors import PlanError
+from ds_sparkling.growth import GrowthPlan
+from ds_sparkling.probe import probe
+from ds_sparkling.strategy import Strategy
+
+#: Largest |difference| over largest |value| of logits that counts as the same function. In float64 a growth that keeps
+#: the function differs by 1e-12; models of the transformers library compute norms and softmax in fp32 throughout, and
+#: sums over twice as many units, in another order, then differ by some 1e-6.
+SAME = 1e-5
+
+
+@dataclass(frozen=True)
+class Runnable:
+    """A narrow model that runs: its instance, the module with every parameter made to matter, and what it is run on."""
+
+    instance: Instance
+    model: nn.Module
+    call: Call
+
+
+@dataclass(frozen=True)
+class Change:
+    """One module's tensor in the narrow model and in the wide one.
+
+    Attributes:
+        module, call, side: which tensor.
+        before, after: root mean square over all its elements.
+        expected: ratio of the two that the growth makes on purpose: a tied head's factor, which sits in the norm
+            before it.
+        same: whether the wide one holds the narrow one's values, each as often as units are copied.
+    """
+
+    module: str
+    call: int
+    side: Side
+    before: float
+    after: float
+    expected: float
+    same: bool
+
+    @property
+    def ratio(self) -> float:
+        """RMS after over before; 1 where both are zero."""
+        return self.after / self.before if self.before else (1.0 if self.after == 0 else math.inf)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A grown model against the one it came from.
+
+    Attributes:
+        plan: how it was grown.
+        changes: all modules' tensors, in the order of time.
+        difference: largest difference of the logits over the largest logit; of a grown vocabulary the old part.
+        narrow, wide: the two models.
+    """
+
+    plan: GrowthPlan
+    changes: tuple[Change, ...]
+    difference: float
+    narrow: nn.Module
+    wide: nn.Module
+
+
+def first_runnable(instances: Iterable[Instance], inputs: Inputs | None, dtype: torch.dtype, seed: int) -> Runnable:
+    """The first instance whose narrow model runs, in ``dtype`` or, if its modules don't know that, in fp32.
+
+    Raises:
+        NotRunnableError: with the first one's failure, if none does.
+    """
+    failure: NotRunnableError | None = None
+    for instance in instances:
+        for kind in dict.fromkeys((dtype, torch.float32)):
+            try:
+                model = settled(instance.build(), kind)
+                randomize(model, seed)
+                call = token_call(model, seed) if inputs is None else given_call(inputs)
+                run(model, call)
+                return Runnable(instance, model, call)
+            except NotRunnableError as error:
+                failure = failure or error
+    raise failure or NotRunnableError("there is no model to run")
+
+
+def fitting_axes(instance: Instance, model: nn.Module, axes: Mapping[str, ParamAxes]) -> dict[str, ParamAxes]:
+    """The axes of a small instance's parameters, from those of the model that it is an instance of.
+
+    Blocks (entries per unit) may be smaller than the large model's. Where that doesn't fit, the instance is probed.
+    """
+    fitted = {}
+    for name, param in model.named_parameters():
+        known = axes.get(name)
+        if known is None or len(known.dims) != param.dim():
+            return probe(instance, instance.before)
+        dims = tuple(_fitting(dim, size, instance.before) for dim, size in zip(known.dims, param.shape, strict=True))
+        fitted[name] = replace(known, dims=dims)
+    return fitted
+
+
+def _fitting(dim: Dim, size: int, widths: Mapping[str, int]) -> Dim:
+    if dim.axis is None or dim.block == 1:
+        return dim
+    return replace(dim, block=max(size // (dim.segments * widths[dim.axis]), 1))
+
+
+def compare(runnable: Runnable, axes: Mapping[str, ParamAxes], strategy: Strategy) -> Comparison:
+    """Grow a narrow model as ``strategy`` says, and run both.
+
+    Raises:
+        PlanError: if it can't grow so, or if the wide model can't run.
+    """
+    instance, narrow = runnable.instance, runnable.model
+    plan = plan_of(narrow, axes, instance.before, instance.after, strategy)
+    wide = settled(instance.build(wide=True), next(narrow.parameters()).dtype)
+    grow_into(wide, narrow, plan)
+    seen, logits = watch(narrow, runnable.call)
+    try:
+        seen_wide, logits_wide = watch(wide, runnable.call)
+    except NotRunnableError as error:
+        raise PlanError(f"the model runs at widths {instance.before}, but not at {instance.after}: {error}") from error
+    return Comparison(plan, tuple(_changes(seen, seen_wide, plan)), difference(logits, logits_wide), narrow, wide)
+
+
+def difference(logits: Tensor, wide: Tensor) -> float:
+    """Largest absolute difference over the largest absolute value; of logits that grew, the old ones.
+
+    Infinite if the shapes can't be compared or the wide model gives NaN.
+    """
+    if logits.dim() != wide.dim() or any(a > b for a, b in zip(logits.shape, wide.shape, strict=True)):
+        return math.inf
+    old = wide[tuple(slice(size) for size in logits.shape)]
+    largest = float((logits - old).abs().max()) / max(float(logits.abs().max()), torch.finfo(logits.dtype).tiny)
+    return largest if math.isfinite(largest) else math.inf
+
+
+def _changes(seen: list[Seen], seen_wide: list[Seen], plan: GrowthPlan) -> Iterator[Change]:
+    expected = _expected_factors(plan)
+    found = {entry.key: entry.value for entry in seen_wide}
+    for entry in seen:
+        factor = expected.get(entry.module, 1.0) if entry.side is Side.OUTPUT else 1.0
+        wide = found.get(entry.key)
+        if wide is not None:
+            same = _holds_copies(entry.value * factor, wide)
+            yield Change(entry.module, entry.call, entry.side, _rms(entry.value), _rms(wide), factor, same)
+
+
+def _expected_factors(plan: GrowthPlan) -> dict[str, float]:
+    """Modules whose output a growth scales on purpose: norms that take the factor of a head tied to the embedding."""
+    scales = plan.scales()
+    return {
+        param.name.rpartition(".")[0]: float(scales[dim.axis].weight(dim, True)[0])
+        for param in plan.params
+        if param.axes.head_gain
+        for dim in param.axes.dims
+        if dim.axis in scales
+    }
+
+
+def _holds_copies(narrow: Tensor, wide: Tensor) -> bool:
+    """Whether ``wide`` is ``narrow`` with every entry of the grown dimensions repeated equally often, in any order."""
+    if narrow.dim() != wide.dim():
+        return False
+    grown = [i for i, (a, b) in enumerate(zip(narrow.shape, wide.shape, strict=True)) if a != b]
+    if grown:
+        kept = [i for i in range(narrow.dim()) if i not in grown]
+        narrow, wide = (x.permute(*kept, *grown).flatten(len(kept)).sort(-1).values for x in (narrow, wide))
+        copies, rest = divmod(wide.shape[-1], max(narrow.shape[-1], 1))
+        if rest:
+            return False
+        narrow = narrow.repeat_interleave(copies, -1)
+    if not narrow.numel():
+        return True
+    return float((narrow - wide).abs().max()) <= SAME * float(narrow.abs().max())
+
+
+def _rms(value: Tensor) -> float:
+    return float(value.double().square().mean().sqrt()) if value.numel() else 0.0

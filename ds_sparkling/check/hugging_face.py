@@ -1,0 +1,81 @@
+"""Making the config of a Hugging Face model smaller, whichever architecture it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from ds_sparkling.factory import import_transformers
+
+#: Token ids that a small vocabulary has, at least.
+_TOKENS = 128
+#: What a config calls the number of experts, and how many of them a token is sent to.
+_EXPERTS = ("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts")
+_TOP_K = ("num_experts_per_tok", "moe_top_k")
+#: Widths, axes or not, that are divided like the axes: names, and ends of names.
+_WIDTHS = ("n_embd", "n_inner", "d_model", "d_ff", "ffn_dim", "hidden_size", "intermediate_size", "lora_rank")
+#: What heads and key/value heads are called; their ratio stays.
+_HEADS = ("num_attention_heads", "num_key_value_heads")
+_SPECIAL_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
+
+
+def resolved(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config with the defaults of its architecture filled in, under the architecture's own names."""
+    return {**import_transformers().AutoConfig.for_model(**config).to_dict(), "model_type": config["model_type"]}
+
+
+def own_name(config: Mapping[str, Any], name: str) -> str:
+    """What an architecture itself calls an attribute: GPT-2's ``hidden_size`` is ``n_embd``."""
+    names = import_transformers().AutoConfig.for_model(config["model_type"]).attribute_map
+    return str(names.get(name, name))
+
+
+def fewer_layers(config: Mapping[str, Any], total: int, kept: int) -> dict[str, Any]:
+    """A resolved config cut to its first ``kept`` of ``total`` layers, lists of one entry per layer included."""
+    cut = {
+        key: value[:kept] if isinstance(value, list) and len(value) == total else value for key, value in config.items()
+    }
+    return {**cut, own_name(config, "num_hidden_layers"): kept}
+
+
+def fewer_tokens(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A resolved config with a small vocabulary."""
+    vocabulary = min(config["vocab_size"], _TOKENS)
+    special = {key: 0 for key in _SPECIAL_TOKENS if isinstance(config.get(key), int)}
+    return {**config, "vocab_size": vocabulary, **special}
+
+
+def fewer_experts(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A resolved config with twice as many experts as a token is sent to, whole groups of them."""
+    experts = next((key for key in _EXPERTS if isinstance(config.get(key), int)), None)
+    top_k = next((config[key] for key in _TOP_K if isinstance(config.get(key), int)), None)
+    if experts is None or top_k is None:
+        return dict(config)
+    groups, chosen = config.get("n_group") or 1, config.get("topk_group") or 1
+    per_group = max(math.ceil(2 * top_k / groups), math.ceil(top_k / chosen), 2)
+    return {**config, experts: min(groups * per_group, config[experts])}
+
+
+def narrower(config: Mapping[str, Any], divisor: int, axes: Collection[str]) -> dict[str, Any]:
+    """A resolved config whose widths and heads, other than the ``axes``, are divided as far as they can be."""
+    made = dict(config)
+    own = {own_name(config, axis) for axis in axes}
+    for key, width in config.items():
+        if key.endswith(_WIDTHS) and key not in own and isinstance(width, int) and width:
+            made[key] = width // math.gcd(width, divisor)
+    heads, groups = (own_name(config, name) for name in _HEADS)
+    if isinstance(config.get(heads), int) and not own & {heads, groups}:
+        among = config.get(groups) or config[heads]
+        by = math.gcd(divisor, among)
+        while by > 1 and among // by < 2:
+            by //= 2
+        made[heads] = config[heads] // by
+        if config.get(groups):
+            made[groups] = among // by
+    return made
+
+
+def with_widths(config: Mapping[str, Any], widths: Mapping[str, int]) -> dict[str, Any]:
+    """A resolved config of other widths."""
+    return {**config, **{own_name(config, axis): width for axis, width in widths.items()}}

@@ -1,0 +1,225 @@
+"""Small instances of a model: the same code and proportions, with fewer layers and narrower."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ds_sparkling.check.hugging_face import (
+    fewer_experts,
+    fewer_layers,
+    fewer_tokens,
+    narrower,
+    own_name,
+    resolved,
+    with_widths,
+)
+from ds_sparkling.errors import PlanError
+from ds_sparkling.factory import HuggingFaceFactory
+from ds_sparkling.probe import BuildModel, build_on_meta
+
+#: Parameters of a narrow model that is run without being made smaller: fractions of a second on one core.
+SMALL = 2_000_000
+#: Parameters of the narrow model beyond which it isn't run unless asked for as it is.
+LARGE = 50_000_000
+#: Units that a width axis is shrunk to at least: enough for an RMS to mean something.
+_UNITS = 16
+#: The axis that a small vocabulary stands in for.
+VOCABULARY = "vocab_size"
+#: Axes that count something other than channels go down to this.
+_COUNTED = 2
+
+
+@dataclass(frozen=True)
+class Instance:
+    """A model to grow, narrow enough to be run.
+
+    Attributes:
+        build_model: builds it from its widths.
+        before: width of every axis of the narrow model.
+        after: width of every axis that grows, in the wide model.
+        layers: how many modules every list of layers is cut to; other lists stay whole.
+        note: how it differs from the model asked for, in words; empty if it is that model.
+    """
+
+    build_model: BuildModel
+    before: dict[str, int]
+    after: dict[str, int]
+    layers: tuple[tuple[str, int], ...] = ()
+    note: str = ""
+
+    def __call__(self, **widths: int) -> nn.Module:
+        """The model at any widths, as probing asks for it."""
+        model = self.build_model(**widths)
+        for name, kept in self.layers:
+            del model.get_submodule(name)[kept:]  # type: ignore[operator]
+        return model
+
+    def build(self, *, wide: bool = False, meta: bool = False) -> nn.Module:
+        """The narrow (or wide) model.
+
+        Raises:
+            PlanError: if it can't be built.
+        """
+        widths = {**self.before, **self.after} if wide else self.before
+        return build_on_meta(self, widths) if meta else _build(self, widths)
+
+
+@dataclass(frozen=True)
+class _Family:
+    """An instance at the model's own axis widths, and whether its other widths may be divided along with these."""
+
+    instance: Instance
+    narrow: bool = False
+
+
+def instances(
+    build_model: BuildModel, before: Mapping[str, int], after: Mapping[str, int], *, keep_vocabulary: bool = False
+) -> Iterator[Instance]:
+    """Small instances of a model that grows from widths ``before`` to ``after``, the best one first.
+
+    That is the model itself if it has at most :data:`SMALL` parameters. Otherwise its lists of layers are cut to the
+    shortest prefix that has a layer of each kind, and its widths divided by powers of two. Later ones are larger, for
+    models that can't be run so small.
+
+    Args:
+        keep_vocabulary: whether the inputs are made for the whole vocabulary.
+
+    Raises:
+        PlanError: if the model can't be built, or isn't small enough at any widths.
+    """
+    whole = Instance(build_model, dict(before), dict(after))
+    size = _parameters(whole)
+    if size <= SMALL:
+        yield whole
+        return
+    found = False
+    for family in _families(whole, keep_vocabulary):
+        sized = list(_sized(_narrowed(family)))
+        first = next((index for index, (_, count) in enumerate(sized) if count <= SMALL), len(sized) - 1)
+        for instance, count in reversed(sized[max(first - 1, 0) : first + 1]):
+            if count <= LARGE:
+                found = True
+                yield instance
+    if not found:
+        raise PlanError(
+            f"the model has {size:,} parameters, and no fewer than {LARGE:,} with its widths divided by any power of "
+            "two that it can be built with; check it as it is, or give a build_model of fewer layers"
+        )
+
+
+def _families(whole: Instance, keep_vocabulary: bool) -> Iterator[_Family]:
+    """Ways to make a model smaller, those that go furthest first."""
+    layers = layer_kinds(whole.build(meta=True))
+    if isinstance(whole.build_model, HuggingFaceFactory):
+        yield from _hugging_face_families(whole, whole.build_model, layers, keep_vocabulary)
+    else:
+        cut = tuple((name, count) for name, (count, total) in layers.items() if count < total)
+        if cut:
+            kept = ", ".join(f"{count} of {layers[name][1]} modules of {name}" for name, count in cut)
+            yield _Family(replace(whole, layers=cut, note=kept))
+    yield _Family(whole)
+
+
+def _hugging_face_families(
+    whole: Instance, factory: HuggingFaceFactory, layers: Mapping[str, tuple[int, int]], keep_vocabulary: bool
+) -> Iterator[_Family]:
+    config, notes = resolved({**factory.config, **whole.before}), []
+    before, after = dict(whole.before), dict(whole.after)
+    total = config.get(own_name(config, "num_hidden_layers"))
+    counts = [count for count, length in layers.values() if length == total]
+    if isinstance(total, int) and counts and counts[0] < total:
+        config = fewer_layers(config, total, counts[0])
+        notes.append(f"{counts[0]} of {total} layers")
+    if not keep_vocabulary and VOCABULARY not in before:
+        config = fewer_tokens(config)
+        notes.append(f"a vocabulary of {config[VOCABULARY]}")
+    fewer = fewer_experts(config)
+    for experts in (fewer, config) if fewer != config else (config,):
+        layered = replace(whole, before=before, after=after, build_model=HuggingFaceFactory(experts))
+        layered = replace(layered, note=", ".join([*notes, "fewer experts"] if experts is not config else notes))
+        yield _Family(layered, narrow=True)
+        yield _Family(layered)
+
+
+def layer_kinds(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """For every outermost list of modules: the shortest prefix with all kinds of its modules, and its length.
+
+    Two modules are of one kind if their submodules and parameters have the same names, types and shapes, and the
+    model's config declares no different ``layer_types``. A prefix has two modules at least.
+    """
+    found: dict[str, tuple[int, int]] = {}
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{other}.") for other in found)
+        if isinstance(module, nn.ModuleList) and len(module) and not inside:
+            declared = getattr(getattr(model, "config", None), "layer_types", None)
+            types = declared if isinstance(declared, list) and len(declared) == len(module) else [None] * len(module)
+            kinds = [(_kind(layer), layer_type) for layer, layer_type in zip(module, types, strict=True)]
+            prefix = max(kinds.index(kind) for kind in kinds) + 1
+            found[name] = (min(max(prefix, 2), len(module)), len(module))
+    return found
+
+
+def _kind(layer: nn.Module) -> tuple[Any, ...]:
+    modules = tuple((name, type(module)) for name, module in layer.named_modules())
+    return modules, tuple((name, tuple(param.shape)) for name, param in layer.named_parameters())
+
+
+def _narrowed(family: _Family) -> Iterator[Instance]:
+    """A family's instance with its widths divided by 1, 2, 4 ... as long as an axis can be divided."""
+    whole, divisor, latest = family.instance, 1, None
+    while True:
+        before, after = dict(whole.before), dict(whole.after)
+        for axis, width in whole.before.items():
+            by = _divisor(axis, math.gcd(width, after.get(axis, width)), divisor)
+            before[axis] //= by
+            if axis in after:
+                after[axis] //= by
+        if before == latest:
+            return
+        divided = ", ".join(f"{axis} {width}" for axis, width in before.items()) if divisor > 1 else ""
+        note = ", ".join(filter(None, (whole.note, divided)))
+        build_model = whole.build_model
+        if isinstance(build_model, HuggingFaceFactory):
+            config = narrower(build_model.config, divisor, before) if family.narrow else build_model.config
+            build_model = HuggingFaceFactory(with_widths(config, before))
+        yield replace(whole, build_model=build_model, before=before, after=after, note=note)
+        latest, divisor = before, 2 * divisor
+
+
+def _divisor(axis: str, width: int, most: int) -> int:
+    """The largest power of two up to ``most`` that divides a width and leaves enough of it."""
+    least = _COUNTED if "head" in axis or "expert" in axis else _UNITS
+    by = 1
+    while 2 * by <= most and width % (2 * by) == 0 and width // (2 * by) >= least:
+        by *= 2
+    return by
+
+
+def _sized(candidates: Iterator[Instance]) -> Iterator[tuple[Instance, int]]:
+    """Those that can be built, narrow and wide, with the narrow model's parameters."""
+    for instance in candidates:
+        try:
+            instance.build(wide=True, meta=True)
+            yield instance, _parameters(instance)
+        except PlanError:
+            continue
+
+
+def _parameters(instance: Instance) -> int:
+    return sum(param.numel() for param in instance.build(meta=True).parameters())
+
+
+def _build(build_model: BuildModel, widths: Mapping[str, int]) -> nn.Module:
+    """The model on the CPU, always the same, leaving the caller's random state as it was."""
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            torch.manual_seed(0)
+            return build_model(**widths)
+    except Exception as error:
+        raise PlanError(f"build_model(**{dict(widths)}) failed: {type(error).__name__}: {error}") from error

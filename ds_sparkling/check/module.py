@@ -1,0 +1,87 @@
+"""Growing a plain module, without an engine: what an engine's growth does to weights and buffers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ds_sparkling.axes import ParamAxes
+from ds_sparkling.growth import GrowthPlan, Widener, make_plan
+from ds_sparkling.strategy import Strategy
+
+#: Spread of what is added to gains and biases, which models start at zero or one.
+_VECTOR_STD = 0.1
+
+
+@torch.no_grad()
+def randomize(model: nn.Module, seed: int) -> None:
+    """Give every parameter seeded values with which every path through the model matters.
+
+    Models start with zero biases, equal gains and matrices so small that branches hardly count. Here matrices get the
+    std ``1 / sqrt(size of the last dimension)``, embeddings 1, and vectors move off their start by 0.1.
+    """
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    for index, param in enumerate(model.parameters()):
+        if not param.is_floating_point():
+            continue
+        generator = torch.Generator().manual_seed(seed + index)
+        noise = torch.randn(param.shape, generator=generator, dtype=torch.float64)
+        if param.dim() < 2:
+            param.add_((noise * _VECTOR_STD).to(param))
+        else:
+            param.copy_(noise if id(param) in embeddings else noise * param.shape[-1] ** -0.5)
+
+
+def settled(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The model in evaluation mode and in ``dtype``, whose experts run in every dtype.
+
+    Transformers' grouped kernels for experts don't know float64.
+    """
+    choose_kernel: Any = getattr(model, "set_experts_implementation", None)
+    if choose_kernel is not None:
+        choose_kernel("eager")
+    return model.to(dtype).eval()
+
+
+def plan_of(
+    model: nn.Module,
+    axes: Mapping[str, ParamAxes],
+    before: Mapping[str, int],
+    after: Mapping[str, int],
+    strategy: Strategy,
+) -> GrowthPlan:
+    """The plan of growing a plain module.
+
+    Raises:
+        PlanError: if it can't grow so.
+    """
+    shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
+    return make_plan(shapes, axes, before, after, strategy, stage=1)
+
+
+@torch.no_grad()
+def grow_into(wide: nn.Module, narrow: nn.Module, plan: GrowthPlan) -> None:
+    """Fill ``wide``, built at the new widths, with the growth of ``narrow``.
+
+    Tied parameters are filled once. Buffers of a checkpoint are taken over, as a restart from it would; all others
+    stay as the wide model makes them.
+    """
+    old = dict(narrow.named_parameters())
+    for name, param in wide.named_parameters():
+        widener = Widener(plan, name)
+        grown = torch.empty(math.prod(widener.after), dtype=param.dtype)
+        widener.weight(old[name].detach(), grown)
+        param.copy_(grown.view(widener.after))
+    kept, new = _persistent_buffers(narrow), _persistent_buffers(wide)
+    for name, buffer in new.items():
+        if name in kept and kept[name].shape == buffer.shape:
+            buffer.copy_(kept[name])
+
+
+def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+    saved = model.state_dict(keep_vars=True)
+    return {name: buffer for name, buffer in model.named_buffers() if name in saved}

@@ -1,0 +1,131 @@
+"""The proof, before a growth, that growing keeps a model's function.
+
+A model may scale something by its own width: an embedding by ``sqrt(hidden_size)``, attention by ``hidden_size /
+heads``, logits by ``1 / hidden_size``. No rule for weights can see that, but twice the width with every unit copied
+must give the same logits, whatever the model does. So that is tried, on a small instance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from ds_sparkling.axes import ParamAxes
+from ds_sparkling.check.comparison import SAME, Change, Comparison, Runnable, compare, first_runnable, fitting_axes
+from ds_sparkling.check.forward import Inputs, Side, difference_between_runs
+from ds_sparkling.check.instance import instances
+from ds_sparkling.errors import PlanError
+from ds_sparkling.probe import BuildModel
+from ds_sparkling.strategy import Strategy
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What is known of a model's function under growth.
+
+    Attributes:
+        difference: of the logits after doubling every axis, relative; None if nothing is known.
+        reason: why nothing is known ("not provable: ..."); empty if the function is kept.
+    """
+
+    difference: float | None
+    reason: str = ""
+
+    def __bool__(self) -> bool:
+        return not self.reason
+
+
+def prove_function(
+    build_model: BuildModel,
+    axes: Mapping[str, ParamAxes],
+    widths: Mapping[str, int],
+    after: Mapping[str, int],
+    inputs: Inputs | None = None,
+) -> Proof:
+    """Show that copying the units of the axes in ``after`` keeps the function of ``build_model``'s model.
+
+    A small instance, with parameters that all matter, is doubled along these axes by copy-copy growth with the given
+    ``axes``, and its logits are compared. Takes about a second on the CPU, and leaves the random state as it is.
+
+    Args:
+        build_model: builds the model from its widths.
+        axes: what each parameter's dimensions are.
+        widths: the widths in force.
+        after: the axes that will grow; how far doesn't matter.
+        inputs: of the model's forward; random token ids by default.
+
+    Returns:
+        A proof, or why there is none: the model can't be made small, or its forward can't be called.
+
+    Raises:
+        PlanError: if the function changes; names the first module that takes or gives something else.
+    """
+    twice = {axis: 2 * widths[axis] for axis in after}
+    try:
+        small = instances(build_model, widths, twice, keep_vocabulary=inputs is not None)
+        runnable = first_runnable(small, inputs, torch.float64, seed=0)
+    except PlanError as error:
+        return Proof(None, f"not provable: {error}")
+    fitted = fitting_axes(runnable.instance, runnable.model, axes)
+    comparison = compare(runnable, fitted, Strategy())
+    if comparison.difference <= SAME:
+        return Proof(comparison.difference)
+    noise = difference_between_runs(runnable.model, runnable.call)
+    if noise > SAME:
+        return Proof(None, f"not provable: the model's logits differ between two runs, by {noise:.2g} of the largest")
+    guilty, comparison = _one_axis(runnable, fitted, comparison)
+    raise PlanError(refutation(guilty, comparison))
+
+
+def _one_axis(runnable: Runnable, axes: Mapping[str, ParamAxes], joint: Comparison) -> tuple[list[str], Comparison]:
+    """The first axis that changes the function when it grows alone; all of them if none does."""
+    after = runnable.instance.after
+    for axis in after if len(after) > 1 else ():
+        alone = replace(runnable, instance=replace(runnable.instance, after={axis: after[axis]}))
+        try:
+            comparison = compare(alone, axes, Strategy())
+        except PlanError:  # an axis that only grows together with another
+            continue
+        if comparison.difference > SAME:
+            return [axis], comparison
+    return list(after), joint
+
+
+def refutation(axes: list[str], comparison: Comparison) -> str:
+    """What to say of a copy-copy growth at an integer ratio that changes the function."""
+    grown = " and ".join(axes)
+    head = (
+        f"growing {grown} would change the model's function: with every unit copied, logits differ by "
+        f"{comparison.difference:.2g} of the largest. "
+    )
+    advice = (
+        f"Something may be scaled by {grown} itself, or by what follows from it (an embedding or logit multiplier, an "
+        "attention scale, a size of heads), or a parameter may be laid out otherwise than its axes say. Set such a "
+        f"scale from the starting widths, correct the axes, or leave {grown} as it is"
+    )
+    return head + _where(comparison) + advice
+
+
+def _where(comparison: Comparison) -> str:
+    latest = None
+    for change in comparison.changes:
+        if not change.same:
+            return _described(change, latest, comparison)
+        latest = change
+    after = f" after {_named(latest)}" if latest is not None else ""
+    return f"All its modules give the same, so it is in what {type(comparison.narrow).__name__} does{after}. "
+
+
+def _described(change: Change, latest: Change | None, comparison: Comparison) -> str:
+    kind = type(comparison.narrow.get_submodule(change.module)).__name__
+    rms = f"RMS {change.before:.4g} -> {change.after:.4g}"
+    if change.side is Side.OUTPUT:
+        return f"The first module to give something else is {change.module} ({kind}): {rms}. "
+    since = f", computed since {_named(latest)}" if latest is not None else ""
+    return f"The first to differ is the input of {change.module} ({kind}){since}: {rms}. "
+
+
+def _named(change: Change) -> str:
+    return f"the {change.side.value} of {change.module}"
