@@ -1,26 +1,35 @@
 """Named width axes and what each dimension of a parameter has to do with them.
 
 A *width axis* is a model width that can grow, called by the model config's own attribute (``hidden_size``,
-``moe_intermediate_size`` ...). A dimension that carries an axis of width ``d`` has ``segments * d * block`` entries,
-laid out segment by segment, unit by unit: entry ``(s * d + u) * block + b`` belongs to unit ``u``.
+``moe_intermediate_size`` ...). A dimension that carries an axis of width ``d`` has ``segments * d * block`` entries.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import Enum
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from ds_sparkling.errors import PlanError
 
 
 class Role(str, Enum):
-    """Which side of a linear map a dimension is (method, Sec. 3.2)."""
+    """What a dimension is to the map that its parameter takes part in (method, Sec. 3.2).
+
+    ``fan_out`` and ``fan_in`` are the two sides of a linear map; a bias is fan-out. ``gain`` is a factor (or, next to
+    one, a shift) per unit of a norm. ``per_unit`` is any other number per unit, which a new unit always takes over from
+    its source. ``index`` counts things that are looked up or told apart, as tokens are: new ones are nobody's copies.
+    """
 
     FAN_OUT = "fan_out"
     FAN_IN = "fan_in"
     GAIN = "gain"
+    PER_UNIT = "per_unit"
+    INDEX = "index"
 
 
 @dataclass(frozen=True)
@@ -31,9 +40,14 @@ class Dim:
         axis: the width axis it carries, or None for a dimension that never grows.
         role: its :class:`Role`; None exactly when ``axis`` is None.
         block: entries per unit (``head_dim`` rows per head); 1 otherwise.
-        segments: independent copies of the axis laid end to end (2 for gate and up fused in one tensor).
+        segments: copies of the axis in this dimension (2 for gate and up fused in one tensor).
         alive: segments that zero initialisation must leave copied, because a product of two zeroed factors has no
             gradient (the gate half of a gated MLP).
+        interleaved: the segments take turns unit by unit (gate, up, gate, up ...) instead of lying end to end.
+        groups: what parts the units into equal consecutive groups that grow each for itself: another axis, or a number
+            that is fixed. Query heads are grouped by the key/value head that they share.
+        power: the model itself multiplies what this parameter gives by ``width ** power``, as some do with embeddings
+            (1/2) and logits (-1). A growth takes that out again.
     """
 
     axis: str | None = None
@@ -41,6 +55,9 @@ class Dim:
     block: int = 1
     segments: int = 1
     alive: tuple[int, ...] = ()
+    interleaved: bool = False
+    groups: str | int = 1
+    power: float = 0.0
 
     def __post_init__(self) -> None:
         if (self.axis is None) != (self.role is None):
@@ -54,9 +71,78 @@ class Dim:
         """Entries of the dimension when its axis is ``width`` units wide."""
         return self.segments * width * self.block
 
+    def group_count(self, widths: Mapping[str, int]) -> int:
+        """How many groups its units are in at ``widths``."""
+        return self.groups if isinstance(self.groups, int) else widths[self.groups]
+
+    def units(self, width: int) -> Tensor:
+        """The unit of every entry, int64 of shape [size(width)]."""
+        unit = torch.arange(width)
+        if self.interleaved:
+            return unit.repeat_interleave(self.segments * self.block)
+        return unit.repeat_interleave(self.block).repeat(self.segments)
+
+    def segment(self, width: int) -> Tensor:
+        """The segment of every entry, int64 of shape [size(width)]."""
+        segment = torch.arange(self.segments)
+        if self.interleaved:
+            return segment.repeat_interleave(self.block).repeat(width)
+        return segment.repeat_interleave(width * self.block)
+
+    def sources(self, unit_sources: Tensor, before: int) -> Tensor:
+        """The old entry that every new entry comes from.
+
+        Args:
+            unit_sources: the old unit that every new unit comes from, [width after].
+            before: the width before.
+
+        Returns:
+            int64 of shape [size(after)].
+        """
+        width = len(unit_sources)
+        source = unit_sources[self.units(width)]
+        segment = self.segment(width)
+        if self.interleaved:
+            base = source * self.segments + segment
+        else:
+            base = segment * before + source
+        return base * self.block + torch.arange(self.size(width)) % self.block
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON: what isn't a default, and axis and role always; empty for a dimension that never grows."""
+        if self.axis is None or self.role is None:
+            return {}
+        data: dict[str, Any] = {"axis": self.axis, "role": self.role.value}
+        for entry in fields(self)[2:]:
+            value = getattr(self, entry.name)
+            if value != entry.default:
+                data[entry.name] = list(value) if isinstance(value, tuple) else value
+        return data
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Dim:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            ValueError, TypeError, KeyError: if it is none of ours.
+        """
+        if not data:
+            return FIXED
+        unknown = sorted(data.keys() - {entry.name for entry in fields(cls)})
+        if unknown:
+            raise ValueError(f"unknown key {unknown[0]!r}")
+        return cls(**{**data, "role": Role(data["role"]), "alive": tuple(data.get("alive", ()))})
+
 
 #: A dimension that carries no axis.
 FIXED = Dim()
+
+
+class Norm(str, Enum):
+    """What a norm divides by, and takes off before: the root mean square, or the standard deviation and the mean."""
+
+    RMS = "rms"
+    LAYER = "layer"
 
 
 @dataclass(frozen=True)
@@ -68,11 +154,15 @@ class ParamAxes:
         stacked_experts: dimension 0 counts experts; each index is a weight matrix of its own.
         head_gain: this norm gain feeds a head that is tied to the embedding, and takes the head's fan-in factor
             (method, App. D.1).
+        norm: the kind of norm that this is the gain of.
+        offset: what the model adds to the stored gain (1 where the gain is ``1 + w``).
     """
 
     dims: tuple[Dim, ...]
     stacked_experts: bool = False
     head_gain: bool = False
+    norm: Norm | None = None
+    offset: float = 0.0
 
     @property
     def axes(self) -> frozenset[str]:
@@ -86,24 +176,25 @@ class ParamAxes:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        dims = [
-            {}
-            if dim.axis is None or dim.role is None
-            else {
-                "axis": dim.axis,
-                "role": dim.role.value,
-                "block": dim.block,
-                "segments": dim.segments,
-                "alive": list(dim.alive),
-            }
-            for dim in self.dims
-        ]
-        return {"dims": dims, "stacked_experts": self.stacked_experts, "head_gain": self.head_gain}
+        """As JSON: the dimensions, and what isn't a default."""
+        data: dict[str, Any] = {"dims": [dim.to_dict() for dim in self.dims]}
+        for entry in fields(self)[1:]:
+            value = getattr(self, entry.name)
+            if value != entry.default:
+                data[entry.name] = value.value if isinstance(value, Norm) else value
+        return data
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ParamAxes:
-        dims = tuple(
-            Dim(d["axis"], Role(d["role"]), d["block"], d["segments"], tuple(d["alive"])) if d else FIXED
-            for d in data["dims"]
-        )
-        return cls(dims, data["stacked_experts"], data["head_gain"])
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            ValueError, TypeError, KeyError: if it is none of ours.
+        """
+        unknown = sorted(data.keys() - {entry.name for entry in fields(cls)})
+        if unknown:
+            raise ValueError(f"unknown key {unknown[0]!r}")
+        known = {**data, "dims": tuple(Dim.from_dict(dim) for dim in data["dims"])}
+        if known.get("norm") is not None:
+            known["norm"] = Norm(known["norm"])
+        return cls(**known)

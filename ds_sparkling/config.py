@@ -11,10 +11,13 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ds_sparkling.axes import ParamAxes
 from ds_sparkling.errors import ConfigError
+from ds_sparkling.hints import parse_hints
 from ds_sparkling.strategy import (
     BiasCorrection,
     Init,
+    NewIndex,
     OptimizerState,
     Rewarmup,
     Scaling,
@@ -49,6 +52,7 @@ class SparklingConfig:
         checkpoint_dir: where checkpoints live; resumed from, and written to before a growth.
         checkpoint_before_growth: whether to save just before each growth.
         log_every: optimizer steps between points of the growth's curves in the monitors; 0 for none.
+        axes: what parameters are that probing can't read, by patterns that match their names.
     """
 
     stages: tuple[StageConfig, ...] = ()
@@ -57,6 +61,7 @@ class SparklingConfig:
     checkpoint_dir: str | None = None
     checkpoint_before_growth: bool = True
     log_every: int = 10
+    axes: dict[str, ParamAxes] = field(default_factory=dict)
 
     @classmethod
     def from_dict(cls, block: Mapping[str, Any]) -> SparklingConfig:
@@ -80,14 +85,16 @@ class SparklingConfig:
                 "checkpoint_dir",
                 "checkpoint_before_growth",
                 "log_every",
+                "axes",
             },
         )
         init = _mapping(block.get("init", {}), f"{BLOCK}.init")
-        _check_keys(init, f"{BLOCK}.init", {"fan_out", "fan_in", "norm"})
+        _check_keys(init, f"{BLOCK}.init", {"fan_out", "fan_in", "norm", "vocabulary"})
         strategy = Strategy(
             fan_out=_choice(init, f"{BLOCK}.init", "fan_out", Init.COPY),
             fan_in=_choice(init, f"{BLOCK}.init", "fan_in", Init.COPY),
             norm=_choice(init, f"{BLOCK}.init", "norm", Init.COPY),
+            vocabulary=_choice(init, f"{BLOCK}.init", "vocabulary", NewIndex.MEAN),
             scaling=_choice(block, BLOCK, "scaling", Scaling.RMS),
             optimizer_state=_choice(block, BLOCK, "optimizer_state", OptimizerState.ASYMMETRIC_RESET),
             rewarmup=_rewarmup(block.get("rewarmup", {})),
@@ -104,6 +111,7 @@ class SparklingConfig:
         log_every = _integer(block.get("log_every", cls.log_every), f"{BLOCK}.log_every")
         if log_every < 0:
             raise ConfigError(f"{BLOCK}.log_every must not be negative, got {log_every}")
+        axes = parse_hints(_mapping(block.get("axes", {}), f"{BLOCK}.axes"), f"{BLOCK}.axes")
         return cls(
             stages=_stages(block.get("stages", [])),
             widths=None if widths is None else _widths(widths, f"{BLOCK}.widths"),
@@ -111,6 +119,7 @@ class SparklingConfig:
             checkpoint_dir=checkpoint_dir,
             checkpoint_before_growth=before_growth,
             log_every=log_every,
+            axes=axes,
         )
 
 

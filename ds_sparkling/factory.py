@@ -42,7 +42,8 @@ class HuggingFaceFactory:
             return {}
         settings = import_transformers().AutoConfig.for_model(**self.config)
         hidden, heads = (getattr(settings, name, None) for name in ("hidden_size", "num_attention_heads"))
-        if not isinstance(hidden, int) or not isinstance(heads, int):
+        derived = isinstance(getattr(type(settings), "head_dim", None), property)
+        if derived or not isinstance(hidden, int) or not isinstance(heads, int):
             return {}
         # A config that sets head_dim to anything else means something else by it (DeepSeek's is that of RoPE alone).
         return {"head_dim": hidden // heads} if getattr(settings, "head_dim", None) in (None, hidden // heads) else {}

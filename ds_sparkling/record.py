@@ -18,7 +18,7 @@ from ds_sparkling.growth.plan import GrowthPlan
 from ds_sparkling.strategy import Strategy
 
 FILE_NAME = "ds_sparkling.json"
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,17 @@ class Init(str, Enum):
     ZERO = "zero"
 
 
+class NewIndex(str, Enum):
+    """What the entries of new tokens (or anything else that is told apart by an index) hold.
+
+    ``mean`` is the mean over the old ones, so that a new token's logit is the mean of theirs. ``random`` is drawn with
+    the old ones' RMS.
+    """
+
+    MEAN = "mean"
+    RANDOM = "random"
+
+
 class Scaling(str, Enum):
     """How grown tensors are rescaled.
 
@@ -149,6 +160,7 @@ class Strategy:
     rewarmup: Rewarmup = Rewarmup()
     bias_correction: BiasCorrection = BiasCorrection.RESTART
     seed: int = 0
+    vocabulary: NewIndex = NewIndex.MEAN
 
     def __post_init__(self) -> None:
         if (self.fan_out, self.fan_in) not in INIT_PAIRS:
@@ -174,7 +186,12 @@ class Strategy:
 
     def to_dict(self) -> dict[str, Any]:
         return {
-            "init": {"fan_out": self.fan_out.value, "fan_in": self.fan_in.value, "norm": self.norm.value},
+            "init": {
+                "fan_out": self.fan_out.value,
+                "fan_in": self.fan_in.value,
+                "norm": self.norm.value,
+                "vocabulary": self.vocabulary.value,
+            },
             "scaling": self.scaling.value,
             "optimizer_state": self.optimizer_state.value,
             "rewarmup": self.rewarmup.to_dict(),
@@ -194,4 +211,5 @@ class Strategy:
             Rewarmup.from_dict(data["rewarmup"]),
             BiasCorrection(data["bias_correction"]),
             int(data["seed"]),
+            NewIndex(init["vocabulary"]),
         )

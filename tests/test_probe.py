@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from ds_sparkling.axes import FIXED, Dim, ParamAxes, Role
+from ds_sparkling.axes import FIXED, Dim, Norm, ParamAxes, Role
 from ds_sparkling.errors import PlanError
 from ds_sparkling.models.olmoe import OlmoeConfig, OlmoeForCausalLM
 from ds_sparkling.probe import base_widths, build_on_meta, probe
@@ -42,14 +42,14 @@ def build_olmoe(tie_word_embeddings: bool = True, **widths: int) -> OlmoeForCaus
 def test_every_dimension_of_the_reference_model(tied: bool) -> None:
     axes = probe(lambda **widths: build_olmoe(tied, **widths), WIDTHS)
     layer = {
-        "input_layernorm.weight": ParamAxes((Dim(H, Role.GAIN),)),
+        "input_layernorm.weight": ParamAxes((Dim(H, Role.GAIN),), norm=Norm.RMS),
         "self_attn.q_proj.weight": ParamAxes((FIXED, HIDDEN_IN)),
         "self_attn.k_proj.weight": ParamAxes((FIXED, HIDDEN_IN)),
         "self_attn.v_proj.weight": ParamAxes((FIXED, HIDDEN_IN)),
         "self_attn.o_proj.weight": ParamAxes((HIDDEN_OUT, FIXED)),
         "self_attn.q_norm.weight": ParamAxes((FIXED,)),
         "self_attn.k_norm.weight": ParamAxes((FIXED,)),
-        "post_attention_layernorm.weight": ParamAxes((Dim(H, Role.GAIN),)),
+        "post_attention_layernorm.weight": ParamAxes((Dim(H, Role.GAIN),), norm=Norm.RMS),
         "mlp.gate.weight": ParamAxes((FIXED, HIDDEN_IN)),
         "mlp.experts.gate_up_proj": ParamAxes(
             (FIXED, Dim(I, Role.FAN_OUT, segments=2, alive=(0,)), HIDDEN_IN), stacked_experts=True
@@ -59,7 +59,7 @@ def test_every_dimension_of_the_reference_model(tied: bool) -> None:
     expected = {
         "embed_tokens.weight": ParamAxes((FIXED, HIDDEN_OUT)),
         **{f"layers.{index}.{name}": value for index in range(2) for name, value in layer.items()},
-        "norm.weight": ParamAxes((Dim(H, Role.GAIN),), head_gain=tied),
+        "norm.weight": ParamAxes((Dim(H, Role.GAIN),), norm=Norm.RMS, head_gain=tied),
     }
     if not tied:
         expected["lm_head.weight"] = ParamAxes((FIXED, HIDDEN_IN))

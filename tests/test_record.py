@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ds_sparkling.axes import FIXED, Dim, ParamAxes, Role
+from ds_sparkling.axes import FIXED, Dim, Norm, ParamAxes, Role
 from ds_sparkling.errors import CheckpointError
 from ds_sparkling.growth import make_plan
 from ds_sparkling.record import FILE_NAME, GrowthRecord, StageRecord, find_checkpoint, read_record
@@ -25,7 +25,7 @@ AXES = {
         (FIXED, Dim("inner", Role.FAN_OUT, segments=2, alive=(0,)), Dim("hidden", Role.FAN_IN)), stacked_experts=True
     ),
     "heads.weight": ParamAxes((Dim("hidden", Role.FAN_OUT, block=3), FIXED)),
-    "norm.weight": ParamAxes((Dim("hidden", Role.GAIN),), head_gain=True),
+    "norm.weight": ParamAxes((Dim("hidden", Role.GAIN),), norm=Norm.RMS, head_gain=True),
     "scale": ParamAxes(()),
 }
 OTHER = Strategy(Init.RANDOM, Init.ZERO, Init.RANDOM, Scaling.NONE, OptimizerState.DROP, seed=5)

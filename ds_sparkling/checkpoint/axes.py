@@ -10,16 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from ds_sparkling.autoep import BlockNames, block_axes
-from ds_sparkling.axes import FIXED, Dim, ParamAxes, Role
+from ds_sparkling.axes import ParamAxes
 from ds_sparkling.checkpoint.layout import Param
 from ds_sparkling.checkpoint.metadata import expert_layers
 from ds_sparkling.checkpoint.source import Source
 from ds_sparkling.config import read_json
 from ds_sparkling.errors import ConfigError, PlanError
 from ds_sparkling.factory import HuggingFaceFactory, named_factory
+from ds_sparkling.hints import TO_FILL, name_pattern, parse_hints
 from ds_sparkling.probe import BuildModel, base_widths, probe
-
-_TO_FILL = "?"
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ def find_axes(source: Source, widths: Iterable[str], config: str | None) -> Mode
                 "config.json, module:function of what builds it, or a hints file",
                 hints(
                     source.layout.params.values(),
-                    dict.fromkeys(widths, _TO_FILL) | (record.widths if record is not None else {}),
+                    dict.fromkeys(widths, TO_FILL) | (record.widths if record is not None else {}),
                 ),
             )
         return ModelAxes(record.widths, _in_checkpoint(source, record.widths, record.axes), dict(record.axes))
@@ -85,22 +84,23 @@ def hints(params: Iterable[Param], widths: Mapping[str, Any], axes: Mapping[str,
     entries: dict[str, Any] = {}
     for param in params:
         known = (axes or {}).get(param.name)
-        dims: list[Any] = [_TO_FILL] * len(param.shape) if known is None else known.to_dict()["dims"]
-        if param.expert and known is None:
-            dims[0] = {}
-        stacked = param.expert if known is None else known.stacked_experts
-        entries[_pattern(param.name)] = {"shape": list(param.shape), "dims": dims, "stacked_experts": stacked}
+        if known is None:
+            dims: list[Any] = [
+                {} if param.expert and position == 0 else TO_FILL for position in range(len(param.shape))
+            ]
+            entry: dict[str, Any] = {"dims": dims, **({"stacked_experts": True} if param.expert else {})}
+        else:
+            entry = known.to_dict()
+        entries[name_pattern(param.name)] = {"shape": list(param.shape), **entry}
     comment = (
         'For every dimension, in place of "?": {} if it never grows, or {"axis": "hidden_size", "role": "fan_in"} '
-        "(fan_out, fan_in or gain), with block (entries per unit), segments (copies of the axis end to end) and alive "
-        '(segments that zero initialisation must leave) if they are not 1, 1 and []. "head_gain": true for the norm '
-        "before a head that is tied to the embedding. widths: those in force."
+        "(fan_out, fan_in, gain, per_unit or index), with block (entries per unit), segments (copies of the axis), "
+        "interleaved (segments that take turns), alive (segments that zero initialisation must leave), groups (what "
+        "the units are in) and power (of the width that the model multiplies by) if not 1, 1, false, [], 1 and 0. "
+        '"norm": "rms" or "layer" for gains; "head_gain": true for that of the norm before a head that is tied to the '
+        'embedding; "offset": 1 for a gain stored without the 1 in 1 + w. widths: those in force.'
     )
     return json.dumps({"comment": comment, "widths": dict(widths), "axes": entries}, indent=1) + "\n"
-
-
-def _pattern(name: str) -> str:
-    return re.sub(r"(?<=\\\.)\d+(?=\\\.)", r"\\d+", re.escape(name))
 
 
 def _hinted(source: Source, path: Path, data: Mapping[str, Any]) -> ModelAxes:
@@ -108,12 +108,7 @@ def _hinted(source: Source, path: Path, data: Mapping[str, Any]) -> ModelAxes:
     for axis, width in widths.items():
         if not isinstance(width, int) or isinstance(width, bool):
             raise ConfigError(f"{path}: widths.{axis} is {width!r}; give the width in force")
-    patterns = {}
-    for pattern, entry in data["axes"].items():
-        try:
-            patterns[re.compile(pattern)] = _param_axes(entry)
-        except (re.error, KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ConfigError(f"{path}: axes.{pattern}: {error}") from error
+    patterns = {re.compile(pattern): axes for pattern, axes in parse_hints(data["axes"], f"{path}: axes").items()}
     axes: dict[str, ParamAxes] = {}
     used = set()
     unmatched = []
@@ -141,22 +136,6 @@ def _hinted(source: Source, path: Path, data: Mapping[str, Any]) -> ModelAxes:
         if pattern not in used:
             raise PlanError(f"{path}: axes.{pattern.pattern} matches no parameter of {source.path}")
     return ModelAxes(dict(widths), axes, {})
-
-
-def _param_axes(entry: Mapping[str, Any]) -> ParamAxes:
-    dims = []
-    for dim in entry["dims"]:
-        if dim == _TO_FILL:
-            raise ValueError("still has a '?' to fill in")
-        if not dim:
-            dims.append(FIXED)
-        else:
-            unknown = sorted(dim.keys() - {"axis", "role", "block", "segments", "alive"})
-            if unknown:
-                raise ValueError(f"unknown key {unknown[0]!r}")
-            alive = tuple(dim.get("alive", ()))
-            dims.append(Dim(dim["axis"], Role(dim["role"]), dim.get("block", 1), dim.get("segments", 1), alive))
-    return ParamAxes(tuple(dims), bool(entry.get("stacked_experts", False)), bool(entry.get("head_gain", False)))
 
 
 def _probed(

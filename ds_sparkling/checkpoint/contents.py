@@ -14,7 +14,7 @@ from ds_sparkling.checkpoint.layout import Param
 from ds_sparkling.checkpoint.source import WEIGHT, Source
 from ds_sparkling.errors import CheckpointError
 from ds_sparkling.growth import GrowthPlan, Widener
-from ds_sparkling.growth.spread import Spread
+from ds_sparkling.growth.widen import Statistics
 from ds_sparkling.partition import cut
 from ds_sparkling.strategy import OptimizerState
 
@@ -37,7 +37,7 @@ class Contents:
         self.source = source
         self.plan = plan
         self._wideners = {} if plan is None else {name: Widener(plan, name) for name in source.layout.params}
-        self._spreads: dict[str, list[Spread]] = {}
+        self._statistics: dict[str, Statistics] = {}
         self._threads = local()
         self._locks = {name: Lock() for name in self._wideners}
         self.params: dict[str, Param] = dict(source.layout.params)
@@ -90,12 +90,12 @@ class Contents:
 
         if key == WEIGHT:
             with self._locks[name]:
-                if name not in self._spreads:
+                if name not in self._statistics:
                     try:
-                        self._spreads[name] = widener.spreads(old)
+                        self._statistics[name] = widener.statistics(old)
                     except ValueError as error:
                         raise CheckpointError(f"{name}: {error}") from error
-            widener.weight(old, out, start, self._spreads[name])
+            widener.weight(old, out, start, self._statistics[name])
         else:
             widener.state(key, old, out, start)
         return out.to(dtype)

@@ -107,7 +107,9 @@ def _births_of_dim(dim: Dim, size: int, widths: Mapping[str, tuple[int, ...]]) -
     """Birth stage of every index of one dimension, uint8."""
     if dim.axis is None or dim.axis not in widths:
         return torch.zeros(size, dtype=torch.uint8)
-    return birth_of_units(widths[dim.axis]).repeat_interleave(dim.block).repeat(dim.segments)
+    history = widths[dim.axis]
+    groups = dim.groups if isinstance(dim.groups, int) else widths[dim.groups]
+    return birth_of_units(history, groups)[dim.units(history[-1])]
 
 
 def _stretches(births: Tensor, start: int, stop: int) -> Iterable[tuple[int, int, int]]:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
-from ds_sparkling.axes import ParamAxes, Role
+from ds_sparkling.axes import Dim, Norm, ParamAxes, Role
 from ds_sparkling.errors import PlanError
 from ds_sparkling.growth.scaling import AxisGrowth, UnitScales, unit_scales
 from ds_sparkling.strategy import Strategy
@@ -110,7 +111,7 @@ class GrowthPlan:
     def from_dict(cls, data: Mapping[str, Any]) -> GrowthPlan:
         return cls(
             data["stage"],
-            tuple(AxisGrowth(**growth) for growth in data["growths"]),
+            tuple(AxisGrowth(**{**growth, "groups": tuple(growth["groups"])}) for growth in data["growths"]),
             Strategy.from_dict(data["strategy"]),
             tuple(
                 ParamPlan(p["name"], ParamAxes.from_dict(p["axes"]), tuple(p["before"]), tuple(p["after"]))
@@ -138,7 +139,10 @@ class GrowthPlan:
             lines.append(
                 f"  compute saved     {self.compute_saved(fraction):.1%} of training the wide model throughout"
             )
-        lines.append(f"  new units         {self.strategy.pair}; norm gains {self.strategy.norm.value}")
+        lines.append(
+            f"  new units         {self.strategy.pair}; norm gains {self.strategy.norm.value}; "
+            f"tokens {self.strategy.vocabulary.value}"
+        )
         lines.append(f"  rescaled by       {self.strategy.scaling.value}: the factors below")
         lines.append(
             f"  optimizer state   {self.strategy.optimizer_state.value}: {self.strategy.optimizer_state.meaning}"
@@ -197,8 +201,7 @@ def make_plan(
     if absent:
         raise PlanError(f"axes are given for {_some(absent)}, which the model doesn't have")
 
-    normed = {dim.axis for param_axes in axes.values() for dim in param_axes.dims if dim.role is Role.GAIN}
-    growths = tuple(AxisGrowth(axis, before[axis], width, axis in normed) for axis, width in after.items())
+    growths = _axis_growths(axes, before, after)
     params = []
     for name, shape in shapes.items():
         param_axes = axes[name]
@@ -207,12 +210,48 @@ def make_plan(
                 f"{name}: shape {tuple(shape)} contradicts its axes {_roles(param_axes)} at widths {dict(before)}"
             )
         params.append(ParamPlan(name, param_axes, tuple(shape), param_axes.shape(shape, after)))
-    for axis in after:
-        if not any(axis in param.axes.axes for param in params):
-            raise PlanError(f"no parameter carries the width axis {axis!r}")
     plan = GrowthPlan(stage, growths, strategy, tuple(params), active_share)
     plan.scales()  # refuses a scaling that can't hold, before anything is touched
     return plan
+
+
+def _axis_growths(
+    axes: Mapping[str, ParamAxes], before: Mapping[str, int], after: Mapping[str, int]
+) -> tuple[AxisGrowth, ...]:
+    """What the axes' growths have to do with each other, and with norms."""
+    dims: dict[str, list[tuple[ParamAxes, Dim]]] = {axis: [] for axis in before}
+    for param_axes in axes.values():
+        for dim in param_axes.dims:
+            if dim.axis is not None:
+                dims.setdefault(dim.axis, []).append((param_axes, dim))
+    widths = {**before, **after}
+    silent = [axis for axis in after if not dims[axis]]
+    ratios = {Fraction(width, before[axis]) for axis, width in after.items() if dims[axis]}
+    for axis in silent:
+        if Fraction(after[axis], before[axis]) not in ratios:
+            raise PlanError(
+                f"no parameter carries the width axis {axis!r}; it can only grow together with an axis that parameters "
+                "carry, and by the same ratio"
+            )
+    growths = []
+    for axis, width in after.items():
+        groups = {(dim.group_count(before), dim.group_count(widths)) for _, dim in dims[axis]} or {(1, 1)}
+        if len(groups) > 1:
+            raise PlanError(f"{axis}: its dimensions are grouped in different ways, {sorted(groups)}")
+        norms = {param_axes.norm for param_axes, dim in dims[axis] if dim.role is Role.GAIN and param_axes.norm}
+        rigid = ""
+        if Norm.LAYER in norms:
+            rigid = "LayerNorm takes off the mean over the units"
+        elif norms and any(dim.block * dim.segments > 1 for _, dim in dims[axis]):
+            rigid = "it isn't only the width that a norm divides by the RMS of"
+        elif norms and silent:
+            rigid = f"{silent[0]} grows with it"
+        growths.append(AxisGrowth(axis, before[axis], width, bool(norms), groups.pop(), rigid))
+    for param_axes in axes.values():
+        for dim in param_axes.dims:
+            if dim.groups in after and dim.axis not in after:
+                raise PlanError(f"{dim.groups} counts groups of {dim.axis}, so they can only grow together")
+    return tuple(growths)
 
 
 def count_parameters(shapes: Mapping[str, Shape], axes: Mapping[str, ParamAxes], active_share: float = 1.0) -> int:

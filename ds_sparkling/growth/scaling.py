@@ -21,15 +21,23 @@ from ds_sparkling.strategy import Init, Scaling, Strategy
 
 @dataclass(frozen=True)
 class AxisGrowth:
-    """One axis going from ``before`` to ``after`` units."""
+    """One axis going from ``before`` to ``after`` units.
+
+    Attributes:
+        normed: whether its activations are divided by their RMS over all units.
+        groups: how many groups its units are in before and after.
+        rigid: why the function can be kept only if all units get equally many copies; empty if it always can.
+    """
 
     axis: str
     before: int
     after: int
     normed: bool
+    groups: tuple[int, int] = (1, 1)
+    rigid: str = ""
 
     def __post_init__(self) -> None:
-        check_widths(self.axis, self.before, self.after)
+        check_widths(self.axis, self.before, self.after, self.groups)
 
 
 def rms_factor(before: int, after: int, both_copied: bool) -> float:
@@ -53,7 +61,7 @@ class UnitScales:
 
     Every field is the factor relative to the source unit: of rows that produce the unit, of columns that consume it,
     of its norm gain, and of a norm gain that feeds a tied head. The gradient factors hold for old units in the wide
-    model where the function is kept.
+    model where the function is kept. ``stretch`` is d'/d.
     """
 
     fan_out: Tensor
@@ -65,19 +73,31 @@ class UnitScales:
     gain_gradient: Tensor
     head_gain_gradient: Tensor
 
+    stretch: float
+
     def weight(self, dim: Dim, head_gain: bool) -> Tensor:
-        if dim.role is Role.FAN_OUT:
-            return self.fan_out
-        if dim.role is Role.FAN_IN:
-            return self.fan_in
-        return self.head_gain if head_gain else self.gain
+        """The factors of a dimension's units, with the model's own ``width ** power`` taken out."""
+        factors = {
+            Role.FAN_OUT: self.fan_out,
+            Role.FAN_IN: self.fan_in,
+            Role.GAIN: self.head_gain if head_gain else self.gain,
+        }.get(dim.role or Role.INDEX, self._ones)
+        return factors * self.stretch**-dim.power
 
     def gradient(self, dim: Dim, head_gain: bool) -> Tensor:
-        if dim.role is Role.FAN_OUT:
-            return self.fan_out_gradient
-        if dim.role is Role.FAN_IN:
-            return self.fan_in_gradient
-        return self.head_gain_gradient if head_gain else self.gain_gradient
+        """The factors of the gradients of a dimension's old units."""
+        factors = {
+            Role.FAN_OUT: self.fan_out_gradient,
+            Role.FAN_IN: self.fan_in_gradient,
+            Role.GAIN: self.head_gain_gradient if head_gain else self.gain_gradient,
+            # Copies share what their source's gradient was.
+            Role.PER_UNIT: self.gain_gradient,
+        }.get(dim.role or Role.INDEX, self._ones)
+        return factors * self.stretch**dim.power
+
+    @property
+    def _ones(self) -> Tensor:
+        return torch.ones_like(self.gain)
 
 
 def unit_scales(growth: AxisGrowth, strategy: Strategy) -> UnitScales:
@@ -93,8 +113,19 @@ def unit_scales(growth: AxisGrowth, strategy: Strategy) -> UnitScales:
     """
     d, d_new = growth.before, growth.after
     ones = torch.ones(d_new, dtype=torch.float64)
+    m = multiplicities(d, d_new, growth.groups).double()
+    if strategy.scaling is Scaling.FUNCTION and growth.rigid:
+        if strategy.fan_out is not Init.COPY:
+            raise PlanError(
+                f"{growth.axis}: scaling 'function' can't hold with init {strategy.pair}, because {growth.rigid}; use "
+                "copy-copy or scaling 'rms'"
+            )
+        if bool((m != m[0]).any()):
+            raise PlanError(
+                f"{growth.axis}: scaling 'function' can't hold from {d} to {d_new} units, because {growth.rigid}; grow "
+                "by a whole ratio or use scaling 'rms'"
+            )
     if strategy.scaling is Scaling.FUNCTION and strategy.fan_out is Init.COPY:
-        m = multiplicities(d, d_new).double()
         a = (d_new / d / m).sqrt() if growth.normed else ones
         return UnitScales(
             fan_out=a,
@@ -105,6 +136,7 @@ def unit_scales(growth: AxisGrowth, strategy: Strategy) -> UnitScales:
             fan_in_gradient=a,
             gain_gradient=1 / m,
             head_gain_gradient=a * a,
+            stretch=d_new / d,
         )
     if strategy.scaling is Scaling.FUNCTION:
         if growth.normed and strategy.fan_out is Init.RANDOM:
@@ -130,4 +162,5 @@ def unit_scales(growth: AxisGrowth, strategy: Strategy) -> UnitScales:
         fan_in_gradient=ones * louder,
         gain_gradient=scaled * louder,
         head_gain_gradient=ones * louder,
+        stretch=d_new / d,
     )

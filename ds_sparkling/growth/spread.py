@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 _BITS = 24
@@ -40,22 +41,9 @@ def spread(elements: Callable[[int, int], Tensor], start: int, stop: int) -> Spr
     Raises:
         ValueError: if an entry isn't finite.
     """
-
-    def chunks() -> Iterator[Tensor]:
-        for first in range(start, stop, _CHUNK):
-            yield elements(first, min(first + _CHUNK, stop))
-
-    largest = 0.0
-    for chunk in chunks():
-        largest_here = float(chunk.abs().max())
-        if not math.isfinite(largest_here):
-            raise ValueError("a weight that random entries are drawn after holds NaN or Inf")
-        largest = max(largest, largest_here)
-    if largest == 0.0:
-        return Spread(0.0, 0.0)
-    unit = 2.0 ** (math.frexp(largest)[1] - _BITS)
+    unit = _unit(elements, start, stop)
     total, square_high, square_low = 0, 0, 0
-    for chunk in chunks():
+    for chunk in _chunks(elements, start, stop, _CHUNK):
         q = (chunk.double() / unit).round().long()
         total += int(q.sum())
         square = q * q
@@ -65,3 +53,32 @@ def spread(elements: Callable[[int, int], Tensor], start: int, stop: int) -> Spr
     count = stop - start
     mean_square = ((square_high << _BITS) + square_low) / count
     return Spread(total / count * unit, math.sqrt(mean_square) * unit)
+
+
+def row_mean(elements: Callable[[int, int], Tensor], start: int, stop: int, columns: int) -> Tensor:
+    """Mean over the rows of the matrix ``start .. stop``, float64 of shape [columns], as reproducible as a spread.
+
+    Raises:
+        ValueError: if an entry isn't finite.
+    """
+    unit = _unit(elements, start, stop)
+    total = torch.zeros(columns, dtype=torch.int64)
+    for chunk in _chunks(elements, start, stop, max(_CHUNK // columns, 1) * columns):
+        total += (chunk.double() / unit).round().long().view(-1, columns).sum(0).cpu()
+    return total.double() / ((stop - start) // columns) * unit
+
+
+def _unit(elements: Callable[[int, int], Tensor], start: int, stop: int) -> float:
+    """What entries are rounded to a multiple of."""
+    largest = 0.0
+    for chunk in _chunks(elements, start, stop, _CHUNK):
+        largest_here = float(chunk.abs().max())
+        if not math.isfinite(largest_here):
+            raise ValueError("a weight that new entries are made after holds NaN or Inf")
+        largest = max(largest, largest_here)
+    return 2.0 ** (math.frexp(largest)[1] - _BITS)
+
+
+def _chunks(elements: Callable[[int, int], Tensor], start: int, stop: int, size: int) -> Iterator[Tensor]:
+    for first in range(start, stop, size):
+        yield elements(first, min(first + size, stop))

@@ -2,11 +2,15 @@
 
 The copy order is cyclic. New units come after the old ones, and new unit ``j`` is a copy of unit ``j mod d``; so at
 twice the width unit ``d + i`` is the twin of unit ``i``, and at ``1 < d'/d < 2`` the first ``d' - d`` units get one.
+
+Units may be parted into equal consecutive groups. Then groups are copied cyclically, and the units within each group
+are: query heads stay with (the copy of) the key/value head that they share.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,11 +18,11 @@ from torch import Tensor
 from ds_sparkling.errors import PlanError
 
 
-def check_widths(axis: str, before: int, after: int) -> None:
+def check_widths(axis: str, before: int, after: int, groups: tuple[int, int] = (1, 1)) -> None:
     """Refuse anything but a widening.
 
     Raises:
-        PlanError: if ``after`` is not larger than ``before``, or either isn't positive.
+        PlanError: if ``after`` is not larger than ``before``, either isn't positive, or the groups don't fit.
     """
     if before < 1 or after < 1:
         raise PlanError(f"{axis}: widths must be positive, got {before} -> {after}")
@@ -26,31 +30,60 @@ def check_widths(axis: str, before: int, after: int) -> None:
         raise PlanError(f"{axis}: width {before} -> {after} changes nothing; leave the axis out of the stage")
     if after < before:
         raise PlanError(f"{axis}: width {before} -> {after} shrinks; growth only widens")
+    if before % groups[0] or after % groups[1]:
+        raise PlanError(f"{axis}: {before} -> {after} units can't be parted into {groups[0]} -> {groups[1]} groups")
+    if groups[1] < groups[0] or after // groups[1] < before // groups[0]:
+        raise PlanError(
+            f"{axis}: {before} -> {after} units in {groups[0]} -> {groups[1]} groups: neither the groups nor the units "
+            "in each may become fewer"
+        )
 
 
-def source_units(before: int, after: int) -> Tensor:
-    """Source unit of every unit, int64 of shape [after]; the identity on the first ``before``."""
-    return torch.arange(after) % before
+def source_units(before: int, after: int, groups: tuple[int, int] = (1, 1)) -> Tensor:
+    """Source unit of every unit, int64 of shape [after].
+
+    Args:
+        groups: how many groups there are before and after.
+    """
+    per_before, per_after = before // groups[0], after // groups[1]
+    unit = torch.arange(after)
+    return (unit // per_after) % groups[0] * per_before + unit % per_after % per_before
 
 
-def multiplicities(before: int, after: int) -> Tensor:
+def old_units(before: int, after: int, groups: tuple[int, int] = (1, 1)) -> Tensor:
+    """Which units are the old ones; bool of shape [after]."""
+    unit, per_after = torch.arange(after), after // groups[1]
+    return (unit // per_after < groups[0]) & (unit % per_after < before // groups[0])
+
+
+def multiplicities(before: int, after: int, groups: tuple[int, int] = (1, 1)) -> Tensor:
     """How many units, itself included, each *unit's source* has after the growth; int64 of shape [after]."""
-    copies, rest = divmod(after, before)
-    return copies + (source_units(before, after) < rest).long()
+    source = source_units(before, after, groups)
+    return torch.bincount(source, minlength=before)[source]
 
 
-def birth_of_units(widths: tuple[int, ...]) -> Tensor:
+def birth_of_units(widths: Sequence[int], groups: Sequence[int] | int = 1) -> Tensor:
     """Birth stage of every unit of an axis that went through ``widths``; uint8 of shape [widths[-1]].
 
     Stage 0 are the original units, stage ``s`` those added when the axis went from ``widths[s - 1]`` to
     ``widths[s]``. Equal consecutive widths mean that stage ``s`` grew another axis.
 
+    Args:
+        groups: how many groups there were at each of these, or always.
+
     Raises:
         PlanError: if the widths ever shrink.
     """
-    births = torch.zeros(widths[-1], dtype=torch.uint8)
-    for stage, (before, after) in enumerate(itertools.pairwise(widths), start=1):
+    counts = [groups] * len(widths) if isinstance(groups, int) else list(groups)
+    per_group = [width // count for width, count in zip(widths, counts, strict=True)]
+    within, of_groups = _births(per_group, widths), _births(counts, widths)
+    return torch.maximum(of_groups[:, None], within[None, :]).flatten()
+
+
+def _births(sizes: Sequence[int], widths: Sequence[int]) -> Tensor:
+    births = torch.zeros(sizes[-1], dtype=torch.uint8)
+    for stage, (before, after) in enumerate(itertools.pairwise(sizes), start=1):
         if after < before:
-            raise PlanError(f"an axis went through widths {widths}, which shrink at stage {stage}")
+            raise PlanError(f"an axis went through widths {tuple(widths)}, which shrink at stage {stage}")
         births[before:after] = stage
     return births

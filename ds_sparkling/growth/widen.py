@@ -18,14 +18,14 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ds_sparkling.axes import Dim, Role
+from ds_sparkling.axes import FIXED, Dim, Role
 from ds_sparkling.errors import PlanError
 from ds_sparkling.growth.plan import GrowthPlan, ParamPlan
 from ds_sparkling.growth.random import standard_normal, stream_key
-from ds_sparkling.growth.scaling import UnitScales
-from ds_sparkling.growth.spread import Spread, spread
-from ds_sparkling.growth.units import source_units
-from ds_sparkling.strategy import Init, OptimizerState, Strategy
+from ds_sparkling.growth.scaling import AxisGrowth, UnitScales
+from ds_sparkling.growth.spread import Spread, row_mean, spread
+from ds_sparkling.growth.units import old_units, source_units
+from ds_sparkling.strategy import Init, NewIndex, OptimizerState, Strategy
 
 #: Elements drawn at a time; bounds the temporaries of random initialisation.
 _DRAW_CHUNK = 1 << 16
@@ -40,8 +40,22 @@ Elements = Callable[[int, int], Tensor]
 STATE_DEGREES = {"exp_avg": 1, "momentum_buffer": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}
 
 # What the entries of an index of a dimension are. Of two dimensions, the larger value decides for the element.
-_OLD, _COPY, _RANDOM, _ZERO = range(4)
+_OLD, _COPY, _MEAN, _RANDOM, _ZERO = range(5)
 _KIND = {Init.COPY: _COPY, Init.RANDOM: _RANDOM, Init.ZERO: _ZERO}
+_INDEX_KIND = {NewIndex.MEAN: _MEAN, NewIndex.RANDOM: _RANDOM}
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What new entries of one parameter need to know of all its old ones.
+
+    Attributes:
+        spreads: of every weight matrix (per expert, per segment of the fan-out), if any entry is drawn.
+        mean: mean over the rows, float64, one number per old column, if new indices get it.
+    """
+
+    spreads: tuple[Spread, ...] = ()
+    mean: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +104,7 @@ class Widener:
             self.before, self.after = self.param.before, self.param.after
         self._first_element = first * math.prod(self.param.after[1:])
         self._dims = self.param.axes.dims
+        self._growths: dict[str | None, AxisGrowth] = {growth.axis: growth for growth in plan.growths}
         self._scales = plan.scales()
 
     @property
@@ -102,33 +117,37 @@ class Widener:
 
     # -- the two public operations ------------------------------------------------------------------------------
 
-    def weight(
-        self, old: Tensor | Elements, out: Tensor, start: int = 0, spreads: Sequence[Spread] | None = None
-    ) -> None:
+    def weight(self, old: Tensor | Elements, out: Tensor, start: int = 0, statistics: Statistics | None = None) -> None:
         """Fill ``out`` with elements ``start .. start + out.numel()`` of the grown weight, flattened.
 
         Args:
             old: the old weight (this caller's experts), any shape with ``prod(before)`` elements; or what gives its
                 elements.
             out: 1-D, contiguous; half precisions are computed in fp32 and rounded once.
-            spreads: what :meth:`spreads` gives, for a caller that makes a weight in many pieces.
+            statistics: what :meth:`statistics` gives, for a caller that makes a weight in many pieces.
 
         Raises:
             PlanError: if the sizes contradict the plan.
         """
         elements = self._elements(old)
-        if spreads is None:
-            spreads = self.spreads(elements)
-        actions = {_OLD: "copy", _COPY: "copy", _RANDOM: "draw", _ZERO: "zero"}
-        self._fill(elements, out, start, actions, self._weight_scales, spreads)
+        if statistics is None:
+            statistics = self.statistics(elements)
+        actions = {_OLD: "copy", _COPY: "copy", _MEAN: "mean", _RANDOM: "draw", _ZERO: "zero"}
+        self._fill(elements, out, start, actions, self._weight_scales, statistics, self.param.axes.offset)
 
-    def spreads(self, old: Tensor | Elements) -> list[Spread]:
-        """Spread of every weight matrix in ``old`` (per expert, per segment of the fan-out), if any entry is drawn."""
-        if not self._draws:
-            return []
-        elements = self._elements(old)
-        size = math.prod(self.before) // self._matrices
-        return [spread(elements, matrix * size, (matrix + 1) * size) for matrix in range(self._matrices)]
+    def statistics(self, old: Tensor | Elements) -> Statistics:
+        """What the new entries need to know of all of ``old``.
+
+        Raises:
+            ValueError: if an entry isn't finite.
+        """
+        elements, numel = self._elements(old), math.prod(self.before)
+        spreads: tuple[Spread, ...] = ()
+        if self._has(_RANDOM):
+            size = numel // self._matrices
+            spreads = tuple(spread(elements, matrix * size, (matrix + 1) * size) for matrix in range(self._matrices))
+        columns = self.before[-1] if len(self.before) > 1 else 1
+        return Statistics(spreads, row_mean(elements, 0, numel, columns) if self._has(_MEAN) else None)
 
     def state(self, key: str, old: Tensor | Elements, out: Tensor, start: int = 0) -> None:
         """Fill ``out`` like :meth:`weight`, from the optimizer's per-element state ``key`` (``exp_avg`` ...).
@@ -137,7 +156,7 @@ class Widener:
             PlanError: if the sizes contradict the plan, or a state of unknown degree would have to be rescaled.
         """
         mode = self.strategy.optimizer_state
-        actions = dict.fromkeys((_OLD, _COPY, _RANDOM, _ZERO), "zero")
+        actions = dict.fromkeys((_OLD, _COPY, _MEAN, _RANDOM, _ZERO), "zero")
         if mode is not OptimizerState.DROP:
             actions[_OLD] = "copy"
         if mode is OptimizerState.COPY:
@@ -150,7 +169,7 @@ class Widener:
                     f"rescale it (known: {', '.join(STATE_DEGREES)}); use 'asymmetric_reset'"
                 )
             scales = [scale ** STATE_DEGREES[key] for scale in self._gradient_scales]
-        self._fill(self._elements(old), out, start, actions, scales, [])
+        self._fill(self._elements(old), out, start, actions, scales, Statistics(), 0.0)
 
     # -- what the plan says, made concrete ----------------------------------------------------------------------
 
@@ -173,43 +192,44 @@ class Widener:
         per_unit = choose(self._scales[dim.axis], dim)
         if bool((per_unit == per_unit[0]).all()):
             return float(per_unit[0])
-        return per_unit.repeat_interleave(dim.block).repeat(dim.segments)
+        return per_unit[dim.units(len(per_unit))]
 
     @cached_property
     def _maps(self) -> list[_DimMap]:
-        return [self._dim_map(dim, *sizes) for dim, *sizes in zip(self._dims, self.before, self.after, strict=True)]
+        return [self._dim_map(dim, size) for dim, size in zip(self._dims, self.after, strict=True)]
 
-    def _dim_map(self, dim: Dim, before: int, after: int) -> _DimMap:
-        if before == after:
-            return _DimMap(torch.arange(after), torch.full((after,), _OLD, dtype=torch.uint8))
-        width_old, width = before // (dim.segments * dim.block), after // (dim.segments * dim.block)
-        unit = source_units(width_old, width)
-        entry = (unit[:, None] * dim.block + torch.arange(dim.block)).flatten()
-        source = torch.cat([entry + segment * width_old * dim.block for segment in range(dim.segments)])
-        kinds = []
-        for segment in range(dim.segments):
-            kind = torch.full((width * dim.block,), self._new_kind(dim, segment), dtype=torch.uint8)
-            kind[: width_old * dim.block] = _OLD
-            kinds.append(kind)
-        return _DimMap(source, torch.cat(kinds))
+    def _dim_map(self, dim: Dim, size: int) -> _DimMap:
+        growth = self._growths.get(dim.axis)
+        if growth is None:
+            return _DimMap(torch.arange(size), torch.full((size,), _OLD, dtype=torch.uint8))
+        sizes = growth.before, growth.after, growth.groups
+        new = torch.tensor([self._new_kind(dim, segment) for segment in range(dim.segments)], dtype=torch.uint8)
+        old = old_units(*sizes)[dim.units(growth.after)]
+        kind = torch.where(old, _OLD, new[dim.segment(growth.after)])
+        return _DimMap(dim.sources(source_units(*sizes), growth.before), kind)
 
     def _new_kind(self, dim: Dim, segment: int) -> int:
         if dim.role is Role.GAIN:
             return _KIND[self.strategy.norm]
+        if dim.role is Role.INDEX:
+            return _INDEX_KIND[self.strategy.vocabulary]
+        if dim.role is Role.PER_UNIT:
+            return _COPY
         init = self.strategy.fan_out if dim.role is Role.FAN_OUT else self.strategy.fan_in
         if init is Init.ZERO and segment in dim.alive:
             return _COPY
         return _KIND[init]
 
-    @cached_property
-    def _draws(self) -> bool:
-        return any(bool((dim_map.kind == _RANDOM).any()) for dim_map in self._maps)
+    def _has(self, kind: int) -> bool:
+        """Whether some element may be of a kind."""
+        return any(bool((dim_map.kind == kind).any()) for dim_map in self._maps)
 
     @cached_property
     def _matrices(self) -> int:
         stacked = self.param.axes.stacked_experts
         matrix_dims = self._dims[1:] if stacked else self._dims
-        segments = matrix_dims[0].segments if len(matrix_dims) == 2 else 1
+        first = matrix_dims[0] if len(matrix_dims) == 2 else FIXED
+        segments = 1 if first.interleaved else first.segments
         return (self.before[0] if stacked else 1) * segments
 
     # -- runs: a grown tensor as a few rectangles ---------------------------------------------------------------
@@ -261,7 +281,8 @@ class Widener:
         start: int,
         actions: dict[int, str],
         scales: list[Scale],
-        spreads: Sequence[Spread],
+        statistics: Statistics,
+        offset: float,
     ) -> None:
         stop = start + out.numel()
         if not 0 <= start <= stop <= self.numel or out.dim() != 1:
@@ -276,10 +297,10 @@ class Widener:
             piece = out[piece_start - start : piece_stop - start]
             whole = piece_stop - piece_start == (last - first) * columns
             rows_RC = piece.view(-1, columns) if whole else out.new_empty(last - first, columns)
-            self._fill_rows(old, rows_RC, first, actions, scales, spreads)
+            self._fill_rows(old, rows_RC, first, actions, scales, statistics, offset)
             if not whole:
-                offset = piece_start - first * columns
-                piece.copy_(rows_RC.view(-1)[offset : offset + piece.numel()])
+                skipped = piece_start - first * columns
+                piece.copy_(rows_RC.view(-1)[skipped : skipped + piece.numel()])
 
     def _fill_rows(
         self,
@@ -288,7 +309,8 @@ class Widener:
         first: int,
         actions: dict[int, str],
         scales: list[Scale],
-        spreads: Sequence[Spread],
+        statistics: Statistics,
+        offset: float,
     ) -> None:
         """Fill whole rows ``first ..`` of the grown tensor."""
         last = first + out_RC.shape[0]
@@ -305,11 +327,16 @@ class Widener:
             if action == "copy":
                 rows_RC = old(rows.source * columns_old, stop * columns_old).view(-1, columns_old)
                 source = rows_RC[:, columns.source : columns.source + columns.stop - columns.start]
+            elif action == "mean":
+                assert statistics.mean is not None
+                one = len(statistics.mean) == 1
+                mean = statistics.mean if one else statistics.mean[columns.source :][: block.shape[1]]
+                source = mean.to(block.device, torch.float32 if block.itemsize < 4 else block.dtype).expand(block.shape)
             else:
-                source = self._draw(rows, columns, spreads).to(out_RC.device)
+                source = self._draw(rows, columns, statistics.spreads).to(out_RC.device)
             row = row_scale[rows.start - first : rows.stop - first] if isinstance(row_scale, Tensor) else row_scale
             column = column_scale[columns.start : columns.stop] if isinstance(column_scale, Tensor) else column_scale
-            _scaled_copy(block, source, row, column)
+            _scaled_copy(block, source, row, column, offset)
 
     def _draw(self, rows: _Run, columns: _Run, spreads: Sequence[Spread]) -> Tensor:
         """Random entries of a rectangle, fp32 on the CPU: gains around their mean, other weights around zero."""
@@ -359,8 +386,8 @@ def _whole_and_partial_rows(start: int, stop: int, columns: int) -> Iterator[tup
         yield last_whole, last_whole + 1, last_whole * columns, stop
 
 
-def _scaled_copy(out_RC: Tensor, source_RC: Tensor, row: Scale, column: Scale) -> None:
-    """``out = source * row * column``, in fp32 for the half precisions and rounded once to ``out``'s dtype.
+def _scaled_copy(out_RC: Tensor, source_RC: Tensor, row: Scale, column: Scale, offset: float) -> None:
+    """``out + offset = (source + offset) * row * column``, in fp32 for the half precisions, rounded once to ``out``'s.
 
     Scalar factors are multiplied with each other first; a factor per row or column is a rounded product of its own.
     """
@@ -369,6 +396,9 @@ def _scaled_copy(out_RC: Tensor, source_RC: Tensor, row: Scale, column: Scale) -
     if half:
         source_RC = source_RC.float()
     scalar = (1.0 if isinstance(row, Tensor) else row) * (1.0 if isinstance(column, Tensor) else column)
+    scaled = scalar != 1.0 or isinstance(row, Tensor) or isinstance(column, Tensor)
+    if offset and scaled:
+        source_RC = source_RC + offset
     if scalar == 1.0:
         target.copy_(source_RC)
     else:
@@ -377,5 +407,7 @@ def _scaled_copy(out_RC: Tensor, source_RC: Tensor, row: Scale, column: Scale) -
         target.mul_(row.to(target.device, target.dtype)[:, None])
     if isinstance(column, Tensor):
         target.mul_(column.to(target.device, target.dtype))
+    if offset and scaled:
+        target.sub_(offset)
     if half:
         out_RC.copy_(target)

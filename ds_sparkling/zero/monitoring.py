@@ -68,12 +68,13 @@ def log_twin_cosine(engine: DeepSpeedEngine) -> float | None:
     if not stages or stages[-1].strategy.fan_out is not Init.COPY:
         return None
     axes, history = engine_axes(engine, run.record.axes), run.record.width_history
-    grown = {axis: (history[axis][-2], width) for axis, width in stages[-1].widths.items()}
+    before = {axis: widths[-2] for axis, widths in history.items()}
+    grown = stages[-1].widths
     cosines = []
     for name, shard in access.shards(engine).items():
         if any(dim.axis in grown and dim.role is Role.FAN_OUT for dim in axes[name].dims):
             weight = shard.gather(shard.weight, engine.device).view(shard.shape)
-            cosines += [twin_cosine(weight, axes[name], axis, *widths) for axis, widths in grown.items()]
+            cosines += [twin_cosine(weight, axes[name], axis, before, run.widths) for axis in grown]
     if not cosines:
         return None
     mean = float(torch.cat(cosines).mean())

@@ -14,7 +14,7 @@ UP = ParamAxes((FIXED, Dim("i", Role.FAN_OUT, segments=2), Dim("h", Role.FAN_IN)
 def test_every_copied_unit_is_compared_with_its_source() -> None:
     torch.manual_seed(0)
     weight = torch.randn(3, 2 * 5, 4)  # 3 experts, gate and up of 5 units, of which 2 are copies
-    found = twin_cosine(weight, UP, "i", 3, 5)
+    found = twin_cosine(weight, UP, "i", {"i": 3}, {"i": 5})
     expected = [
         torch.cosine_similarity(weight[expert, 5 * half + new], weight[expert, 5 * half + source], dim=0)
         for expert in range(3)
@@ -27,13 +27,13 @@ def test_every_copied_unit_is_compared_with_its_source() -> None:
 def test_units_of_several_rows_and_of_a_last_dimension() -> None:
     torch.manual_seed(0)
     heads = torch.randn(4 * 2, 3)  # 4 units of 2 rows, of which 2 are copies
-    found = twin_cosine(heads, ParamAxes((Dim("a", Role.FAN_OUT, block=2), FIXED)), "a", 2, 4)
+    found = twin_cosine(heads, ParamAxes((Dim("a", Role.FAN_OUT, block=2), FIXED)), "a", {"a": 2}, {"a": 4})
     pairs = [(heads[4:6], heads[0:2]), (heads[6:8], heads[2:4])]
     expected = [float(torch.cosine_similarity(new.flatten(), old.flatten(), dim=0)) for new, old in pairs]
     assert found.tolist() == pytest.approx(expected, abs=1e-6)
     embedding = torch.randn(7, 4)
     columns = ParamAxes((FIXED, Dim("h", Role.FAN_OUT)))
-    for new, found_one in enumerate(twin_cosine(embedding, columns, "h", 3, 4).view(7, 1).T.tolist()):
+    for new, found_one in enumerate(twin_cosine(embedding, columns, "h", {"h": 3}, {"h": 4}).view(7, 1).T.tolist()):
         for token, cosine in enumerate(found_one):
             assert cosine == pytest.approx(
                 float(torch.sign(embedding[token, 3 + new] * embedding[token, new])), abs=1e-6
@@ -43,6 +43,6 @@ def test_units_of_several_rows_and_of_a_last_dimension() -> None:
 def test_copies_are_at_one_and_other_parameters_have_no_twins() -> None:
     weight = torch.randn(3, 2)
     axes = ParamAxes((Dim("i", Role.FAN_OUT), Dim("h", Role.FAN_IN)))
-    assert twin_cosine(torch.cat([weight, weight]), axes, "i", 3, 6).tolist() == pytest.approx([1.0] * 3)
-    assert twin_cosine(weight, axes, "h", 1, 2).numel() == 0
-    assert twin_cosine(weight, axes, "other", 1, 2).numel() == 0
+    assert twin_cosine(torch.cat([weight, weight]), axes, "i", {"i": 3}, {"i": 6}).tolist() == pytest.approx([1.0] * 3)
+    assert twin_cosine(weight, axes, "h", {"h": 1}, {"h": 2}).numel() == 0
+    assert twin_cosine(weight, axes, "other", {"h": 1}, {"h": 2}).numel() == 0

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from ds_sparkling.axes import FIXED, Dim, ParamAxes, Role
+from ds_sparkling.axes import FIXED, Dim, Norm, ParamAxes, Role
 from ds_sparkling.errors import PlanError
 from ds_sparkling.growth import GrowthPlan, make_plan
 from ds_sparkling.growth.scaling import AxisGrowth
@@ -30,7 +30,7 @@ AXES = {
         (FIXED, Dim("hidden", Role.FAN_OUT), Dim("inner", Role.FAN_IN)), stacked_experts=True
     ),
     "out.weight": ParamAxes((Dim("hidden", Role.FAN_OUT, block=5), FIXED)),
-    "norm.weight": ParamAxes((Dim("hidden", Role.GAIN),), head_gain=True),
+    "norm.weight": ParamAxes((Dim("hidden", Role.GAIN),), norm=Norm.RMS, head_gain=True),
     "q_norm.weight": ParamAxes((FIXED,)),
     "scale": ParamAxes(()),
 }

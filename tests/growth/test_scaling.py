@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ds_sparkling.axes import FIXED, Dim, ParamAxes, Role
+from ds_sparkling.axes import FIXED, Dim, Norm, ParamAxes, Role
 from ds_sparkling.errors import PlanError
 from ds_sparkling.growth import GrowthPlan, Widener, make_plan
 from ds_sparkling.growth.scaling import AxisGrowth, UnitScales, rms_factor, unit_scales
@@ -110,7 +110,7 @@ MAP_AXES = {
     "producer": ParamAxes((Dim("width", Role.FAN_OUT), FIXED)),
     "consumer": ParamAxes((FIXED, Dim("width", Role.FAN_IN))),
 }
-NORMED_MAP_AXES = {**MAP_AXES, "gain": ParamAxes((Dim("width", Role.GAIN),))}
+NORMED_MAP_AXES = {**MAP_AXES, "gain": ParamAxes((Dim("width", Role.GAIN),), norm=Norm.RMS)}
 #: A SwiGLU expert, gate and up fused.
 EXPERT_AXES = {
     "gate_up": ParamAxes((Dim("width", Role.FAN_OUT, segments=2, alive=(0,)), FIXED)),

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ds_sparkling.axes import FIXED, Dim, ParamAxes, Role
+from ds_sparkling.axes import FIXED, Dim, Norm, ParamAxes, Role
 from ds_sparkling.errors import PlanError
 from ds_sparkling.growth import GrowthPlan, Widener, make_plan
 from ds_sparkling.growth.spread import spread
@@ -383,7 +383,7 @@ def test_random_entries_have_zero_mean_and_their_own_matrixs_rms() -> None:
 
 
 def test_random_gains_have_the_old_gains_mean_and_std() -> None:
-    axes = {"norm.weight": ParamAxes((Dim("h", Role.GAIN),))}
+    axes = {"norm.weight": ParamAxes((Dim("h", Role.GAIN),), norm=Norm.RMS)}
     old = 1.5 + 0.2 * torch.randn(1000, generator=torch.Generator().manual_seed(0))
     plan = make_plan({"norm.weight": (1000,)}, axes, {"h": 1000}, {"h": 9000}, Strategy(norm=Init.RANDOM), stage=1)
     grown = drawn(plan, "norm.weight", old)
@@ -394,7 +394,10 @@ def test_random_gains_have_the_old_gains_mean_and_std() -> None:
 
 
 def test_gains_are_random_only_when_norm_says_so() -> None:
-    axes = {"norm.weight": ParamAxes((Dim("h", Role.GAIN),)), "w": ParamAxes((Dim("h", Role.FAN_OUT), FIXED))}
+    axes = {
+        "norm.weight": ParamAxes((Dim("h", Role.GAIN),), norm=Norm.RMS),
+        "w": ParamAxes((Dim("h", Role.FAN_OUT), FIXED)),
+    }
     shapes: dict[str, Shape] = {"norm.weight": (4,), "w": (4, 2)}
     gain, weight = torch.arange(1.0, 5), torch.arange(8.0).view(4, 2)
     for strategy, gains_copied, rows_copied in (

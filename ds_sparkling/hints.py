@@ -1,0 +1,39 @@
+"""What a user says of parameters that probing can't read, by patterns that match their names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from ds_sparkling.axes import ParamAxes
+from ds_sparkling.errors import ConfigError
+
+#: Stands in a hint for a dimension that is to be filled in.
+TO_FILL = "?"
+
+
+def name_pattern(name: str) -> str:
+    """A pattern that matches ``name`` and all that differ from it in numbers alone."""
+    return re.sub(r"(?<=\\\.)\d+(?=\\\.)", r"\\d+", re.escape(name))
+
+
+def parse_hints(entries: Mapping[str, Any], where: str) -> dict[str, ParamAxes]:
+    """Pattern -> axes, from JSON; ``shape`` in an entry is for the reader.
+
+    Args:
+        where: what holds the entries, for errors.
+
+    Raises:
+        ConfigError: names the entry that can't be read.
+    """
+    hints = {}
+    for pattern, entry in entries.items():
+        try:
+            re.compile(pattern)
+            if TO_FILL in entry["dims"]:
+                raise ValueError(f"still has a {TO_FILL!r} to fill in")
+            hints[pattern] = ParamAxes.from_dict({key: entry[key] for key in entry if key != "shape"})
+        except (re.error, KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ConfigError(f"{where}.{pattern}: {error}") from error
+    return hints

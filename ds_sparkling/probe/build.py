@@ -1,0 +1,55 @@
+"""Building a model from its widths, without storage."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import nn
+
+from ds_sparkling.errors import PlanError
+
+BuildModel = Callable[..., nn.Module]
+
+
+def base_widths(build_model: BuildModel, axes: Iterable[str], given: Mapping[str, int] | None) -> dict[str, int]:
+    """The widths to start with: given ones, else ``build_model``'s defaults, else the built model's config.
+
+    Raises:
+        PlanError: if an axis has no width in any of these places.
+    """
+    widths = dict(given or {})
+    missing = [axis for axis in axes if axis not in widths]
+    if not missing:
+        return widths
+    parameters = inspect.signature(build_model).parameters
+    config = None
+    for axis in missing:
+        default = parameters[axis].default if axis in parameters else None
+        if isinstance(default, int):
+            widths[axis] = default
+            continue
+        if config is None:
+            config = getattr(build_on_meta(build_model, given or {}), "config", None)
+        width = getattr(config, axis, None)
+        if not isinstance(width, int):
+            raise PlanError(
+                f"no starting width is known for axis {axis!r}: give it in sparkling.widths, as build_model's default, "
+                "or as an attribute of model.config"
+            )
+        widths[axis] = width
+    return widths
+
+
+def build_on_meta(build_model: BuildModel, widths: Mapping[str, int]) -> nn.Module:
+    """The model with ``widths``, without storage for its parameters.
+
+    Raises:
+        PlanError: if ``build_model`` doesn't take the axes by name or fails.
+    """
+    try:
+        with torch.device("meta"):
+            return build_model(**widths)
+    except Exception as error:
+        raise PlanError(f"build_model(**{dict(widths)}) failed: {type(error).__name__}: {error}") from error

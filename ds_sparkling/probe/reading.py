@@ -1,0 +1,289 @@
+"""What a model's parameters may be, as far as shapes, types and names tell.
+
+The model is built with one width moved at a time: the dimensions that move belong to that axis. Types of modules and
+names of parameters tell the roles. Where they leave more than one way, a reading lists them all, the likeliest first,
+for something that can tell them apart: growing a small instance and comparing what it computes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from ds_sparkling.axes import Dim, ParamAxes, Role
+from ds_sparkling.errors import PlanError
+from ds_sparkling.hints import TO_FILL, name_pattern
+from ds_sparkling.probe.build import BuildModel, build_on_meta
+from ds_sparkling.probe.moves import HEADS, KEY_VALUE_HEADS, Move, find_moves
+from ds_sparkling.probe.roles import Candidates, Place, candidates
+
+#: Powers of its own width that a model may multiply embeddings, or logits, by.
+_POWERS = (0.0, 0.5, -0.5, 1.0, -1.0)
+
+
+@dataclass(frozen=True)
+class Head:
+    """The output side of the model, of one axis that grows there.
+
+    Attributes:
+        embeddings: the embeddings that carry the axis.
+        weights: linear maps after the last norm, if they aren't tied to an embedding.
+        gains: for a head that is tied: per norm that may feed it, likeliest first, its gain (and shift).
+    """
+
+    embeddings: tuple[str, ...]
+    weights: tuple[str, ...]
+    gains: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a model's parameters may be.
+
+    Attributes:
+        kinds: parameters that are alike but for numbers in their names, by pattern.
+        candidates: what each kind may be.
+        heads: per axis that embeddings carry, where multipliers and a tied head's factor can go.
+        descriptions: per parameter, in the model's order, what is known of it, for an error.
+    """
+
+    kinds: Mapping[str, tuple[str, ...]]
+    candidates: Mapping[str, Candidates]
+    heads: Mapping[str, Head]
+    descriptions: Mapping[str, str]
+
+    def unknown(self, name: str) -> PlanError:
+        """The error for a parameter that nobody can be sure of, with the hint to fill in."""
+        return PlanError(self.descriptions[name])
+
+    @property
+    def uncertain(self) -> list[str]:
+        """A parameter of every kind that nobody can be sure of without trying."""
+        return [names[0] for kind, names in self.kinds.items() if not self.candidates[kind].certain]
+
+    def readings(self) -> Iterator[dict[str, ParamAxes]]:
+        """Every way to read the model, the likeliest first."""
+        multipliers = sorted(
+            itertools.product(_POWERS, _POWERS), key=lambda powers: sum(power != 0.0 for power in powers)
+        )
+        for embedding, logits in multipliers if self.heads else [(0.0, 0.0)]:
+            for axes in self._layouts():
+                yield from self._with_heads(axes, embedding, logits)
+
+    def _layouts(self) -> Iterator[dict[str, ParamAxes]]:
+        open_kinds = [kind for kind, found in self.candidates.items() if len(found.options) > 1]
+        ranks = itertools.product(*(range(len(self.candidates[kind].options)) for kind in open_kinds))
+        for chosen in sorted(ranks, key=sum):
+            rank = dict(zip(open_kinds, chosen, strict=True))
+            axes = {
+                name: self.candidates[kind].options[rank.get(kind, 0)]
+                for kind, names in self.kinds.items()
+                for name in names
+            }
+            yield {name: axes[name] for name in self.descriptions}
+
+    def _with_heads(
+        self, axes: dict[str, ParamAxes], embedding: float, logits: float
+    ) -> Iterator[dict[str, ParamAxes]]:
+        """``axes`` with the multipliers, and with each norm that may feed a tied head."""
+        options = [_head_options(axis, head, axes, embedding, logits) for axis, head in self.heads.items()]
+        for changes in itertools.product(*options):
+            changed = dict(axes)
+            for change in changes:
+                changed.update(change)
+            yield changed
+
+
+def probe(
+    build_model: BuildModel, widths: Mapping[str, int], hints: Mapping[str, ParamAxes] | None = None
+) -> dict[str, ParamAxes]:
+    """What every dimension of every parameter of the model is, by shapes, types and names alone.
+
+    Args:
+        build_model: builds the model when called with the axis widths.
+        widths: the widths to probe around, one per axis.
+        hints: what is known already, by patterns that match whole names.
+
+    Returns:
+        name -> :class:`ParamAxes`, in the model's order, tied parameters once, under their first name.
+
+    Raises:
+        PlanError: names the parameter whose dimension can't be told.
+    """
+    reading = read(build_model, widths, hints)
+    if reading.uncertain:
+        raise reading.unknown(reading.uncertain[0])
+    return next(reading.readings())
+
+
+def read(build_model: BuildModel, widths: Mapping[str, int], hints: Mapping[str, ParamAxes] | None = None) -> Reading:
+    """All ways to read the model.
+
+    Args, Raises: as :func:`probe`, but what can be told by trying is no error.
+    """
+    model = build_on_meta(build_model, widths)
+    moves = find_moves(build_model, widths)
+    kinds: dict[str, tuple[str, ...]] = {}
+    found: dict[str, Candidates] = {}
+    descriptions: dict[str, str] = {}
+    patterns = {re.compile(pattern): axes for pattern, axes in (hints or {}).items()}
+    for name, _ in model.named_parameters():
+        place = _place(model, name)
+        moving = {position: moves[name, position] for position in range(len(place.shape)) if (name, position) in moves}
+        given = next((axes for pattern, axes in patterns.items() if pattern.fullmatch(name)), None)
+        options = candidates(place, moving) if given is None else Candidates((given,), True)
+        descriptions[name] = _description(place, moving)
+        if not options.options:
+            raise PlanError(descriptions[name])
+        # Layers may have parameters of one name that aren't alike.
+        kind = f"{name_pattern(name)} {options}"
+        kinds[kind] = (*kinds.get(kind, ()), name)
+        found[kind] = options
+    axes = _likeliest(kinds, found)
+    groups, indices = _groups(build_model, widths, axes), _indices(axes)
+    found = {kind: _settled(options, groups, indices) for kind, options in found.items()}
+    return Reading(kinds, found, _heads(model, _likeliest(kinds, found)), descriptions)
+
+
+def _likeliest(kinds: Mapping[str, tuple[str, ...]], found: Mapping[str, Candidates]) -> dict[str, ParamAxes]:
+    return {name: found[kind].options[0] for kind, names in kinds.items() for name in names}
+
+
+def _place(model: nn.Module, name: str) -> Place:
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    return Place(name, module, tuple(getattr(module, leaf).shape))
+
+
+def _description(place: Place, moves: Mapping[int, Move]) -> str:
+    dims = [TO_FILL if position in moves else {} for position in range(len(place.shape))]
+    entry = json.dumps({name_pattern(place.name): {"dims": dims}})
+    moving = ", ".join(f"dimension {position} is {move.per_unit} times {move.axis}" for position, move in moves.items())
+    return (
+        f"{place.name} ({type(place.owner).__name__}, shape {place.shape}): {moving}, and what that means can't be "
+        f'told. Say it in "sparkling": {{"axes": {entry}}}, each "{TO_FILL}" replaced by something like '
+        '{"axis": "hidden_size", "role": "fan_in"}'
+    )
+
+
+def _groups(build_model: BuildModel, widths: Mapping[str, int], axes: Mapping[str, ParamAxes]) -> dict[str, str | int]:
+    """Per axis that counts query heads, what groups them."""
+    carried = {axis for param_axes in axes.values() for axis in param_axes.axes}
+    groups: dict[str, str | int] = {}
+    for heads in carried & set(HEADS):
+        shared = [axis for axis in KEY_VALUE_HEADS if axis in carried]
+        if shared:
+            groups[heads] = shared[0]
+            continue
+        counts = []
+        for width in (widths[heads], 2 * widths[heads]):
+            config = getattr(build_on_meta(build_model, {**widths, heads: width}), "config", None)
+            counts.append(next((n for k in KEY_VALUE_HEADS if isinstance(n := getattr(config, k, None), int)), None))
+        if counts[0] is not None and counts[0] == counts[1] and widths[heads] % counts[0] == 0:
+            groups[heads] = counts[0]
+    return groups
+
+
+def _indices(axes: Mapping[str, ParamAxes]) -> set[str | None]:
+    """Axes that count what embeddings look up."""
+    return {dim.axis for param_axes in axes.values() for dim in param_axes.dims if dim.role is Role.INDEX}
+
+
+def _settled(found: Candidates, groups: Mapping[str, str | int], indices: set[str | None]) -> Candidates:
+    """Candidates with what the other parameters tell about their axes."""
+
+    def settle(dim: Dim) -> Dim:
+        if dim.axis is not None and dim.axis in groups:
+            return replace(dim, groups=groups[dim.axis])
+        if dim.axis in indices:
+            return replace(dim, role=Role.INDEX, alive=())
+        return dim
+
+    options = [replace(option, dims=tuple(map(settle, option.dims))) for option in found.options]
+    return Candidates(tuple(dict.fromkeys(options)), found.certain)
+
+
+def _heads(model: nn.Module, axes: Mapping[str, ParamAxes]) -> dict[str, Head]:
+    """Where the factors of each axis's output side can go.
+
+    Raises:
+        PlanError: if a weight is shared in a way that can't grow, or no norm can take a tied head's factor (App. D.1).
+    """
+    modules = dict(model.named_modules())
+    embeddings: dict[str, list[str]] = {}
+    for name, param_axes in axes.items():
+        if isinstance(modules[name.rpartition(".")[0]], nn.Embedding) and param_axes.dims[1].axis is not None:
+            embeddings.setdefault(param_axes.dims[1].axis, []).append(name)
+    tied = _tied_heads(model, axes)
+    repeated = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
+    heads = {}
+    for axis, names in embeddings.items():
+        gains: dict[str, list[str]] = {}
+        weights = []
+        for name, param_axes in axes.items():
+            if axis not in param_axes.axes or name.startswith(repeated):
+                continue
+            if param_axes.dims[0].role is Role.GAIN:
+                gains.setdefault(name.rpartition(".")[0], []).append(name)
+            elif isinstance(modules[name.rpartition(".")[0]], nn.Linear) and param_axes.dims[-1].axis == axis:
+                weights.append(name)
+        norms = tuple(tuple(names) for names in reversed(gains.values()))
+        if axis in tied and not norms:
+            raise PlanError(
+                f"{tied[axis]} is tied to the embedding, so {axis}'s fan-in factor must go into the norm before the "
+                "head; found none outside the repeated layers"
+            )
+        heads[axis] = Head(tuple(names), tuple(weights), norms if axis in tied else ())
+    return heads
+
+
+def _tied_heads(model: nn.Module, axes: Mapping[str, ParamAxes]) -> dict[str, str]:
+    """Axis -> the head that is tied to an embedding which carries it."""
+    modules = dict(model.named_modules())
+    first_name = {id(param): name for name, param in model.named_parameters()}
+    tied: dict[str, str] = {}
+    for name, param in model.named_parameters(remove_duplicate=False):
+        first = first_name[id(param)]
+        if name == first or not axes[first].axes:
+            continue
+        owners = modules[first.rpartition(".")[0]], modules[name.rpartition(".")[0]]
+        if owners[0] is owners[1]:
+            continue
+        if not (isinstance(owners[0], nn.Embedding) and isinstance(owners[1], nn.Linear)):
+            raise PlanError(f"{name} shares its weight with {first}; only a linear head tied to the embedding can grow")
+        if axes[first].dims[1].axis is not None:
+            tied[axes[first].dims[1].axis or ""] = name
+    return tied
+
+
+def _head_options(
+    axis: str, head: Head, axes: Mapping[str, ParamAxes], embedding: float, logits: float
+) -> list[dict[str, ParamAxes]]:
+    """The changes that the multipliers ask for; one set per norm (and kind of gain) that may feed a tied head."""
+    base = {name: _powered(axes[name], axis, embedding) for name in head.embeddings if embedding}
+    if not head.gains:
+        return [base | {name: _powered(axes[name], axis, logits) for name in head.weights if logits}]
+    return [
+        base
+        | {
+            # The tied weight brings its own correction for the embedding's multiplier into the logits.
+            name: replace(_powered(axes[name], axis, logits - embedding), head_gain=True, offset=_offset(name, offset))
+            for name in gains
+        }
+        for gains in head.gains
+        for offset in (0.0, 1.0)
+    ]
+
+
+def _offset(name: str, offset: float) -> float:
+    """A norm's shift is what it is; its gain may be stored without an offset of 1."""
+    return 0.0 if name.endswith("bias") else offset
+
+
+def _powered(axes: ParamAxes, axis: str, power: float) -> ParamAxes:
+    return replace(axes, dims=tuple(replace(dim, power=power) if dim.axis == axis else dim for dim in axes.dims))

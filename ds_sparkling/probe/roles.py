@@ -1,0 +1,143 @@
+"""What a dimension that moves may be: candidates by the module's type and the parameter's name, likeliest first."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from ds_sparkling.axes import FIXED, Dim, Norm, ParamAxes, Role
+from ds_sparkling.probe.moves import HEADS, KEY_VALUE_HEADS, Move
+
+#: Parameters that hold gate and up projections in one.
+_FUSED_GATE_UP = ("gate_up_proj", "gate_and_up_proj", "w13", "w12")
+#: Parameters that hold query, key and value projections in one.
+_FUSED_QKV = ("qkv", "qkv_proj", "query_key_value", "c_attn", "wqkv", "in_proj_qkv")
+#: Parameters (or the linear maps they belong to) whose output gates another one's.
+_GATES = ("gate_proj", "w1")
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What a parameter's dimensions may be.
+
+    Attributes:
+        options: the likeliest first; none if nothing is known of such a parameter.
+        certain: whether the first is right even if nobody proves it.
+    """
+
+    options: tuple[ParamAxes, ...]
+    certain: bool
+
+
+@dataclass(frozen=True)
+class Place:
+    """A parameter and where it stands."""
+
+    name: str
+    owner: nn.Module
+    shape: tuple[int, ...]
+
+    @property
+    def leaf(self) -> str:
+        return self.name.rpartition(".")[2]
+
+    @property
+    def parent(self) -> str:
+        return self.name.split(".")[-2] if "." in self.name else ""
+
+    @property
+    def kind(self) -> str:
+        return type(self.owner).__name__.lower()
+
+    @property
+    def is_bias(self) -> bool:
+        return self.leaf.endswith("bias")
+
+    @property
+    def is_of_torch(self) -> bool:
+        return type(self.owner).__module__.startswith("torch.nn")
+
+    def called(self, names: tuple[str, ...]) -> bool:
+        return any(part.lower().removesuffix("_bias") in names for part in (self.leaf, self.parent))
+
+
+def candidates(place: Place, moves: Mapping[int, Move]) -> Candidates:
+    """What the dimensions of a parameter may be.
+
+    Args:
+        moves: dimension -> what it does, for those that move.
+    """
+    if not moves:
+        return Candidates((ParamAxes((FIXED,) * len(place.shape), stacked_experts=_stacked(place)),), True)
+    options: list[ParamAxes] = []
+    orientations, told = _orientations(place)
+    for rank, roles in enumerate(orientations):
+        layouts = [
+            _layouts(place, role, moves[position]) if position in moves else ([FIXED], True)
+            for position, role in enumerate(roles)
+        ]
+        if rank == 0:
+            told &= all(sure for _, sure in layouts)
+        for dims in itertools.product(*(ways for ways, _ in layouts)):
+            options.append(ParamAxes(dims, stacked_experts=_stacked(place), norm=_norm(place)))
+    unique = tuple(dict.fromkeys(options))
+    return Candidates(unique, told)
+
+
+def _orientations(place: Place) -> tuple[list[tuple[Role, ...]], bool]:
+    """The roles that the dimensions may have, and whether the first ones are sure."""
+    out, into, ndim = Role.FAN_OUT, Role.FAN_IN, len(place.shape)
+    if isinstance(place.owner, nn.Embedding):
+        return [(Role.INDEX, out)], True
+    if isinstance(place.owner, nn.Linear):
+        return [(out, into) if ndim == 2 else (out,)], True
+    if _norm(place) is not None:
+        return [(Role.GAIN,)], True
+    if place.is_of_torch:
+        return [], False
+    if place.kind == "conv1d":  # of transformers: a linear map whose weight is [in, out]
+        return [(into, out) if ndim == 2 else (out,)], True
+    if ndim == 1:
+        return [(out,) if place.is_bias else (Role.PER_UNIT,)], True
+    if ndim == 2 and place.is_bias:
+        return [(out, out)], True
+    if ndim == 2:
+        return [(out, into), (into, out)], "router" in place.kind or "gate" in place.kind
+    if ndim == 3:
+        return [(out, out, into), (out, into, out)], True
+    return [], False
+
+
+def _stacked(place: Place) -> bool:
+    """Whether a parameter is one of experts stacked as [experts, ...] in a module of the model's own."""
+    if place.is_of_torch:
+        return False
+    beside = any(param.dim() == 3 and len(param) == place.shape[0] for param in place.owner.parameters(recurse=False))
+    return len(place.shape) == 3 or (len(place.shape) == 2 and place.is_bias and beside)
+
+
+def _norm(place: Place) -> Norm | None:
+    if len(place.shape) != 1 or not any(part in place.kind for part in ("norm", "rms")):
+        return None
+    return Norm.LAYER if "layernorm" in place.kind else Norm.RMS
+
+
+def _layouts(place: Place, role: Role, move: Move) -> tuple[list[Dim], bool]:
+    """How the entries of a moving dimension may lie, and whether the first way is sure."""
+    axis, per_unit = move.axis, move.per_unit
+    gate = (0,) if role is Role.FAN_OUT and place.called(_GATES) else ()
+    if per_unit == 1:
+        return [Dim(axis, role, alive=gate)], not move.coupled
+    blocks = Dim(axis, role, block=per_unit, alive=gate)
+    if axis in HEADS + KEY_VALUE_HEADS:
+        return [blocks], not move.coupled
+    segments = Dim(axis, role, segments=per_unit)
+    if role is not Role.FAN_OUT:
+        return [blocks, segments], False
+    if place.called(_FUSED_GATE_UP) and per_unit % 2 == 0:
+        halves = Dim(axis, role, block=per_unit // 2, segments=2, alive=(0,))
+        return [halves, replace(halves, interleaved=True)], not move.coupled
+    return ([segments, blocks] if place.called(_FUSED_QKV) else [blocks, segments]), False
