@@ -37,6 +37,12 @@ def _plot_schedule(arguments: Sequence[str]) -> None:
     plot(arguments)
 
 
+def _check_growth(arguments: Sequence[str]) -> None:
+    from ds_sparkling.check.command import main as check
+
+    check(arguments)
+
+
 def _bench_step(arguments: Sequence[str]) -> None:
     from ds_sparkling.benchmarks.step import main as bench
 
@@ -59,6 +65,7 @@ def _bench_expand(arguments: Sequence[str]) -> None:
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "train": (_train, "train a mixture-of-experts language model and widen it mid-way"),
     "expand-zero-ckpt": (_expand_zero_ckpt, "widen, reshape or export a ZeRO checkpoint offline"),
+    "check-growth": (_check_growth, "grow a small instance of a model and see whether that keeps what it promises"),
     "plot-schedule": (_plot_schedule, "learning rates of every birth stage, before the run, as text and picture"),
     "bench-regrow": (_bench_regrow, "time and memory of a live growth against other ways"),
     "bench-step": (_bench_step, "time and memory of an optimizer step after a growth"),

@@ -22,6 +22,8 @@ from ds_sparkling.strategy import Strategy
 #: the function differs by 1e-12; models of the transformers library compute norms and softmax in fp32 throughout, and
 #: sums over twice as many units, in another order, then differ by some 1e-6.
 SAME = 1e-5
+#: The same in fp32, where every sum is rounded to 2^-24 and layers add that up.
+SAME_FP32 = 1e-4
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,10 @@ class Runnable:
     instance: Instance
     model: nn.Module
     call: Call
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
 
 
 @dataclass(frozen=True)
@@ -53,11 +59,6 @@ class Change:
     expected: float
     same: bool
 
-    @property
-    def ratio(self) -> float:
-        """RMS after over before; 1 where both are zero."""
-        return self.after / self.before if self.before else (1.0 if self.after == 0 else math.inf)
-
 
 @dataclass(frozen=True)
 class Comparison:
@@ -75,6 +76,16 @@ class Comparison:
     difference: float
     narrow: nn.Module
     wide: nn.Module
+
+    @property
+    def same(self) -> bool:
+        """Whether the function is the same."""
+        return self.difference <= tolerance(next(self.narrow.parameters()).dtype)
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """How much logits of the same function may differ, relative to the largest, when computed in ``dtype``."""
+    return SAME if dtype is torch.float64 else SAME_FP32
 
 
 def first_runnable(instances: Iterable[Instance], inputs: Inputs | None, dtype: torch.dtype, seed: int) -> Runnable:
@@ -227,7 +238,7 @@ def _holds_copies(narrow: Tensor, wide: Tensor) -> bool:
         narrow = narrow.repeat_interleave(copies, -1)
     if not narrow.numel():
         return True
-    return float((narrow - wide).abs().max()) <= SAME * float(narrow.abs().max())
+    return float((narrow - wide).abs().max()) <= tolerance(narrow.dtype) * float(narrow.abs().max())
 
 
 def _rms(value: Tensor) -> float:

@@ -24,7 +24,7 @@ from ds_sparkling.factory import HuggingFaceFactory
 from ds_sparkling.probe import BuildModel, build_on_meta
 
 #: Parameters of a narrow model that is run without being made smaller: fractions of a second on one core.
-SMALL = 2_000_000
+SMALL = 5_000_000
 #: Parameters of the narrow model beyond which it isn't run unless asked for as it is.
 LARGE = 50_000_000
 #: Units that a width axis is shrunk to at least: enough for an RMS to mean something.
