@@ -12,7 +12,7 @@ partitioned over d ranks and an expert's over d / e.
 | 2 | whole | partitioned | partitioned |
 | 3 | partitioned | partitioned | partitioned |
 
-Weights in fp32 are their own masters under stages 0 and 3.
+Weights in fp32 are their own masters without ZeRO. ZeRO-3 means to do so too, but compares a device with its name.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Setting:
     @property
     def own_masters(self) -> bool:
         """Whether masters are tensors of their own; otherwise the fp32 weights are their own masters."""
-        return self.weight_bytes != _FP32 or self.stage in (1, 2) or self.offload_optimizer
+        return self.weight_bytes != _FP32 or self.stage > 0
 
     @property
     def gradients_stand(self) -> bool:
