@@ -207,11 +207,11 @@ def _setting(config: Mapping[str, Any], options: Options, dtype: str) -> Setting
             raise UnsupportedError(f"{path}: memory is only known for fp32 masters and state; take it out of a copy")
     stage = options.stage
     if stage is None:
-        stage = int(value_at(config, "zero_optimization.stage", 0 if config else 3))
+        stage = _whole(config, "zero_optimization.stage", 0 if config else 3, "--zero")
     shared = options.expert_parallel
     if shared is None:
         enabled = value_at(config, "expert_parallel.enabled", False)
-        shared = int(value_at(config, "expert_parallel.autoep_size", 1)) if enabled else 1
+        shared = _whole(config, "expert_parallel.autoep_size", 1, "--expert-parallel") if enabled else 1
     accumulated = value_at(config, "data_types.grad_accum_dtype") or dtype
     if accumulated not in _BYTES:
         raise ConfigError(f"data_types.grad_accum_dtype is {accumulated!r}; known: {', '.join(_BYTES)}")
@@ -225,6 +225,13 @@ def _setting(config: Mapping[str, Any], options: Options, dtype: str) -> Setting
         offload_optimizer=_on_host(config, "offload_optimizer"),
         offload_weights=_on_host(config, "offload_param"),
     )
+
+
+def _whole(config: Mapping[str, Any], path: str, default: int, option: str) -> int:
+    value = value_at(config, path, default)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ConfigError(f"{path} must be a whole number, got {value!r}; correct it or pass {option} N")
+    return value
 
 
 def _states(config: Mapping[str, Any]) -> int:

@@ -86,6 +86,11 @@ def test_the_text_tells_everything(tmp_path: Path, capsys: pytest.CaptureFixture
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_the_readme_shows_what_comes_out(capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = run(capsys, "--config", JOINT, "--world-size", 64, "--no-picture")
+    assert f"```\n{out}```\n" in (ROOT / "README.md").read_text()
+
+
 def test_json_has_the_same_figures(capsys: pytest.CaptureFixture[str]) -> None:
     found = as_json(capsys, "--config", JOINT, "--world-size", 64)
     assert found["parameters"][1]["active"] == 1_502_976_512
@@ -290,6 +295,10 @@ def test_what_cannot_be_planned_is_refused(
         ),
         ({"data_types": {"grad_accum_dtype": "fp8"}}, "data_types.grad_accum_dtype is 'fp8'; known: fp32"),
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "NVMe offload"),
+        (
+            {"zero_optimization": {"stage": "auto"}},
+            "zero_optimization.stage must be a whole number, got 'auto'; .* --zero N",
+        ),
         ({"training": None, "scheduler": None}, "pass --steps N"),
         ({"model": {"hiden_size": 4}}, "unknown key model.hiden_size; did you mean 'hidden_size'"),
     ],
