@@ -179,6 +179,32 @@ def typed_block(kind: type[_D], config: Mapping[str, Any], name: str) -> _D:
         raise ConfigError(f"{name}: {error}") from error
 
 
+def value_at(config: Mapping[str, Any], path: str, default: Any = None) -> Any:
+    """What stands at a dotted path of a config; ``default`` if nothing does."""
+    value: Any = config
+    for key in path.split("."):
+        if not isinstance(value, Mapping) or key not in value:
+            return default
+        value = value[key]
+    return value
+
+
+def planned_steps(config: Mapping[str, Any]) -> int | None:
+    """How many optimizer steps the run has, by ``training.steps`` or the scheduler; None if neither tells.
+
+    Raises:
+        ConfigError: if what stands there isn't a number of steps.
+    """
+    for path in ("training.steps", "scheduler.params.total_num_steps"):
+        steps = value_at(config, path)
+        if steps is None:
+            continue
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise ConfigError(f"{path} must be a positive integer, got {steps!r}; correct it or pass --steps N")
+        return steps
+    return None
+
+
 def _stages(value: Any) -> tuple[StageConfig, ...]:
     path = f"{BLOCK}.stages"
     if not isinstance(value, list):

@@ -8,7 +8,6 @@ from dataclasses import replace
 
 from deepspeed import comm as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
-from torch import nn
 
 from ds_sparkling.check.proof import prove_function
 from ds_sparkling.check.resolve import find_axes
@@ -17,6 +16,7 @@ from ds_sparkling.errors import ConfigError
 from ds_sparkling.growth import GrowthPlan, count_parameters, make_plan
 from ds_sparkling.probe import BuildModel, base_widths, build_on_meta, probe
 from ds_sparkling.record import GrowthRecord
+from ds_sparkling.routing import active_share
 from ds_sparkling.zero.access import full_shape
 from ds_sparkling.zero.naming import engine_axes, expert_slices
 from ds_sparkling.zero.run import GrowingRun
@@ -43,14 +43,14 @@ def plan_growth(engine: DeepSpeedEngine, run: GrowingRun, widths: Mapping[str, i
         widths,
         run.config.strategy,
         stage=len(run.record.stages) + 1,
-        active_share=active_share(engine.module),
+        active_share=_share(engine),
     )
 
 
 def parameter_counts(engine: DeepSpeedEngine, record: GrowthRecord) -> tuple[int, int]:
     """Total and active (per token) parameters of the engine's model."""
     shapes, axes = logical_shapes(engine), engine_axes(engine, record.axes)
-    return count_parameters(shapes, axes), count_parameters(shapes, axes, active_share(engine.module))
+    return count_parameters(shapes, axes), count_parameters(shapes, axes, _share(engine))
 
 
 def knowing(
@@ -103,12 +103,6 @@ def check_stages(build_model: BuildModel, config: SparklingConfig, record: Growt
                 )
 
 
-def active_share(model: nn.Module) -> float:
-    """Share of the stacked experts that one token uses, from the model's config; 1 if it doesn't tell."""
-    config = getattr(model, "config", None)
-    top_k = getattr(config, "num_experts_per_tok", None)
-    for name in ("num_experts", "n_routed_experts", "num_local_experts"):
-        experts = getattr(config, name, None)
-        if isinstance(experts, int) and isinstance(top_k, int):
-            return top_k / experts
-    return 1.0
+def _share(engine: DeepSpeedEngine) -> float:
+    share = active_share(engine.module)
+    return 1.0 if share is None else share
