@@ -26,9 +26,6 @@ from ds_sparkling.planner.model import Tensor
 
 #: Bytes of an element in fp32, which masters and optimizer state are kept in.
 _FP32 = 4
-#: Whole tensors of the old engine that a rank holds at once while it moves them: the next is gathered before the last
-#: is let go.
-_GATHERED = 2
 
 
 @dataclass(frozen=True)
@@ -267,10 +264,10 @@ def _received(tensors: Sequence[Tensor], setting: Setting) -> int:
 
 
 def _on_the_way(before: Tensor, after: Tensor, setting: Setting) -> int:
-    """Bytes of a tensor's whole old copies; with offload also of its own pieces, which pass through the device."""
+    """Bytes of a tensor's whole old copy; with offload also of its own pieces, which pass through the device."""
     ranks = setting.group(before)
     whole = padded_piece(before.numel, ranks) * ranks * _FP32
     if setting.offload_optimizer and before.trained:
         own = (padded_piece(before.numel, ranks) if ranks > 1 else 0) + padded_piece(after.numel, ranks)
-        return _GATHERED * whole + own * _FP32
-    return _GATHERED * whole if ranks > 1 else 0
+        return whole + own * _FP32
+    return whole if ranks > 1 else 0

@@ -65,7 +65,7 @@ def test_growing_by_hand() -> None:
         state=8 * WIDER_PIECE,
         gradients=2 * WIDER_PIECE,  # ZeRO-3 has their buffer from the start
         old=12 * PIECE + 2 * 1,
-        gathered=2 * 4 * 104,  # the first tensor twice, padded to 8 pieces of 13
+        gathered=4 * 104,  # the first tensor, padded to 8 pieces of 13
     )
 
 
@@ -82,7 +82,7 @@ def test_growing_with_offload_keeps_the_old_state_on_the_host() -> None:
     found = growing(TENSORS, WIDER, Setting(8, 2, 2, offload_optimizer=True))
     assert found.host.old == 12 * PIECE
     own = 13 + 50  # pieces before and after of the largest tensor, which pass through the device
-    assert found.device == Memory(weights=2 * 668, old=2 * 7, gathered=2 * 4 * 104 + 4 * own)
+    assert found.device == Memory(weights=2 * 668, old=2 * 7, gathered=4 * 104 + 4 * own)
 
 
 def test_traffic_by_hand() -> None:
