@@ -10,6 +10,7 @@ import copy
 import logging
 import os
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from ds_sparkling.zero import access
 from ds_sparkling.zero.carry import Carried, preserved_rng
 from ds_sparkling.zero.checkpoints import hook_checkpoints
 from ds_sparkling.zero.consensus import Consensus
+from ds_sparkling.zero.hugging_face import gathered_initialization
 from ds_sparkling.zero.monitoring import close_monitors, hook_monitors, mark_growth
 from ds_sparkling.zero.planning import check_stages, knowing, parameter_counts, plan_growth
 from ds_sparkling.zero.regrow import move
@@ -248,10 +250,14 @@ def _engine(run: GrowingRun) -> DeepSpeedEngine:
     config = copy.deepcopy(run.ds_config)
     # The engine's own group, so that parameters made here and those AutoEP makes later share their sub-groups, and
     # checkpoints have the layout that DeepSpeed gives a model built outside zero.Init.
-    with deepspeed.zero.Init(
-        data_parallel_group=groups._get_data_parallel_group(),
-        config_dict_or_path=copy.deepcopy(config),
-        enabled=zero_stage(config) == 3,
+    partitioned = zero_stage(config) == 3
+    with (
+        deepspeed.zero.Init(
+            data_parallel_group=groups._get_data_parallel_group(),
+            config_dict_or_path=copy.deepcopy(config),
+            enabled=partitioned,
+        ),
+        gathered_initialization() if partitioned else nullcontext(),
     ):
         model = run.build_model(**run.widths)
     if isinstance(model, PipelineModule):
