@@ -108,25 +108,33 @@ def first_runnable(instances: Iterable[Instance], inputs: Inputs | None, dtype: 
     raise failure or NotRunnableError("there is no model to run")
 
 
-def fitting_axes(instance: Instance, model: nn.Module, axes: Mapping[str, ParamAxes]) -> dict[str, ParamAxes]:
-    """The axes of a small instance's parameters, from those of the model that it is an instance of.
+def fitting_axes(
+    instance: Instance, model: nn.Module, axes: Mapping[str, ParamAxes], widths: Mapping[str, int]
+) -> dict[str, ParamAxes]:
+    """The axes of a small instance's parameters, from those of the model, of ``widths``, that it is an instance of.
 
-    Blocks (entries per unit) may be smaller than the large model's. Where that doesn't fit, the instance is probed.
+    Blocks (entries per unit) and fixed numbers of groups may be smaller than the large model's. A parameter that the
+    large model doesn't have makes the instance be probed.
     """
     fitted = {}
     for name, param in model.named_parameters():
         known = axes.get(name)
         if known is None or len(known.dims) != param.dim():
             return probe(instance, instance.before)
-        dims = tuple(_fitting(dim, size, instance.before) for dim, size in zip(known.dims, param.shape, strict=True))
+        dims = tuple(
+            _fitting(dim, size, instance.before, widths) for dim, size in zip(known.dims, param.shape, strict=True)
+        )
         fitted[name] = replace(known, dims=dims)
     return fitted
 
 
-def _fitting(dim: Dim, size: int, widths: Mapping[str, int]) -> Dim:
-    if dim.axis is None or dim.block == 1:
+def _fitting(dim: Dim, size: int, small: Mapping[str, int], widths: Mapping[str, int]) -> Dim:
+    if dim.axis is None:
         return dim
-    return replace(dim, block=max(size // (dim.segments * widths[dim.axis]), 1))
+    width, whole = small[dim.axis], widths[dim.axis]
+    block = dim.block if dim.block == 1 else max(size // (dim.segments * width), 1)
+    groups = dim.groups if isinstance(dim.groups, str) else max(dim.groups * width // whole, 1)
+    return replace(dim, block=block, groups=groups)
 
 
 def compare(runnable: Runnable, axes: Mapping[str, ParamAxes], strategy: Strategy) -> Comparison:

@@ -68,7 +68,7 @@ def prove_function(
         runnable = first_runnable(small, inputs, torch.float64, seed=0)
     except PlanError as error:
         return Proof(None, f"not provable: {error}")
-    fitted = fitting_axes(runnable.instance, runnable.model, axes)
+    fitted = fitting_axes(runnable.instance, runnable.model, axes, widths)
     comparison = compare(runnable, fitted, Strategy())
     if not comparison.same:
         noise = difference_between_runs(runnable.model, runnable.call)
