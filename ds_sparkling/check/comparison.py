@@ -15,7 +15,7 @@ from ds_sparkling.check.instance import Instance
 from ds_sparkling.check.module import grow_into, plan_of, randomize, settled
 from ds_sparkling.errors import PlanError
 from ds_sparkling.growth import GrowthPlan
-from ds_sparkling.probe import probe
+from ds_sparkling.probe import key_value_heads, probe
 from ds_sparkling.strategy import Strategy
 
 #: Largest |difference| over largest |value| of logits that counts as the same function. In float64 a growth that keeps
@@ -108,33 +108,30 @@ def first_runnable(instances: Iterable[Instance], inputs: Inputs | None, dtype: 
     raise failure or NotRunnableError("there is no model to run")
 
 
-def fitting_axes(
-    instance: Instance, model: nn.Module, axes: Mapping[str, ParamAxes], widths: Mapping[str, int]
-) -> dict[str, ParamAxes]:
-    """The axes of a small instance's parameters, from those of the model, of ``widths``, that it is an instance of.
+def fitting_axes(instance: Instance, model: nn.Module, axes: Mapping[str, ParamAxes]) -> dict[str, ParamAxes]:
+    """The axes of a small instance's parameters, from those of the model that it is an instance of.
 
-    Blocks (entries per unit) and fixed numbers of groups may be smaller than the large model's. A parameter that the
-    large model doesn't have makes the instance be probed.
+    Blocks (entries per unit) may be smaller than the large model's, and heads fewer. Where that doesn't fit, the
+    instance is probed.
     """
     fitted = {}
+    shared = key_value_heads(model)
     for name, param in model.named_parameters():
         known = axes.get(name)
         if known is None or len(known.dims) != param.dim():
             return probe(instance, instance.before)
-        dims = tuple(
-            _fitting(dim, size, instance.before, widths) for dim, size in zip(known.dims, param.shape, strict=True)
-        )
+        sizes = zip(known.dims, param.shape, strict=True)
+        dims = tuple(_fitting(dim, size, instance.before, shared) for dim, size in sizes)
         fitted[name] = replace(known, dims=dims)
     return fitted
 
 
-def _fitting(dim: Dim, size: int, small: Mapping[str, int], widths: Mapping[str, int]) -> Dim:
+def _fitting(dim: Dim, size: int, widths: Mapping[str, int], shared: int | None) -> Dim:
     if dim.axis is None:
         return dim
-    width, whole = small[dim.axis], widths[dim.axis]
-    block = dim.block if dim.block == 1 else max(size // (dim.segments * width), 1)
-    groups = dim.groups if isinstance(dim.groups, str) else max(dim.groups * width // whole, 1)
-    return replace(dim, block=block, groups=groups)
+    block = dim.block if dim.block == 1 else max(size // (dim.segments * widths[dim.axis]), 1)
+    fixed = isinstance(dim.groups, int) and dim.groups > 1 and shared is not None
+    return replace(dim, block=block, groups=shared if fixed and shared is not None else dim.groups)
 
 
 def compare(runnable: Runnable, axes: Mapping[str, ParamAxes], strategy: Strategy) -> Comparison:
@@ -143,16 +140,53 @@ def compare(runnable: Runnable, axes: Mapping[str, ParamAxes], strategy: Strateg
     Raises:
         PlanError: if it can't grow so, or if the wide model can't run.
     """
-    instance, narrow = runnable.instance, runnable.model
-    plan = plan_of(narrow, axes, instance.before, instance.after, strategy)
-    wide = settled(instance.build(wide=True), next(narrow.parameters()).dtype)
-    grow_into(wide, narrow, plan)
+    narrow = runnable.model
+    plan, wide = grown(runnable, axes, strategy)
     seen, logits = watch(narrow, runnable.call)
     try:
         seen_wide, logits_wide = watch(wide, runnable.call)
     except NotRunnableError as error:
-        raise PlanError(f"the model runs at widths {instance.before}, but not at {instance.after}: {error}") from error
+        raise _not_wide(runnable, error) from error
     return Comparison(plan, tuple(_changes(seen, seen_wide, plan)), difference(logits, logits_wide), narrow, wide)
+
+
+def grown(runnable: Runnable, axes: Mapping[str, ParamAxes], strategy: Strategy) -> tuple[GrowthPlan, nn.Module]:
+    """The plan of a narrow model's growth, and the wide model.
+
+    Raises:
+        PlanError: if it can't grow so.
+    """
+    instance, narrow = runnable.instance, runnable.model
+    plan = plan_of(narrow, axes, instance.before, instance.after, strategy)
+    wide = settled(instance.build(wide=True), next(narrow.parameters()).dtype)
+    grow_into(wide, narrow, plan)
+    return plan, wide
+
+
+def difference_after(runnable: Runnable, axes: Mapping[str, ParamAxes]) -> float:
+    """How far the logits are off after copy-copy growth, as :func:`difference` measures it.
+
+    Infinite if the axes don't fit.
+
+    Raises:
+        PlanError: if the wide model can't run, whatever the axes.
+    """
+    try:
+        _, wide = grown(runnable, axes, Strategy())
+    except PlanError:
+        return math.inf
+    try:
+        return difference(run(runnable.model, runnable.call), run(wide, runnable.call))
+    except NotRunnableError as error:
+        raise _not_wide(runnable, error) from error
+
+
+def _not_wide(runnable: Runnable, error: Exception) -> PlanError:
+    widths = {**runnable.instance.before, **runnable.instance.after}
+    return PlanError(
+        f"the model runs at widths {runnable.instance.before}, but not at {widths}: {error}; does another width "
+        "have to grow along?"
+    )
 
 
 def difference(logits: Tensor, wide: Tensor) -> float:

@@ -72,13 +72,16 @@ def grow_into(wide: nn.Module, narrow: nn.Module, plan: GrowthPlan) -> None:
     stay as the wide model makes them.
 
     Raises:
-        PlanError: if the wide model's shapes contradict the plan.
+        PlanError: names a parameter whose shape isn't the planned one.
     """
     old = dict(narrow.named_parameters())
     for name, param in wide.named_parameters():
         widener = Widener(plan, name)
         if widener.after != tuple(param.shape):
-            raise PlanError(f"{name} is {tuple(param.shape)} at the new widths, and {widener.after} by its axes")
+            raise PlanError(
+                f"{name} is planned to become {widener.after}, but build_model makes it {tuple(param.shape)}; its size "
+                "follows from several widths, which have to grow together and by the same ratio"
+            )
         grown = torch.empty(math.prod(widener.after), dtype=param.dtype)
         widener.weight(old[name].detach(), grown)
         param.copy_(grown.view(widener.after))

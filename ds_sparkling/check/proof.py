@@ -7,7 +7,7 @@ must give the same logits, whatever the model does. So that is tried, on a small
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -41,10 +41,10 @@ def prove_function(
     build_model: BuildModel,
     axes: Mapping[str, ParamAxes],
     widths: Mapping[str, int],
-    after: Mapping[str, int],
+    growing: Collection[str],
     inputs: Inputs | None = None,
 ) -> Proof:
-    """Show that copying the units of the axes in ``after`` keeps the function of ``build_model``'s model.
+    """Show that copying the units of the ``growing`` axes keeps the function of ``build_model``'s model.
 
     A small instance, with parameters that all matter, is doubled along these axes by copy-copy growth with the given
     ``axes``, and its logits are compared. Takes about a second on the CPU, and leaves the random state as it is.
@@ -53,7 +53,7 @@ def prove_function(
         build_model: builds the model from its widths.
         axes: what each parameter's dimensions are.
         widths: the widths in force.
-        after: the axes that will grow; how far doesn't matter.
+        growing: the axes that will grow.
         inputs: of the model's forward; random token ids by default.
 
     Returns:
@@ -62,13 +62,13 @@ def prove_function(
     Raises:
         PlanError: if the function changes; names the first module that takes or gives something else.
     """
-    twice = {axis: 2 * widths[axis] for axis in after}
+    twice = {axis: 2 * widths[axis] for axis in growing}
     try:
         small = instances(build_model, widths, twice, keep_vocabulary=inputs is not None)
         runnable = first_runnable(small, inputs, torch.float64, seed=0)
     except PlanError as error:
         return Proof(None, f"not provable: {error}")
-    fitted = fitting_axes(runnable.instance, runnable.model, axes, widths)
+    fitted = fitting_axes(runnable.instance, runnable.model, axes)
     comparison = compare(runnable, fitted, Strategy())
     if not comparison.same:
         noise = difference_between_runs(runnable.model, runnable.call)

@@ -151,7 +151,7 @@ def check_growth(
     whole = Instance(build_model, before, dict(after))
     small = [whole] if as_is else instances(build_model, before, after, keep_vocabulary=inputs is not None)
     runnable = first_runnable(small, inputs, dtype, seed)
-    return _report(plan, runnable, fitting_axes(runnable.instance, runnable.model, axes, before), strategy)
+    return _report(plan, runnable, fitting_axes(runnable.instance, runnable.model, axes), strategy)
 
 
 def _report(plan: GrowthPlan, runnable: Runnable, axes: Mapping[str, ParamAxes], strategy: Strategy) -> GrowthReport:

@@ -105,8 +105,9 @@ def initialize(
         record = read_record(found) if found is not None else None
         if record is None:
             record = GrowthRecord(dict(block.widths or {}), {})
-        axes = [axis for stage in block.stages for axis in stage.widths]
-        record = knowing(record, [*record.widths, *axes], build_model)
+        happened = {stage.planned_step for stage in record.stages}
+        growths = [tuple(stage.widths) for stage in block.stages if stage.at_step not in happened]
+        record = knowing(record, growths, build_model, block)
         check_stages(build_model, block, record)
     consensus.settle()
     assert record is not None
@@ -197,7 +198,9 @@ def _grow(
     with preserved_rng():
         consensus = Consensus("planning the growth")
         with consensus:
-            run = replace(run, record=knowing(run.record, [*run.widths, *widths], run.build_model))
+            run = replace(
+                run, record=knowing(run.record, [tuple(widths)] if widths else [], run.build_model, run.config)
+            )
             plan = plan_growth(engine, run, widths)
             build_on_meta(run.build_model, {**run.widths, **widths})
             old = access.shards(engine)
