@@ -15,7 +15,9 @@ from ds_sparkling.check.instance import Instance, instances
 from ds_sparkling.check.modules import Row, rows
 from ds_sparkling.check.promise import Promise, promise_of
 from ds_sparkling.check.proof import refute
+from ds_sparkling.check.resolve import find_axes
 from ds_sparkling.check.tally import Tally, tallies
+from ds_sparkling.errors import PlanError
 from ds_sparkling.growth import GrowthPlan, make_plan
 from ds_sparkling.probe import BuildModel, base_widths, build_on_meta, probe
 from ds_sparkling.strategy import Strategy
@@ -144,7 +146,7 @@ def check_growth(
         PlanError: if the model can't grow so or can't be run; the message names what is in the way.
     """
     before = base_widths(build_model, after, widths)
-    axes = probe(build_model, before)
+    axes = _axes(build_model, before, after, inputs)
     shapes = {name: tuple(param.shape) for name, param in build_on_meta(build_model, before).named_parameters()}
     strategy = strategy or Strategy()
     plan = make_plan(shapes, axes, before, after, strategy, stage=1, active_share=None)
@@ -152,6 +154,16 @@ def check_growth(
     small = [whole] if as_is else instances(build_model, before, after, keep_vocabulary=inputs is not None)
     runnable = first_runnable(small, inputs, dtype, seed)
     return _report(plan, runnable, fitting_axes(runnable.instance, runnable.model, axes), strategy)
+
+
+def _axes(
+    build_model: BuildModel, before: Mapping[str, int], after: Mapping[str, int], inputs: Inputs | None
+) -> dict[str, ParamAxes]:
+    """The axes that keep the function; where none do, the likeliest, for the report to show what is off."""
+    try:
+        return find_axes(build_model, before, [tuple(after)], inputs=inputs).axes
+    except PlanError:
+        return probe(build_model, before)
 
 
 def _report(plan: GrowthPlan, runnable: Runnable, axes: Mapping[str, ParamAxes], strategy: Strategy) -> GrowthReport:

@@ -23,7 +23,7 @@ class Tally:
         tensors: how many there are.
         before, after: shape of one of them.
         old: elements that were there before, rescaled or not.
-        copied: new elements that are copies of old ones.
+        copied: new elements that are made of old ones, as copies are.
         random: new elements that were drawn.
         zero: new elements that are zero.
         rms_before, rms_after: root mean square of their elements.

@@ -40,9 +40,9 @@ def build(hidden_size: int = 32, moe_intermediate_size: int = 16) -> nn.Module:
 
 
 def build_broken(hidden_size: int = 32) -> nn.Module:
-    """The same with a final norm that is multiplied by the width."""
+    """The same with attention that is multiplied by the width."""
     model = build(hidden_size)
-    model.get_submodule("norm").register_forward_hook(lambda _module, _args, output: output * hidden_size)
+    model.get_submodule("layers.0.self_attn").register_forward_hook(lambda _module, _args, output: output * hidden_size)
     return model
 
 
@@ -84,7 +84,7 @@ def test_a_broken_promise_is_drawn_too_and_is_a_failure(capsys: pytest.CaptureFi
     assert status(*arguments) == 1
     captured = capsys.readouterr()
     assert "BROKEN: growing hidden_size would change the model's function" in captured.out
-    assert "something else is norm (RMSNorm)" in captured.out
+    assert "something else is layers.0.self_attn (Attention)" in captured.out
     assert captured.err == "error: the growth doesn't keep what it promises\n"
     png_size(Path("broken.png"))
 
@@ -94,7 +94,8 @@ def test_json_is_all_there_is_on_standard_output(capsys: pytest.CaptureFixture[s
     assert status("--model", MODEL, "--widths", "moe_intermediate_size=24", *options, "--output", "a.png") == 0
     data = json.loads(capsys.readouterr().out)
     assert data["kept"] is True
-    assert data["plan"]["strategy"]["init"] == {"fan_out": "random", "fan_in": "zero", "norm": "copy"}
+    init = data["plan"]["strategy"]["init"]
+    assert (init["fan_out"], init["fan_in"], init["norm"]) == ("random", "zero", "copy")
     assert data["plan"]["strategy"]["seed"] == 3
     assert data["small"]["dtype"] == "float32"
     assert data["promise"]["logit_difference"] == 1e-4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -88,13 +89,46 @@ def test_enough_experts_remain_to_choose_from(config: dict[str, Any], experts: i
     assert fewer_experts(config)[key] == experts
 
 
-def test_widths_that_are_no_axes_are_divided_too_and_heads_stay_in_groups() -> None:
-    config = resolved({"model_type": "qwen3_moe", "num_attention_heads": 32, "num_key_value_heads": 4})
+def test_widths_that_are_no_axes_are_divided_too() -> None:
+    config = resolved({"model_type": "qwen3_moe"})
     made = narrower(config, 16, [H])
     assert made[H] == config[H]
     assert made["moe_intermediate_size"] * 16 == config["moe_intermediate_size"]
-    assert (made["num_attention_heads"], made["num_key_value_heads"]) == (16, 2)
     assert made["vocab_size"] == config["vocab_size"]
+
+
+HEADS, GROUPS = "num_attention_heads", "num_key_value_heads"
+
+
+@pytest.mark.parametrize("axes", [(H,), (HEADS,), (HEADS, GROUPS)], ids="-".join)
+def test_heads_keep_their_ratio_whether_they_are_axes_or_not(axes: tuple[str, ...]) -> None:
+    config = {"model_type": "qwen3_moe", H: 2048, HEADS: 32, GROUPS: 4, "head_dim": 128}
+    settings = runnable(config, {axis: int(str(config[axis])) for axis in axes}).model.get_submodule("").config
+    assert (settings.num_attention_heads, settings.num_key_value_heads) == (16, 2)  # type: ignore[union-attr]
+
+
+def test_heads_that_follow_others_still_do() -> None:
+    """Llama has a key/value head per head, where its config doesn't say otherwise."""
+    factory = HuggingFaceFactory({"model_type": "llama"})
+    assert ds_sparkling.prove_function(factory, probe(factory, {HEADS: 32}), {HEADS: 32}, {HEADS: 64})
+
+
+def test_a_vocabulary_of_an_odd_size_is_made_small() -> None:
+    found = runnable({"model_type": "gpt2"}, {"vocab_size": 50257})
+    assert 128 <= found.instance.before["vocab_size"] < 50257
+
+
+@pytest.mark.parametrize("family", ["gemma", "gemma2", "gemma3_text"])
+def test_a_family_that_scales_its_embedding_by_its_width_is_refused(family: str) -> None:
+    """Unless the axes take the factor out again, which those given here don't."""
+    factory = HuggingFaceFactory({"model_type": family})
+    width = resolved({"model_type": family})[H]
+    axes = {
+        name: replace(found, dims=tuple(replace(dim, power=0.0) for dim in found.dims))
+        for name, found in probe(factory, {H: width}).items()
+    }
+    with pytest.raises(PlanError, match=r"something else is model\.embed_tokens \(Gemma.*WordEmbedding\)"):
+        ds_sparkling.prove_function(factory, axes, {H: width}, {H: width})
 
 
 class Uneven(nn.Module):
@@ -144,7 +178,7 @@ def test_a_model_that_needs_all_its_layers_keeps_them() -> None:
 
 def test_widths_that_do_not_divide_and_models_that_stay_large_are_refused() -> None:
     with pytest.raises(PlanError, match=r"no fewer than 50,000,000 .*check it as it is"):
-        next(instances(Uneven, {"width": 8193}, {"width": 16386}))
+        next(instances(Uneven, {"width": 8193}, {"width": 8194}))
 
 
 def test_building_a_small_instance_draws_nothing() -> None:

@@ -128,10 +128,10 @@ def test_scales_show_in_the_tensors_rms() -> None:
 
 
 def scaled_by_width(**widths: int) -> nn.Module:
-    """The reference model, whose embedding is multiplied by the square root of the width."""
+    """The reference model, whose first attention is multiplied by the width over 64."""
     model = build(widths[H], widths[I])
-    factor = widths[H] ** 0.5
-    model.get_submodule("embed_tokens").register_forward_hook(lambda _module, _args, output: output * factor)
+    factor = widths[H] / 64
+    model.get_submodule("layers.0.self_attn").register_forward_hook(lambda _module, _args, output: output * factor)
     return model
 
 
@@ -141,9 +141,7 @@ def test_a_model_that_scales_by_its_own_width_breaks_every_promise(strategy: Str
     assert not report.kept
     text = report.describe()
     assert "BROKEN: growing hidden_size would change the model's function" in text
-    assert "the first module to give something else is embed_tokens (Embedding)" in text.lower().replace(
-        "(embedding)", "(Embedding)"
-    )
+    assert "The first module to give something else is layers.0.self_attn (Attention)" in text
 
 
 def test_bands_are_held_against_each_module_by_its_place() -> None:
@@ -151,9 +149,10 @@ def test_bands_are_held_against_each_module_by_its_place() -> None:
     assert report.promise.bands[Place.LAYER] == (1 / LAYER_BAND, LAYER_BAND)
     assert report.promise.bands[Place.BLOCK] == (1 / BLOCK_BAND, BLOCK_BAND)
     wrong = ds_sparkling.check_growth(scaled_by_width, {H: 64, I: 32}, {H: 256}, Strategy(Init.RANDOM, Init.RANDOM))
-    lines = [line for line in wrong.broken if line.startswith("embed_tokens: the RMS ratio is ")]
+    lines = [line for line in wrong.broken if line.startswith("layers.0.self_attn: the RMS ratio is ")]
     assert len(lines) == 1
     assert lines[0].endswith("promised is 0.667 to 1.5")
+    assert any(line.startswith("layers.0: the RMS ratio is ") and line.endswith("0.8 to 1.25") for line in wrong.broken)
 
 
 def test_the_report_is_json_and_text() -> None:
