@@ -30,8 +30,8 @@ def gathered_initialization() -> Iterator[None]:
     initialize = pretrained._initialize_weights
 
     def gathered(model: nn.Module, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        own = [param for param in module.parameters(recurse=False) if hasattr(param, "ds_id")]
-        with deepspeed.zero.GatheredParameters(own, modifier_rank=0, enabled=bool(own)):
+        own = list(module.parameters(recurse=False))
+        with deepspeed.zero.GatheredParameters(own, modifier_rank=0):
             return initialize(model, module, *args, **kwargs)
 
     pretrained._initialize_weights = gathered
