@@ -54,7 +54,7 @@ AFTER: Shapes = {
 }
 WIDE = {"hidden": 6, "inner": 7}
 #: The same without units of several entries, which make a normed axis rigid.
-SUPPLE = {
+SUPPLE: dict[str, Any] = {
     "axes": {**AXES, "out.weight": ParamAxes((Dim("hidden", Role.FAN_OUT), FIXED))},
     "shapes": {**SHAPES, "out.weight": (4, 6)},
 }
@@ -234,6 +234,7 @@ def test_an_axis_knows_its_groups_before_and_after(after: dict[str, int], groups
     ("changes", "named"),
     [
         pytest.param({"after": {"shared": 4}}, ["shared", "groups of heads", "together"], id="groups alone"),
+        pytest.param({"before": {"heads": 4}, "after": {"heads": 8}}, ["heads", "'shared'"], id="unknown groups"),
         pytest.param({"after": {"heads": 6, "shared": 4}}, ["heads", "2 -> 4 groups", "parted"], id="no equal parts"),
         pytest.param({"after": {"heads": 7}}, ["heads", "4 -> 7", "parted"], id="no equal parts of old groups"),
         pytest.param({"after": {"heads": 6, "shared": 6}}, ["heads", "2 -> 6 groups", "fewer"], id="fewer in each"),
@@ -270,15 +271,6 @@ def test_many_unmatched_parameters_are_named_and_counted() -> None:
 def test_a_parameter_that_is_not_in_the_plan_is_refused_by_name() -> None:
     with pytest.raises(PlanError, match=r"'lm_head\.weight'"):
         plan().param("lm_head.weight")
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [{"axis": "hidden"}, {"role": Role.GAIN}, {"block": 0}, {"segments": 0}, {"block": -1}],
-)
-def test_a_dimension_that_means_nothing_is_refused(arguments: dict[str, Any]) -> None:
-    with pytest.raises(PlanError):
-        Dim(**arguments)
 
 
 # -- frozen and portable -------------------------------------------------------------------------------------------
