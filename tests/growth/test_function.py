@@ -20,7 +20,7 @@ from ds_sparkling.axes import Dim, Norm, ParamAxes, Role
 from ds_sparkling.errors import PlanError
 from ds_sparkling.growth import GrowthPlan, Widener, make_plan
 from ds_sparkling.probe import read
-from ds_sparkling.strategy import NewIndex, OptimizerState, Scaling, Strategy
+from ds_sparkling.strategy import Init, NewIndex, OptimizerState, Scaling, Strategy
 
 HIDDEN, INNER, HEADS, SHARED, TOKENS = "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "vocab_size"
 WIDTHS = {HIDDEN: 6, INNER: 5, HEADS: 4, SHARED: 2, TOKENS: 11}
@@ -319,6 +319,27 @@ def test_a_new_tokens_logit_is_the_mean_of_the_old_ones() -> None:
         wide = grown(model, make, planned(make, after, Strategy()))
         mean = model(IDS_BT).mean(-1, keepdim=True).expand(-1, -1, 2)
         torch.testing.assert_close(wide(IDS_BT)[..., 11:], mean, rtol=1e-6, atol=1e-6)
+
+
+# -- zeroed units --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("after", [{HEADS: 8, SHARED: 4}, {HEADS: 8}], ids=["both heads", "query heads"])
+def test_zeroed_heads_are_not_dead(after: dict[str, int]) -> None:
+    """With new queries and keys both zero neither would ever get a gradient; so new queries are copies."""
+    model = trained(Make())
+    plan = planned(Make(), after, Strategy(Init.ZERO, Init.COPY))
+    wide = grown(model, Make(), plan)
+    touched = {name: torch.zeros_like(param, dtype=torch.bool) for name, param in wide.named_parameters()}
+    optimizer = torch.optim.SGD(wide.parameters(), lr=1e-3)
+    for _ in range(3):
+        optimizer.zero_grad()
+        wide(IDS_BT).square().sum().backward()
+        for name, param in wide.named_parameters():
+            touched[name] |= param.grad != 0
+        optimizer.step()
+    alive = {name for name, mask in touched.items() if bool(mask.all())}
+    assert {param.name for param in plan.params if param.grows} <= alive
 
 
 # -- gradients of old elements -------------------------------------------------------------------------------------

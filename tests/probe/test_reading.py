@@ -77,7 +77,10 @@ def test_heads_of_the_reference_model_are_blocks_in_groups() -> None:
     for widths, groups in (({A: 4, G: 2}, G), ({A: 4}, 2)):
         layer = "layers.1.self_attn."
         axes = probe(build_olmoe, widths)
-        assert axes[f"{layer}q_proj.weight"].dims == (Dim(A, Role.FAN_OUT, block=6, groups=groups), FIXED)
+        assert axes[f"{layer}q_proj.weight"].dims == (
+            Dim(A, Role.FAN_OUT, block=6, alive=(0,), groups=groups),
+            FIXED,
+        )
         assert axes[f"{layer}o_proj.weight"].dims == (FIXED, Dim(A, Role.FAN_IN, block=6, groups=groups))
         moving = (Dim(G, Role.FAN_OUT, block=6), FIXED) if G in widths else (FIXED, FIXED)
         assert axes[f"{layer}k_proj.weight"].dims == axes[f"{layer}v_proj.weight"].dims == moving

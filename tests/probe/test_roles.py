@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -168,6 +169,14 @@ def test_a_gate_of_its_own_is_kept_alive(name: str) -> None:
         assert found(lambda w: nn.Linear(5, w), name=other).options[0].dims[0].alive == ()
 
 
+@pytest.mark.parametrize("name", ["q_proj", "q_b_proj", "wq", "query"])
+def test_queries_are_kept_alive_as_their_products_with_keys_would_be_zero_twice(name: str) -> None:
+    for parameter in ("weight", "bias"):
+        assert found(lambda w: nn.Linear(5, 6 * w), parameter, name, axis="n_head").options[0].dims[0].alive == (0,)
+    for other in ("k_proj", "wk", "key", "v_proj"):
+        assert found(lambda w: nn.Linear(5, 6 * w), name=other, axis="n_head").options[0].dims[0].alive == ()
+
+
 HALVES = Dim(W, Role.FAN_OUT, segments=2, alive=(0,))
 TURNS = Dim(W, Role.FAN_OUT, segments=2, alive=(0,), interleaved=True)
 
@@ -206,7 +215,7 @@ def test_several_entries_per_unit_are_blocks_or_segments() -> None:
     assert [option.dims[0] for option in plain.options] == [blocks, segments]
     fused = found(lambda w: nn.Linear(5, 3 * w), name="c_attn")
     assert not fused.certain
-    assert [option.dims[0] for option in fused.options] == [segments, blocks]
+    assert [option.dims[0] for option in fused.options] == [replace(segments, alive=(0,)), blocks]
     consumer = found(lambda w: nn.Linear(3 * w, 5))
     assert [option.dims[1] for option in consumer.options] == [
         Dim(W, Role.FAN_IN, block=3),
