@@ -66,14 +66,27 @@ class Dim:
             )
         if self.block < 1 or self.segments < 1:
             raise PlanError(f"block and segments must be at least 1, got {self.block} and {self.segments}")
+        if isinstance(self.groups, int) and self.groups < 1:
+            raise PlanError(f"groups must be an axis or at least 1, got {self.groups}")
 
     def size(self, width: int) -> int:
         """Entries of the dimension when its axis is ``width`` units wide."""
         return self.segments * width * self.block
 
     def group_count(self, widths: Mapping[str, int]) -> int:
-        """How many groups its units are in at ``widths``."""
-        return self.groups if isinstance(self.groups, int) else widths[self.groups]
+        """How many groups its units are in at ``widths``.
+
+        Raises:
+            PlanError: if ``widths`` doesn't have the axis that groups them.
+        """
+        if isinstance(self.groups, int):
+            return self.groups
+        if self.groups not in widths:
+            raise PlanError(
+                f"{self.axis} is grouped by {self.groups!r}, whose width isn't known: name it as an axis, too, or give "
+                "the number of groups"
+            )
+        return widths[self.groups]
 
     def units(self, width: int) -> Tensor:
         """The unit of every entry, int64 of shape [size(width)]."""

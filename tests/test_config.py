@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from ds_sparkling.config import SparklingConfig, StageConfig, read_json, sparkling_config
 from ds_sparkling.errors import ConfigError
-from ds_sparkling.strategy import INIT_PAIRS, Init, OptimizerState, Scaling, Strategy
+from ds_sparkling.strategy import INIT_PAIRS, Init, NewIndex, OptimizerState, Scaling, Strategy
 
 FULL = {
     "stages": [
@@ -23,7 +23,7 @@ FULL = {
         {"at_step": 1000, "widths": {"hidden_size": 128, "moe_intermediate_size": 96}},
     ],
     "widths": {"hidden_size": 64, "moe_intermediate_size": 32},
-    "init": {"fan_out": "random", "fan_in": "zero", "norm": "random"},
+    "init": {"fan_out": "random", "fan_in": "zero", "norm": "random", "vocabulary": "random"},
     "scaling": "none",
     "optimizer_state": "drop",
     "seed": 7,
@@ -66,7 +66,15 @@ def test_every_key_reaches_its_field() -> None:
             StageConfig(1000, {"hidden_size": 128, "moe_intermediate_size": 96}),
         ),
         widths={"hidden_size": 64, "moe_intermediate_size": 32},
-        strategy=Strategy(Init.RANDOM, Init.ZERO, Init.RANDOM, Scaling.NONE, OptimizerState.DROP, seed=7),
+        strategy=Strategy(
+            Init.RANDOM,
+            Init.ZERO,
+            Init.RANDOM,
+            Scaling.NONE,
+            OptimizerState.DROP,
+            seed=7,
+            vocabulary=NewIndex.RANDOM,
+        ),
         checkpoint_dir="ckpt",
         checkpoint_before_growth=False,
     )
@@ -74,8 +82,9 @@ def test_every_key_reaches_its_field() -> None:
 
 @pytest.mark.parametrize("pair", INIT_PAIRS)
 @pytest.mark.parametrize("state", OptimizerState)
-def test_every_strategy_survives_its_dict(pair: tuple[Init, Init], state: OptimizerState) -> None:
-    strategy = Strategy(*pair, Init.RANDOM, Scaling.NONE, state, seed=3)
+@pytest.mark.parametrize("vocabulary", NewIndex)
+def test_every_strategy_survives_its_dict(pair: tuple[Init, Init], state: OptimizerState, vocabulary: NewIndex) -> None:
+    strategy = Strategy(*pair, Init.RANDOM, Scaling.NONE, state, seed=3, vocabulary=vocabulary)
     assert Strategy.from_dict(json.loads(json.dumps(strategy.to_dict()))) == strategy
     block = strategy.to_dict()
     assert sparkling_config({"sparkling": block}).strategy == strategy
@@ -104,6 +113,7 @@ def test_the_config_keeps_no_hold_of_the_json() -> None:
         ({"checkpoint_directory": "x"}, "sparkling.checkpoint_directory;", "checkpoint_dir"),
         ({"init": {"fanout": "copy"}}, "sparkling.init.fanout;", "fan_out"),
         ({"init": {"norms": "copy"}}, "sparkling.init.norms;", "norm"),
+        ({"init": {"vocab": "mean"}}, "sparkling.init.vocab;", "vocabulary"),
         ({"stages": [stage(), stage(2, at_steps=3)]}, "sparkling.stages[1].at_steps;", "at_step"),
         ({"stages": [{"at_step": 1, "width": {}}]}, "sparkling.stages[0].width;", "widths"),
     ],
@@ -126,7 +136,7 @@ def test_a_far_miss_lists_what_is_known() -> None:
 
 @given(st.text(min_size=1), st.sampled_from(["", "init", "stages"]))
 def test_no_unknown_key_is_accepted_anywhere(key: str, where: str) -> None:
-    known = {*FULL, "fan_out", "fan_in", "norm", "at_step"}
+    known = {*FULL, "fan_out", "fan_in", "norm", "vocabulary", "at_step"}
     if key in known:
         return
     blocks: dict[str, dict[str, Any]] = {
@@ -225,6 +235,7 @@ def test_a_wrong_value_is_named_by_its_path(block: dict[str, Any], path: str, mo
         ("sparkling.init.fan_out", lambda value: {"init": {"fan_out": value}}, "copy, random, zero"),
         ("sparkling.init.fan_in", lambda value: {"init": {"fan_in": value}}, "copy, random, zero"),
         ("sparkling.init.norm", lambda value: {"init": {"norm": value}}, "copy, random, zero"),
+        ("sparkling.init.vocabulary", lambda value: {"init": {"vocabulary": value}}, "mean, random"),
         ("sparkling.scaling", lambda value: {"scaling": value}, "function, none, rms"),
         ("sparkling.optimizer_state", lambda value: {"optimizer_state": value}, "asymmetric_reset, asymm"),
     ],
@@ -241,6 +252,7 @@ def test_a_wrong_choice_lists_the_right_ones(path: str, wrap: Callable[[Any], An
     [
         ({"scaling": "rsm"}, "rms"),
         ({"init": {"fan_out": "copied"}}, "copy"),
+        ({"init": {"vocabulary": "means"}}, "mean"),
         ({"optimizer_state": "asymetric_reset"}, "asymmetric_reset"),
     ],
 )

@@ -17,18 +17,25 @@ from ds_sparkling.axes import FIXED, Dim, Norm, ParamAxes, Role
 from ds_sparkling.errors import CheckpointError
 from ds_sparkling.growth import make_plan
 from ds_sparkling.record import FILE_NAME, GrowthRecord, StageRecord, find_checkpoint, read_record
-from ds_sparkling.strategy import Init, OptimizerState, Scaling, Strategy
+from ds_sparkling.strategy import Init, NewIndex, OptimizerState, Scaling, Strategy
 
 AXES = {
     "embed.weight": ParamAxes((FIXED, Dim("hidden", Role.FAN_OUT))),
     "experts.gate_up": ParamAxes(
         (FIXED, Dim("inner", Role.FAN_OUT, segments=2, alive=(0,)), Dim("hidden", Role.FAN_IN)), stacked_experts=True
     ),
+    "query.weight": ParamAxes((Dim("heads", Role.FAN_OUT, block=3, groups="groups"), Dim("hidden", Role.FAN_IN))),
     "heads.weight": ParamAxes((Dim("hidden", Role.FAN_OUT, block=3), FIXED)),
-    "norm.weight": ParamAxes((Dim("hidden", Role.GAIN),), norm=Norm.RMS, head_gain=True),
+    "unembed.weight": ParamAxes(
+        (Dim("tokens", Role.INDEX), Dim("hidden", Role.FAN_IN, segments=2, interleaved=True, power=-1.0))
+    ),
+    "norm.weight": ParamAxes((Dim("hidden", Role.GAIN),), norm=Norm.RMS, head_gain=True, offset=1.0),
+    "layer_norm.bias": ParamAxes((Dim("hidden", Role.GAIN),), norm=Norm.LAYER),
     "scale": ParamAxes(()),
 }
-OTHER = Strategy(Init.RANDOM, Init.ZERO, Init.RANDOM, Scaling.NONE, OptimizerState.DROP, seed=5)
+OTHER = Strategy(
+    Init.RANDOM, Init.ZERO, Init.RANDOM, Scaling.NONE, OptimizerState.DROP, seed=5, vocabulary=NewIndex.RANDOM
+)
 RECORD = GrowthRecord(
     {"hidden": 4, "inner": 2, "heads": 3},
     AXES,
@@ -90,6 +97,7 @@ def test_a_record_is_frozen() -> None:
 
 strategies = st.builds(
     Strategy,
+    vocabulary=st.sampled_from(NewIndex),
     norm=st.sampled_from([Init.COPY, Init.RANDOM]),
     scaling=st.sampled_from([Scaling.RMS, Scaling.NONE]),
     optimizer_state=st.sampled_from(OptimizerState),
@@ -97,9 +105,24 @@ strategies = st.builds(
 )
 names = st.text(min_size=1, max_size=8)
 dims = st.just(FIXED) | st.builds(
-    Dim, names, st.sampled_from(Role), st.integers(1, 9), st.integers(1, 3), st.lists(st.integers(0, 2)).map(tuple)
+    Dim,
+    names,
+    st.sampled_from(Role),
+    st.integers(1, 9),
+    st.integers(1, 3),
+    st.lists(st.integers(0, 2)).map(tuple),
+    st.booleans(),
+    st.integers(1, 9) | names,
+    st.sampled_from([0.0, 0.5, -1.0]),
 )
-param_axes = st.builds(ParamAxes, st.lists(dims, max_size=3).map(tuple), st.booleans(), st.booleans())
+param_axes = st.builds(
+    ParamAxes,
+    st.lists(dims, max_size=3).map(tuple),
+    st.booleans(),
+    st.booleans(),
+    st.none() | st.sampled_from(Norm),
+    st.sampled_from([0.0, 1.0]),
+)
 widths = st.dictionaries(names, st.integers(1, 2**20), max_size=3)
 stages = st.builds(StageRecord, st.integers(0), st.none() | st.integers(0), widths, strategies)
 records = st.builds(GrowthRecord, widths, st.dictionaries(names, param_axes, max_size=3), st.lists(stages).map(tuple))
@@ -182,10 +205,10 @@ def test_a_damaged_file_is_an_error_that_names_it(tmp_path: Path, content: bytes
     expect_named_error(tmp_path, content)
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
+@pytest.mark.parametrize("version", [0, 1, 3, "2", None])
 def test_another_format_is_refused_with_both_numbers(tmp_path: Path, version: Any) -> None:
     (tmp_path / FILE_NAME).write_text(json.dumps({**valid(), "format": version}))
-    with pytest.raises(CheckpointError, match=f"format {version!r}, expected 1"):
+    with pytest.raises(CheckpointError, match=f"format {version!r}, expected 2"):
         read_record(tmp_path)
 
 

@@ -39,7 +39,10 @@ def twin_cosine(
         if dim.interleaved:
             units = units.transpose(1, 2)
         groups = dim.group_count(before), dim.group_count(after)
-        made = ~old_units(before[axis], width, groups)
-        sources = units[:, :, source_units(before[axis], width, groups)[made].to(weight.device)]
+        old = old_units(before[axis], width, groups)
+        made = ~old
+        # Old units move apart where their groups grow.
+        place = old.nonzero().flatten()
+        sources = units[:, :, place[source_units(before[axis], width, groups)[made]].to(weight.device)]
         return torch.cosine_similarity(units[:, :, made.to(weight.device)], sources, dim=-1).flatten()
     return weight.new_empty(0, dtype=torch.float64)

@@ -238,10 +238,12 @@ def _axis_growths(
         groups = {(dim.group_count(before), dim.group_count(widths)) for _, dim in dims[axis]} or {(1, 1)}
         if len(groups) > 1:
             raise PlanError(f"{axis}: its dimensions are grouped in different ways, {sorted(groups)}")
-        norms = {param_axes.norm for param_axes, dim in dims[axis] if dim.role is Role.GAIN and param_axes.norm}
+        norms = {param_axes.norm for param_axes, dim in dims[axis] if dim.role is Role.GAIN}
         rigid = ""
         if Norm.LAYER in norms:
             rigid = "LayerNorm takes off the mean over the units"
+        elif None in norms:
+            rigid = "a gain on it doesn't say what norm it is of"
         elif norms and any(dim.block * dim.segments > 1 for _, dim in dims[axis]):
             rigid = "it isn't only the width that a norm divides by the RMS of"
         elif norms and silent:

@@ -68,6 +68,20 @@ def row_mean(elements: Callable[[int, int], Tensor], start: int, stop: int, colu
     return total.double() / ((stop - start) // columns) * unit
 
 
+def column_mean(elements: Callable[[int, int], Tensor], start: int, stop: int, columns: int) -> Tensor:
+    """Mean over the columns of the matrix ``start .. stop``, float64 of shape [rows], as reproducible as a spread.
+
+    Raises:
+        ValueError: if an entry isn't finite.
+    """
+    unit = _unit(elements, start, stop)
+    totals = [
+        (chunk.double() / unit).round().long().view(-1, columns).sum(1).cpu()
+        for chunk in _chunks(elements, start, stop, max(_CHUNK // columns, 1) * columns)
+    ]
+    return torch.cat(totals).double() / columns * unit
+
+
 def _unit(elements: Callable[[int, int], Tensor], start: int, stop: int) -> float:
     """What entries are rounded to a multiple of."""
     largest = 0.0

@@ -23,7 +23,7 @@ from ds_sparkling.errors import PlanError
 from ds_sparkling.growth.plan import GrowthPlan, ParamPlan
 from ds_sparkling.growth.random import standard_normal, stream_key
 from ds_sparkling.growth.scaling import AxisGrowth, UnitScales
-from ds_sparkling.growth.spread import Spread, row_mean, spread
+from ds_sparkling.growth.spread import Spread, column_mean, row_mean, spread
 from ds_sparkling.growth.units import old_units, source_units
 from ds_sparkling.strategy import Init, NewIndex, OptimizerState, Strategy
 
@@ -51,7 +51,8 @@ class Statistics:
 
     Attributes:
         spreads: of every weight matrix (per expert, per segment of the fan-out), if any entry is drawn.
-        mean: mean over the rows, float64, one number per old column, if new indices get it.
+        mean: mean over the old indices, float64, one number per entry of one of them (per old column, where rows are
+            indices), if new indices get it.
     """
 
     spreads: tuple[Spread, ...] = ()
@@ -146,8 +147,11 @@ class Widener:
         if self._has(_RANDOM):
             size = numel // self._matrices
             spreads = tuple(spread(elements, matrix * size, (matrix + 1) * size) for matrix in range(self._matrices))
+        if not self._has(_MEAN):
+            return Statistics(spreads)
         columns = self.before[-1] if len(self.before) > 1 else 1
-        return Statistics(spreads, row_mean(elements, 0, numel, columns) if self._has(_MEAN) else None)
+        mean = column_mean if self._index_is_last else row_mean
+        return Statistics(spreads, mean(elements, 0, numel, columns))
 
     def state(self, key: str, old: Tensor | Elements, out: Tensor, start: int = 0) -> None:
         """Fill ``out`` like :meth:`weight`, from the optimizer's per-element state ``key`` (``exp_avg`` ...).
@@ -223,6 +227,11 @@ class Widener:
     def _has(self, kind: int) -> bool:
         """Whether some element may be of a kind."""
         return any(bool((dim_map.kind == kind).any()) for dim_map in self._maps)
+
+    @property
+    def _index_is_last(self) -> bool:
+        """Whether the columns of a matrix are indices, as of an unembedding that is stored as [width, tokens]."""
+        return len(self._dims) > 1 and self._dims[-1].role is Role.INDEX
 
     @cached_property
     def _matrices(self) -> int:
@@ -329,8 +338,12 @@ class Widener:
                 source = rows_RC[:, columns.source : columns.source + columns.stop - columns.start]
             elif action == "mean":
                 assert statistics.mean is not None
-                one = len(statistics.mean) == 1
-                mean = statistics.mean if one else statistics.mean[columns.source :][: block.shape[1]]
+                if self._index_is_last:
+                    mean = statistics.mean[rows.source : stop, None]
+                elif len(statistics.mean) == 1:
+                    mean = statistics.mean
+                else:
+                    mean = statistics.mean[columns.source :][: block.shape[1]]
                 source = mean.to(block.device, torch.float32 if block.itemsize < 4 else block.dtype).expand(block.shape)
             else:
                 source = self._draw(rows, columns, statistics.spreads).to(out_RC.device)

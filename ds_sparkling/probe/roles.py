@@ -15,8 +15,8 @@ from ds_sparkling.probe.moves import HEADS, KEY_VALUE_HEADS, Move
 _FUSED_GATE_UP = ("gate_up_proj", "gate_and_up_proj", "w13", "w12")
 #: Parameters that hold query, key and value projections in one.
 _FUSED_QKV = ("qkv", "qkv_proj", "query_key_value", "c_attn", "wqkv", "in_proj_qkv")
-#: Parameters (or the linear maps they belong to) whose output gates another one's.
-_GATES = ("gate_proj", "w1")
+#: Parameters (or the linear maps they belong to) whose output is multiplied with another one's: gates, and queries.
+_FACTORS = ("gate_proj", "w1", "q_proj", "q_b_proj", "wq", "query")
 
 
 @dataclass(frozen=True)
@@ -128,10 +128,10 @@ def _norm(place: Place) -> Norm | None:
 def _layouts(place: Place, role: Role, move: Move) -> tuple[list[Dim], bool]:
     """How the entries of a moving dimension may lie, and whether the first way is sure."""
     axis, per_unit = move.axis, move.per_unit
-    gate = (0,) if role is Role.FAN_OUT and place.called(_GATES) else ()
+    alive = (0,) if role is Role.FAN_OUT and place.called(_FACTORS) else ()
     if per_unit == 1:
-        return [Dim(axis, role, alive=gate)], not move.coupled
-    blocks = Dim(axis, role, block=per_unit, alive=gate)
+        return [Dim(axis, role, alive=alive)], not move.coupled
+    blocks = Dim(axis, role, block=per_unit, alive=alive)
     if axis in HEADS + KEY_VALUE_HEADS:
         return [blocks], not move.coupled
     segments = Dim(axis, role, segments=per_unit)
@@ -140,4 +140,6 @@ def _layouts(place: Place, role: Role, move: Move) -> tuple[list[Dim], bool]:
     if place.called(_FUSED_GATE_UP) and per_unit % 2 == 0:
         halves = Dim(axis, role, block=per_unit // 2, segments=2, alive=(0,))
         return [halves, replace(halves, interleaved=True)], not move.coupled
-    return ([segments, blocks] if place.called(_FUSED_QKV) else [blocks, segments]), False
+    if place.called(_FUSED_QKV):
+        return [replace(segments, alive=(0,)), blocks], False
+    return [blocks, segments], False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from unit_maps import entries, grown_units
 
 from ds_sparkling.axes import FIXED, Dim, ParamAxes, Role
 from ds_sparkling.diagnostics.twins import twin_cosine
@@ -46,3 +47,33 @@ def test_copies_are_at_one_and_other_parameters_have_no_twins() -> None:
     assert twin_cosine(torch.cat([weight, weight]), axes, "i", {"i": 3}, {"i": 6}).tolist() == pytest.approx([1.0] * 3)
     assert twin_cosine(weight, axes, "h", {"h": 1}, {"h": 2}).numel() == 0
     assert twin_cosine(weight, axes, "other", {"h": 1}, {"h": 2}).numel() == 0
+
+
+def test_twins_in_groups_and_in_segments_that_take_turns() -> None:
+    """Query heads in groups, of interleaved rows (here two of a kind each), against a loop over new units."""
+    torch.manual_seed(0)
+    before, after = {"q": 4, "kv": 2}, {"q": 9, "kv": 3}
+    weight = torch.randn(9 * 2 * 2, 3)
+    axes = ParamAxes((Dim("q", Role.FAN_OUT, block=2, segments=2, interleaved=True, groups="kv"), FIXED))
+    units = grown_units(4, 9, (2, 3))
+    place = {unit.source: index for index, unit in enumerate(units) if unit.old}
+    rows = {
+        (segment, unit): [
+            row
+            for row, entry in enumerate(entries(9, 2, 2, interleaved=True))
+            if (entry.segment, entry.unit) == (segment, unit)
+        ]
+        for segment in range(2)
+        for unit in range(9)
+    }
+    expected = [
+        float(
+            torch.cosine_similarity(
+                weight[rows[segment, new]].flatten(), weight[rows[segment, place[unit.source]]].flatten(), dim=0
+            )
+        )
+        for segment in range(2)
+        for new, unit in enumerate(units)
+        if not unit.old
+    ]
+    assert twin_cosine(weight, axes, "q", before, after).tolist() == pytest.approx(expected, abs=1e-6)

@@ -9,6 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from unit_maps import births as births_of_units
+from unit_maps import entries
 
 from ds_sparkling.axes import FIXED, Dim, ParamAxes, Role
 from ds_sparkling.growth import Block, birth_blocks, make_plan
@@ -19,6 +21,13 @@ History = dict[str, tuple[int, ...]]
 Shape = tuple[int, ...]
 
 
+def groupings(history: History, name: str) -> st.SearchStrategy[int | str]:
+    """What may part an axis into groups: a number that divides all its widths, or for ``h`` the axis ``g``."""
+    common = math.gcd(*history[name])
+    fixed = [count for count in range(1, common + 1) if common % count == 0]
+    return st.sampled_from([*fixed, "g"] if name == "h" else fixed)
+
+
 @st.composite
 def grown_parameters(draw: st.DrawFn) -> tuple[ParamAxes, list[Shape], History]:
     """A parameter, its shape after every stage (at the start first) and its axes' widths; every stage grows an axis."""
@@ -26,18 +35,25 @@ def grown_parameters(draw: st.DrawFn) -> tuple[ParamAxes, list[Shape], History]:
     names = draw(st.sampled_from([("h",), ("i",), ("h", "i")]))
     history: History = {}
     for name in names:
-        steps = draw(st.lists(st.integers(0 if len(names) > 1 else 1, 3), min_size=stages, max_size=stages))
-        history[name] = tuple(itertools.accumulate(steps, initial=draw(st.integers(1, 3))))
+        steps = draw(st.lists(st.integers(0 if len(names) > 1 else 1, 2), min_size=stages, max_size=stages))
+        history[name] = tuple(itertools.accumulate(steps, initial=draw(st.integers(1, 2))))
     if len(names) == 2:  # a stage in which neither axis moves isn't one
         first, second = history["h"], history["i"]
         moved = [0] + [s for s in range(1, stages + 1) if (first[s], second[s]) != (first[s - 1], second[s - 1])]
         history = {name: tuple(widths[s] for s in moved) for name, widths in history.items()}
-    dims, sizes = [], []
+    groups = {name: draw(groupings(history, name)) for name in names}
+    if groups.get("h") == "g":  # as many in each group as the axis had units
+        one_more = draw(st.integers(1, len(history["h"])))
+        history["g"] = tuple(1 + (stage >= one_more) for stage in range(len(history["h"])))
+        history["h"] = tuple(width * count for width, count in zip(history["h"], history["g"], strict=True))
+    dims: list[Dim] = []
+    sizes: list[list[int]] = []
     for _ in range(draw(st.integers(0, 3))):
-        if draw(st.booleans()):
+        if len(dims) < 2 and draw(st.booleans()):
             axis = draw(st.sampled_from(names))
             role = draw(st.sampled_from([Role.FAN_OUT, Role.FAN_IN]))
-            dim = Dim(axis, role, block=draw(st.integers(1, 3)), segments=draw(st.integers(1, 3)))
+            block, segments = draw(st.sampled_from([(1, 1), (1, 2), (2, 1), (2, 2), (1, 3)]))
+            dim = Dim(axis, role, block, segments, interleaved=draw(st.booleans()), groups=groups[axis])
             dims.append(dim)
             sizes.append([dim.segments * width * dim.block for width in history[axis]])
         else:
@@ -47,14 +63,14 @@ def grown_parameters(draw: st.DrawFn) -> tuple[ParamAxes, list[Shape], History]:
     return ParamAxes(tuple(dims)), shapes, history
 
 
-def naive_birth(axes: ParamAxes, shape: Shape, history: History, index: Shape) -> int:
-    """The youngest of an element's indices; an index is as old as the first stage whose width holds its unit."""
-    births = [0]
-    for dim, size, i in zip(axes.dims, shape, index, strict=True):
-        if dim.axis is not None:
-            unit = i % (size // dim.segments) // dim.block
-            births.append(next(stage for stage, width in enumerate(history[dim.axis]) if unit < width))
-    return max(births)
+def naive_births(dim: Dim, size: int, history: History) -> list[int]:
+    """The birth of every index of a dimension: that of its unit."""
+    if dim.axis is None:
+        return [0] * size
+    widths = history[dim.axis]
+    groups = history[dim.groups] if isinstance(dim.groups, str) else [dim.groups] * len(widths)
+    units = births_of_units(widths, groups)
+    return [units[e.unit] for e in entries(widths[-1], dim.segments, dim.block, interleaved=dim.interleaved)]
 
 
 def expand(blocks: list[Block], numel: int) -> Tensor:
@@ -84,8 +100,9 @@ def all_births(axes: ParamAxes, shape: Shape, history: History) -> Tensor:
 def test_births_are_those_of_the_youngest_index(case: tuple[ParamAxes, list[Shape], History]) -> None:
     axes, shapes, history = case
     births = all_births(axes, shapes[-1], history)
-    for index in itertools.product(*map(range, shapes[-1])):
-        assert int(births[index]) == naive_birth(axes, shapes[-1], history, index)
+    per_dim = [naive_births(dim, size, history) for dim, size in zip(axes.dims, shapes[-1], strict=True)]
+    expected = [max(youngest, default=0) for youngest in itertools.product(*per_dim)]
+    assert births.flatten().tolist() == expected
 
 
 @given(grown_parameters(), st.data())
@@ -127,7 +144,8 @@ def test_a_stage_bears_as_many_elements_as_its_plan_counts(case: tuple[ParamAxes
     axes, shapes, history = case
     births = all_births(axes, shapes[-1], history)
     # The plan needs a parameter for every axis that grows.
-    others = {f"{axis}.weight": ParamAxes((Dim(axis, Role.FAN_OUT),)) for axis in history}
+    groups = {dim.axis: dim.groups for dim in axes.dims}
+    others = {f"{axis}.weight": ParamAxes((Dim(axis, Role.FAN_OUT, groups=groups.get(axis, 1)),)) for axis in history}
     for stage in range(1, len(shapes)):
         before = {axis: widths[stage - 1] for axis, widths in history.items()}
         after = {axis: widths[stage] for axis, widths in history.items() if widths[stage] > before[axis]}
@@ -144,6 +162,14 @@ def test_three_quarters_of_a_weight_doubled_on_both_sides_are_new() -> None:
     births = all_births(axes, (8, 6), {"h": (4, 8), "i": (3, 6)})
     assert float(births.float().mean()) == 0.75
     assert not births[:4, :3].any()
+
+
+def test_new_query_heads_stand_between_old_ones() -> None:
+    """Two key/value heads with one query head each get a second one each, then a third key/value head."""
+    axes = ParamAxes((Dim("heads", Role.FAN_OUT, block=2, groups="shared"), FIXED))
+    history: History = {"heads": (2, 4, 6), "shared": (2, 2, 3)}
+    rows = all_births(axes, (12, 1), history).flatten().tolist()
+    assert rows == [0, 0, 1, 1, 0, 0, 1, 1, 2, 2, 2, 2]
 
 
 def test_axes_that_never_grew_may_be_left_out() -> None:

@@ -16,7 +16,7 @@ from ds_sparkling.growth import GrowthPlan, make_plan
 from ds_sparkling.growth.scaling import AxisGrowth
 from ds_sparkling.models.olmoe import OlmoeConfig, OlmoeForCausalLM
 from ds_sparkling.probe import base_widths, build_on_meta, probe
-from ds_sparkling.strategy import Init, OptimizerState, Scaling, Strategy
+from ds_sparkling.strategy import Init, NewIndex, OptimizerState, Scaling, Strategy
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -53,6 +53,12 @@ AFTER: Shapes = {
     "scale": (),
 }
 WIDE = {"hidden": 6, "inner": 7}
+#: The same without units of several entries, which make a normed axis rigid.
+SUPPLE: dict[str, Any] = {
+    "axes": {**AXES, "out.weight": ParamAxes((Dim("hidden", Role.FAN_OUT), FIXED))},
+    "shapes": {**SHAPES, "out.weight": (4, 6)},
+}
+BLOCKS = "it isn't only the width that a norm divides by the RMS of"
 
 
 def plan(**changes: Any) -> GrowthPlan:
@@ -93,7 +99,29 @@ def test_only_the_axes_of_the_stage_grow() -> None:
 
 
 def test_an_axis_is_normed_if_a_gain_carries_it() -> None:
-    assert plan().growths == (AxisGrowth("hidden", 4, 6, normed=True), AxisGrowth("inner", 3, 7, normed=False))
+    assert plan(**SUPPLE).growths == (AxisGrowth("hidden", 4, 6, normed=True), AxisGrowth("inner", 3, 7, normed=False))
+
+
+def test_what_makes_a_normed_axis_rigid_is_told() -> None:
+    """At a ratio that isn't whole, its units can't each be made as loud as their copies ask for."""
+    by_axis = {growth.axis: growth for growth in plan().growths}
+    assert by_axis["hidden"] == AxisGrowth("hidden", 4, 6, normed=True, rigid=BLOCKS)
+    assert not by_axis["inner"].rigid  # of two segments, but no norm divides by its RMS
+    layer_norm = {**SUPPLE["axes"], "norm.weight": ParamAxes((Dim("hidden", Role.GAIN),), norm=Norm.LAYER)}
+    assert "mean" in plan(**{**SUPPLE, "axes": layer_norm}).growths[0].rigid
+    unnamed = {**SUPPLE["axes"], "norm.weight": ParamAxes((Dim("hidden", Role.GAIN),))}
+    assert "doesn't say what norm" in plan(**{**SUPPLE, "axes": unnamed}).growths[0].rigid
+
+
+def test_an_axis_that_no_parameter_carries_grows_along_at_the_ratio_of_one_that_they_do() -> None:
+    """A model may take both a width and what follows from it (a hidden size of heads times their size)."""
+    silent = {"before": {**WIDTHS, "heads": 2}, "after": {"hidden": 8, "heads": 4}}
+    made = plan(**SUPPLE, **silent)
+    assert made.growths == (
+        AxisGrowth("hidden", 4, 8, normed=True, rigid="heads grows with it"),
+        AxisGrowth("heads", 2, 4, normed=False),
+    )
+    assert made.params == plan(**SUPPLE, after={"hidden": 8}).params
 
 
 def test_shapes_may_be_torch_sizes() -> None:
@@ -140,6 +168,11 @@ def without(mapping: dict[str, Any], name: str) -> dict[str, Any]:
         pytest.param({"after": {"hiden": 8}}, ["'hiden'", "hidden, inner"], id="unknown axis"),
         pytest.param({"before": {}, "after": {"hidden": 8}}, ["'hidden'", "none"], id="no axes at all"),
         pytest.param({"before": {**WIDTHS, "heads": 2}, "after": {"heads": 4}}, ["'heads'"], id="an axis of nothing"),
+        pytest.param(
+            {"before": {**WIDTHS, "heads": 2}, "after": {"hidden": 8, "heads": 6}},
+            ["'heads'", "no parameter carries", "same ratio"],
+            id="an axis of nothing at a ratio of its own",
+        ),
         pytest.param({"after": {"hidden": 4}}, ["hidden", "4 -> 4"], id="equal"),
         pytest.param({"after": {"inner": 7, "hidden": 3}}, ["hidden", "4 -> 3"], id="shrinks"),
         pytest.param({"after": {"hidden": 0}}, ["hidden", "4 -> 0"], id="not positive"),
@@ -148,6 +181,16 @@ def without(mapping: dict[str, Any], name: str) -> dict[str, Any]:
             ["hidden", "random-zero"],
             id="a scaling that can't hold",
         ),
+        pytest.param(
+            {"strategy": Strategy(Init.ZERO, scaling=Scaling.FUNCTION), "after": {"hidden": 8}},
+            ["hidden", "zero-copy", BLOCKS, "copy-copy"],
+            id="zero units on a rigid axis",
+        ),
+        pytest.param(
+            {"strategy": Strategy(scaling=Scaling.FUNCTION)},
+            ["hidden", "from 4 to 6", BLOCKS, "whole ratio"],
+            id="an uneven ratio on a rigid axis",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(changes: dict[str, Any], named: list[str]) -> None:
@@ -155,6 +198,69 @@ def test_what_does_not_fit_is_refused_by_name(changes: dict[str, Any], named: li
         plan(**changes)
     for text in named:
         assert text in str(refused.value)
+
+
+def test_function_scaling_holds_on_a_rigid_axis_at_whole_ratios() -> None:
+    scales = plan(strategy=Strategy(scaling=Scaling.FUNCTION), after={"hidden": 12}).scales()["hidden"]
+    assert scales.fan_out.tolist() == [1.0] * 12
+    assert scales.fan_in.tolist() == [1 / 3] * 12
+
+
+# -- groups --------------------------------------------------------------------------------------------------------
+
+#: Four query heads of two rows that share two key/value heads.
+HEADS_AXES = {
+    "query": ParamAxes((Dim("heads", Role.FAN_OUT, block=2, groups="shared"), FIXED)),
+    "key": ParamAxes((Dim("shared", Role.FAN_OUT, block=2), FIXED)),
+}
+HEADS: dict[str, Any] = {
+    "shapes": {"query": (8, 3), "key": (4, 3)},
+    "axes": HEADS_AXES,
+    "before": {"heads": 4, "shared": 2},
+}
+
+
+@pytest.mark.parametrize(
+    ("after", "groups"),
+    [({"heads": 8}, (2, 2)), ({"heads": 8, "shared": 4}, (2, 4)), ({"heads": 18, "shared": 6}, (2, 6))],
+)
+def test_an_axis_knows_its_groups_before_and_after(after: dict[str, int], groups: tuple[int, int]) -> None:
+    growths = {growth.axis: growth for growth in plan(**HEADS, after=after).growths}
+    assert growths["heads"].groups == groups
+    assert all(growth.groups == (1, 1) for axis, growth in growths.items() if axis != "heads")
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        pytest.param({"after": {"shared": 4}}, ["shared", "groups of heads", "together"], id="groups alone"),
+        pytest.param({"before": {"heads": 4}, "after": {"heads": 8}}, ["heads", "'shared'"], id="unknown groups"),
+        pytest.param({"after": {"heads": 6, "shared": 4}}, ["heads", "2 -> 4 groups", "parted"], id="no equal parts"),
+        pytest.param({"after": {"heads": 7}}, ["heads", "4 -> 7", "parted"], id="no equal parts of old groups"),
+        pytest.param({"after": {"heads": 6, "shared": 6}}, ["heads", "2 -> 6 groups", "fewer"], id="fewer in each"),
+        pytest.param(
+            {
+                "axes": {**HEADS_AXES, "out": ParamAxes((FIXED, Dim("heads", Role.FAN_IN, block=2)))},
+                "shapes": {**HEADS["shapes"], "out": (3, 8)},
+                "after": {"heads": 8},
+            },
+            ["heads", "grouped in different ways", "(1, 1)", "(2, 2)"],
+            id="grouped here and not there",
+        ),
+    ],
+)
+def test_groups_that_do_not_fit_are_refused(changes: dict[str, Any], named: list[str]) -> None:
+    with pytest.raises(PlanError) as refused:
+        plan(**{**HEADS, **changes})
+    for text in named:
+        assert text in str(refused.value)
+
+
+def test_groups_may_be_a_number() -> None:
+    axes = {"query": ParamAxes((Dim("heads", Role.FAN_OUT, block=2, groups=2), FIXED))}
+    made = plan(shapes={"query": (8, 3)}, axes=axes, before={"heads": 4}, after={"heads": 6})
+    assert made.growths == (AxisGrowth("heads", 4, 6, normed=False, groups=(2, 2)),)
+    assert GrowthPlan.from_dict(json.loads(json.dumps(made.to_dict()))) == made
 
 
 def test_many_unmatched_parameters_are_named_and_counted() -> None:
@@ -167,15 +273,6 @@ def test_a_parameter_that_is_not_in_the_plan_is_refused_by_name() -> None:
         plan().param("lm_head.weight")
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [{"axis": "hidden"}, {"role": Role.GAIN}, {"block": 0}, {"segments": 0}, {"block": -1}],
-)
-def test_a_dimension_that_means_nothing_is_refused(arguments: dict[str, Any]) -> None:
-    with pytest.raises(PlanError):
-        Dim(**arguments)
-
-
 # -- frozen and portable -------------------------------------------------------------------------------------------
 
 
@@ -184,11 +281,12 @@ def test_a_dimension_that_means_nothing_is_refused(arguments: dict[str, Any]) ->
     [
         Strategy(),
         Strategy(Init.RANDOM, Init.ZERO, Init.RANDOM, Scaling.NONE, OptimizerState.DROP, seed=7),
+        Strategy(vocabulary=NewIndex.RANDOM),
         Strategy(Init.ZERO, Init.COPY, Init.COPY, Scaling.FUNCTION, OptimizerState.ASYMMETRIC_RESET_SCALED, seed=-1),
     ],
 )
 def test_a_plan_survives_json(strategy: Strategy) -> None:
-    made = plan(strategy=strategy, active_share=1 / 3)
+    made = plan(strategy=strategy, active_share=1 / 3, **SUPPLE)
     loaded = GrowthPlan.from_dict(json.loads(json.dumps(made.to_dict())))
     assert loaded == made
     assert hash(loaded) == hash(made)
@@ -286,7 +384,7 @@ def test_tensors_of_one_kind_share_a_row() -> None:
 
 
 def test_a_factor_that_differs_between_units_is_not_shown_as_one_number() -> None:
-    assert table(plan(strategy=Strategy(scaling=Scaling.FUNCTION)))["11x4"][-3:-1] == ["per", "unit"]
+    assert table(plan(strategy=Strategy(scaling=Scaling.FUNCTION), **SUPPLE))["11x4"][-3:-1] == ["per", "unit"]
 
 
 # -- the paper's model ---------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ds_sparkling.growth.spread import Spread
+from ds_sparkling.growth.spread import Spread, column_mean, row_mean
 from ds_sparkling.growth.spread import spread as spread_between
 
 #: Weights of very different sizes, so that a floating-point sum would depend on its order.
@@ -104,3 +104,61 @@ def test_the_std_of_a_constant_is_zero_and_not_nan() -> None:
 def test_entries_that_are_not_finite_are_refused(bad: float) -> None:
     with pytest.raises(ValueError, match="NaN or Inf"):
         spread(torch.tensor([1.0, bad, 2.0]))
+
+
+# -- means over rows and columns -----------------------------------------------------------------------------------
+
+
+def means(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    flat, columns = matrix.reshape(-1), matrix.shape[1]
+    stretch = (lambda start, stop: flat[start:stop]), 0, flat.numel(), columns
+    return row_mean(*stretch), column_mean(*stretch)
+
+
+@st.composite
+def matrices(draw: st.DrawFn) -> Tensor:
+    values = draw(entries)
+    columns = draw(st.integers(1, len(values)))
+    return tensor(values[: len(values) // columns * columns]).view(-1, columns)
+
+
+@given(matrices())
+def test_means_are_exact_to_24_bits_of_the_largest_entry(matrix: Tensor) -> None:
+    over_rows, over_columns = means(matrix)
+    assert over_rows.dtype == over_columns.dtype == torch.float64
+    rounding = 2.0**-24 * float(matrix.abs().max()) * 1.0001
+    for found, vectors in ((over_rows, matrix.T), (over_columns, matrix)):
+        assert found.shape == (len(vectors),)
+        for value, vector in zip(found.tolist(), vectors.tolist(), strict=True):
+            assert abs(value - float(exact(vector)[0])) <= rounding
+
+
+@given(matrices(), st.randoms(use_true_random=False))
+def test_means_do_not_depend_on_the_order_of_what_they_are_over(matrix: Tensor, rng: random.Random) -> None:
+    rows, columns = (rng.sample(range(size), size) for size in matrix.shape)
+    over_rows, over_columns = means(matrix)
+    assert torch.equal(means(matrix[rows])[0], over_rows)
+    assert torch.equal(means(matrix[:, columns])[1], over_columns)
+    assert torch.equal(means(matrix[:, columns])[0], over_rows[columns])
+    assert torch.equal(means(matrix.T.contiguous())[0], over_columns)
+
+
+def test_means_of_several_chunks_count_every_row() -> None:
+    """2^20 entries are summed at a time, or as many whole rows as fit."""
+    matrix = torch.zeros(1100, 1001)
+    matrix[-1, -1] = 1024.0
+    over_rows, over_columns = means(matrix)
+    assert over_rows[-1] == 1024.0 / 1100
+    assert over_columns[-1] == 1024.0 / 1001
+    assert not over_rows[:-1].any()
+    assert not over_columns[:-1].any()
+    matrix = torch.randn(3, 1 << 20, generator=torch.Generator().manual_seed(0))
+    over_rows, over_columns = means(matrix)
+    torch.testing.assert_close(over_rows, matrix.double().mean(0), rtol=0, atol=2.0**-21)
+    torch.testing.assert_close(over_columns, matrix.double().mean(1), rtol=0, atol=2.0**-21)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_means_of_entries_that_are_not_finite_are_refused(bad: float) -> None:
+    with pytest.raises(ValueError, match="NaN or Inf"):
+        means(torch.tensor([[1.0, bad]]))

@@ -10,13 +10,23 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from unit_maps import Groups, births, grown_units
 
 from ds_sparkling.errors import PlanError
 from ds_sparkling.growth.scaling import AxisGrowth
-from ds_sparkling.growth.units import birth_of_units, check_widths, multiplicities, source_units
+from ds_sparkling.growth.units import birth_of_units, check_widths, multiplicities, old_units, source_units
 
 #: (width before, width after), integer ratios and others.
 widenings = st.integers(1, 40).flatmap(lambda d: st.tuples(st.just(d), st.integers(d + 1, 6 * d + 7)))
+
+
+@st.composite
+def grouped_widenings(draw: st.DrawFn) -> tuple[int, int, Groups]:
+    """(width before, width after, (groups before, groups after)): more groups, more units in each, or both."""
+    groups, per_group = draw(st.integers(1, 5)), draw(st.integers(1, 5))
+    more_groups, more_units = draw(st.tuples(st.integers(0, 8), st.integers(0, 8)).filter(any))
+    after = groups + more_groups, per_group + more_units
+    return groups * per_group, after[0] * after[1], (groups, after[0])
 
 
 @given(widenings)
@@ -48,6 +58,71 @@ def test_multiplicities_count_the_units_of_one_source(widening: tuple[int, int])
     assert sum(m[:before].tolist()) == after  # over the old units, each once
     assert sum(Fraction(1, count) for count in m.tolist()) == before
     assert max(m.tolist()) - min(m.tolist()) <= 1  # no unit gets a second copy before every one has its first
+
+
+@given(grouped_widenings())
+def test_units_in_groups_are_those_of_lists_of_groups(widening: tuple[int, int, Groups]) -> None:
+    before, after, _ = widening
+    expected = grown_units(*widening)
+    assert len(expected) == after
+    assert source_units(*widening).tolist() == [unit.source for unit in expected]
+    assert old_units(*widening).tolist() == [unit.old for unit in expected]
+    counts = Counter(unit.source for unit in expected)
+    assert multiplicities(*widening).tolist() == [counts[unit.source] for unit in expected]
+    assert sum(old_units(*widening).tolist()) == before
+    assert source_units(*widening)[old_units(*widening)].tolist() == list(range(before))
+
+
+@given(grouped_widenings())
+def test_a_unit_stays_with_the_copy_of_its_group(widening: tuple[int, int, Groups]) -> None:
+    """New query head j attends to key/value head j // (heads per group): a copy of the one that its source had."""
+    before, after, (groups, groups_after) = widening
+    of_group = source_units(groups, groups_after) if groups_after > groups else torch.arange(groups)
+    sources = source_units(*widening)
+    for unit in range(after):
+        group, group_of_source = unit // (after // groups_after), int(sources[unit]) // (before // groups)
+        assert int(of_group[group]) == group_of_source
+
+
+@given(grouped_widenings(), st.integers(2, 3))
+def test_whole_ratios_copy_units_in_groups_equally_often(widening: tuple[int, int, Groups], ratio: int) -> None:
+    before, _, (groups, _) = widening
+    for after_groups in (groups, groups * ratio):
+        assert multiplicities(before, before * ratio, (groups, after_groups)).tolist() == [ratio] * before * ratio
+
+
+def test_query_heads_by_hand() -> None:
+    """Two key/value heads of two query heads each: 0 1 | 2 3."""
+    assert source_units(4, 8, (2, 2)).tolist() == [0, 1, 0, 1, 2, 3, 2, 3]
+    assert source_units(4, 8, (2, 4)).tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
+    assert old_units(4, 8, (2, 2)).tolist() == [True, True, False, False] * 2
+    assert old_units(4, 8, (2, 4)).tolist() == [True] * 4 + [False] * 4
+    assert source_units(4, 9, (2, 3)).tolist() == [0, 1, 0, 2, 3, 2, 0, 1, 0]
+    assert multiplicities(4, 9, (2, 3)).tolist() == [4, 2, 4, 2, 1, 2, 4, 2, 4]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "groups", "complaint"),
+    [
+        (4, 8, (3, 3), "parted"),
+        (4, 9, (2, 2), "parted"),
+        (4, 8, (2, 3), "parted"),
+        (4, 8, (2, 1), "fewer"),
+        (4, 5, (2, 5), "fewer"),
+    ],
+)
+def test_groups_that_do_not_fit_are_refused(before: int, after: int, groups: Groups, complaint: str) -> None:
+    with pytest.raises(PlanError, match=complaint) as refused:
+        check_widths("num_attention_heads", before, after, groups)
+    assert f"num_attention_heads: {before} -> {after} units" in str(refused.value)
+    assert f"{groups[0]} -> {groups[1]} groups" in str(refused.value)
+    with pytest.raises(PlanError, match=complaint):
+        AxisGrowth("num_attention_heads", before, after, normed=False, groups=groups)
+
+
+@given(grouped_widenings())
+def test_every_widening_in_groups_is_accepted(widening: tuple[int, int, Groups]) -> None:
+    check_widths("num_attention_heads", *widening)
 
 
 @pytest.mark.parametrize(
@@ -83,6 +158,34 @@ def test_a_unit_is_born_in_the_stage_that_first_reached_it(steps: list[int], sta
     assert births.tolist() == [
         next(stage for stage, width in enumerate(widths) if unit < width) for unit in range(widths[-1])
     ]
+
+
+@given(
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), max_size=5),
+)
+def test_births_in_groups_are_those_of_growing_lists_of_groups(
+    groups: int, per_group: int, steps: list[tuple[int, int]]
+) -> None:
+    """Over several stages, in each of which groups, units per group, both or another axis grow."""
+    counts = list(itertools.accumulate((more for more, _ in steps), initial=groups))
+    sizes = list(itertools.accumulate((more for _, more in steps), initial=per_group))
+    widths = [count * size for count, size in zip(counts, sizes, strict=True)]
+    found = birth_of_units(widths, counts)
+    assert found.dtype == torch.uint8
+    assert found.tolist() == births(widths, counts)
+    if len(widths) > 1 and widths[-1] > widths[-2]:
+        last = old_units(widths[-2], widths[-1], (counts[-2], counts[-1]))
+        assert ((found < len(steps)) == last).all()
+    if counts[0] == counts[-1]:
+        assert torch.equal(birth_of_units(widths, counts[0]), found)
+
+
+@pytest.mark.parametrize(("widths", "groups"), [((4, 8, 6), 1), ((4, 8, 4), 2), ((4, 8, 9), (2, 4, 3))])
+def test_groups_that_shrank_have_no_births(widths: tuple[int, ...], groups: int | tuple[int, ...]) -> None:
+    with pytest.raises(PlanError, match="stage 2"):
+        birth_of_units(widths, groups)
 
 
 def test_an_axis_that_shrank_has_no_births() -> None:
