@@ -43,6 +43,7 @@ def block_of(strategy: Strategy, path: Path) -> Path:
             "fan_out": strategy.fan_out.value,
             "fan_in": strategy.fan_in.value,
             "norm": strategy.norm.value,
+            "vocabulary": strategy.vocabulary.value,
         },
         "scaling": strategy.scaling.value,
         "optimizer_state": strategy.optimizer_state.value,

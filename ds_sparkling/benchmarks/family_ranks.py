@@ -56,7 +56,7 @@ def grow_both_ways(
     settings = _settings(preset)
     tokens = torch.randint(3, config["vocab_size"], (2, 16), generator=torch.Generator().manual_seed(0))
     torch.manual_seed(0)
-    engine = ds_sparkling.initialize(_runnable(HuggingFaceFactory(config)), settings)
+    engine = ds_sparkling.initialize(runnable(HuggingFaceFactory(config)), settings)
     for _ in range(_STEPS):
         loss = engine(input_ids=tokens, labels=tokens, use_cache=False).loss
         engine.backward(loss)
@@ -72,7 +72,7 @@ def grow_both_ways(
         with Team() as team:
             expand(prepare(request, team), team)
     dist.barrier()
-    model = _runnable(HuggingFaceFactory(config))(**after)
+    model = runnable(HuggingFaceFactory(config))(**after)
     loaded, *_ = deepspeed.initialize(model=model, config=settings)
     loaded.load_checkpoint(str(scratch / "wide"))
     offline = _logits(loaded, tokens)
@@ -105,7 +105,7 @@ def _settings(preset: str | None) -> dict[str, Any]:
     return settings
 
 
-def _runnable(factory: HuggingFaceFactory) -> Callable[..., Any]:
+def runnable(factory: HuggingFaceFactory) -> Callable[..., Any]:
     """The factory, with experts that run in every dtype and size where AutoEP leaves them as they are."""
 
     def build_model(**widths: int) -> Any:

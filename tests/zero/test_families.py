@@ -1,0 +1,123 @@
+"""Hugging Face models through engines and files: bit for bit the reference, whatever their parameters are like.
+
+Between them: query heads that grow alone and with their key/value heads, biases, LayerNorm, 1 + w gains, embeddings
+that are scaled by their width, tied heads, transposed and interleaved experts with biases, shared experts, fused qkv,
+vocabularies; at ratios that aren't whole; twice in a row.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import checkpoint_files
+import pytest
+import tiny
+import torch
+from distributed import Workers
+
+from ds_sparkling.benchmarks.families import FAMILIES
+from ds_sparkling.growth import GrowthPlan
+from ds_sparkling.strategy import INIT_PAIRS, Init, NewIndex, OptimizerState, Strategy
+
+CONFIGS = {family.name: (dict(family.config), family.preset) for family in FAMILIES}
+HIDDEN, INNER, DENSE = "hidden_size", "moe_intermediate_size", "intermediate_size"
+SHARED = "shared_expert_intermediate_size"
+HEADS, SHARED_HEADS, VOCABULARY = "num_attention_heads", "num_key_value_heads", "vocab_size"
+STRATEGIES = (
+    Strategy(),
+    Strategy(
+        *INIT_PAIRS[1],
+        norm=Init.RANDOM,
+        optimizer_state=OptimizerState.ASYMMETRIC_RESET_SCALED,
+        seed=3,
+        vocabulary=NewIndex.RANDOM,
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A family on some topology, and its growths."""
+
+    family: str
+    ranks: int
+    stage: int
+    growths: tuple[dict[str, int], dict[str, int]]
+    bf16: bool = False
+    zero: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"{self.family}-ranks{self.ranks}-stage{self.stage}"
+
+    @property
+    def config(self) -> dict[str, Any]:
+        preset = CONFIGS[self.family][1]
+        config: dict[str, Any] = {
+            "train_micro_batch_size_per_gpu": 1,
+            "optimizer": {"type": "AdamW", "params": {"lr": 0.05, "torch_adam": True}},
+            "zero_optimization": {"stage": self.stage, **self.zero},
+            "bf16": {"enabled": self.bf16},
+            "steps_per_print": 10**9,
+        }
+        if preset is not None:
+            config["expert_parallel"] = {
+                "enabled": True,
+                "autoep_size": self.ranks,
+                "preset_model": preset,
+                "use_grouped_mm": False,
+            }
+        return config
+
+
+RUNS = (
+    Run("GPT-OSS", 3, 3, ({HEADS: 8}, {HIDDEN: 48, DENSE: 70, VOCABULARY: 71}), zero={"sub_group_size": 3000}),
+    Run("Qwen2-MoE", 2, 3, ({HEADS: 6, SHARED_HEADS: 3, SHARED: 50}, {HIDDEN: 40, INNER: 30})),
+    Run("DeepSeek-V3", 2, 2, ({INNER: 30, DENSE: 50}, {HEADS: 6, SHARED_HEADS: 6, HIDDEN: 48})),
+    Run("Gemma", 2, 2, ({HIDDEN: 56, VOCABULARY: 70}, {HEADS: 8}), bf16=True),
+    Run("GPT-2", 2, 1, ({HIDDEN: 64, HEADS: 8}, {VOCABULARY: 80})),
+)  # fmt: skip
+
+
+def chain(run: Run, directory: str) -> list[tuple[Any, str, Any]]:
+    """Train, save, grow, save, train ...; (state before, plan, state after) of each growth on this rank."""
+    import ds_sparkling
+    from ds_sparkling.benchmarks.family_ranks import runnable
+    from ds_sparkling.factory import HuggingFaceFactory
+
+    torch.manual_seed(0)
+    engine = ds_sparkling.initialize(runnable(HuggingFaceFactory(CONFIGS[run.family][0])), run.config)
+    tokens = torch.randint(3, 64, (1, 8), generator=torch.Generator().manual_seed(torch.distributed.get_rank()))
+    seen = []
+    for number, (widths, strategy) in enumerate(zip(run.growths, STRATEGIES, strict=True)):
+        loss = engine(input_ids=tokens, labels=tokens, use_cache=False).loss
+        engine.backward(loss)
+        engine.step()
+        tiny.with_strategy(engine, strategy)
+        before = tiny.local_state(engine)
+        engine.save_checkpoint(directory, tag=f"before{number}")
+        engine = ds_sparkling.grow(engine, widths)
+        engine.save_checkpoint(directory, tag=f"after{number}")
+        seen.append((before, json.dumps(engine.sparkling.plan.to_dict()), tiny.local_state(engine)))
+    return seen
+
+
+@pytest.mark.parametrize("run", RUNS, ids=str)
+def test_engine_files_and_reference_agree(run: Run, workers: Callable[[int], Workers], tmp_path: Path) -> None:
+    saved, config = tmp_path / "saved", tmp_path / "config.json"
+    config.write_text(json.dumps(CONFIGS[run.family][0]))
+    answers = workers(run.ranks).run(chain, run, str(saved))
+    for number, ranks in enumerate(zip(*answers, strict=True)):
+        plan = GrowthPlan.from_dict(json.loads(ranks[0][1]))
+        expected, found = tiny.reference(plan, tiny.join([r[0] for r in ranks])), tiny.join([r[2] for r in ranks])
+        assert expected.keys() == found.keys()
+        for name, tensors in expected.items():
+            for key, tensor in tensors.items():
+                assert torch.equal(found[name][key], tensor), f"growth {number}: {key} of {name}"
+        block = checkpoint_files.block_of(STRATEGIES[number], tmp_path / "ds.json")
+        options: dict[str, Any] = {"tag": f"before{number}", "deepspeed_config": block, "config": str(config)}
+        checkpoint_files.run(saved, tmp_path / f"{number}", run.growths[number], **options)
+        checkpoint_files.same_files(saved / f"after{number}", tmp_path / f"{number}/before{number}")
