@@ -4,18 +4,23 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ds_sparkling.check.proof import prove_function
+    from ds_sparkling.check.report import check_growth
     from ds_sparkling.zero.engine import grow, grow_if_due, initialize, rebuild
 
-__all__ = ["grow", "grow_if_due", "initialize", "prove_function", "rebuild"]
+__all__ = ["check_growth", "grow", "grow_if_due", "initialize", "prove_function", "rebuild"]
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
     # DeepSpeed is imported when the engine room is first asked for, so that growth maths and tools start without it.
+    if name == "check_growth":
+        from ds_sparkling.check import report
+
+        return report.check_growth
     if name == "prove_function":
         from ds_sparkling.check import proof
 
-        return getattr(proof, name)
+        return proof.prove_function
     if name in __all__:
         from ds_sparkling.zero import engine
 

@@ -5,12 +5,17 @@ AutoEP turns a block's stacked experts into ``experts.w1``, ``.w2``, ``.w3`` and
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ds_sparkling.axes import FIXED, ParamAxes, Role
 from ds_sparkling.errors import PlanError
+
+#: What DeepSpeed calls the parts of a rewritten block, besides its experts.
+_ROUTER, _SHARED, _SHARED_GATE = "router", "shared_experts", "shared_experts_gate"
+#: Presets whose models call their shared experts otherwise than the others.
+_SHARED_OF_PRESETS = {"qwen3_moe": "shared_expert", "qwen3_5_moe": "shared_expert"}
 
 
 @dataclass(frozen=True)
@@ -23,6 +28,8 @@ class BlockNames:
         gate: the gate projection of an expert; both gate and up, end to end, if ``up`` is None.
         down: the down projection.
         up: the up projection, if it is a weight of its own.
+        shared: the shared experts, if it has any.
+        shared_gate: what gates their output, if anything does.
     """
 
     router: str = "gate"
@@ -30,6 +37,8 @@ class BlockNames:
     gate: str = "gate_up_proj"
     down: str = "down_proj"
     up: str | None = None
+    shared: str = "shared_experts"
+    shared_gate: str = "shared_expert_gate"
 
     @classmethod
     def from_config(cls, ds_config: Mapping[str, Any]) -> BlockNames:
@@ -41,7 +50,26 @@ class BlockNames:
             block.get("expert_w1") or cls.gate,
             block.get("expert_w2") or cls.down,
             block.get("expert_w3", cls.up),
+            block.get("shared_experts_pattern") or _SHARED_OF_PRESETS.get(str(block.get("preset_model")), cls.shared),
+            block.get("shared_experts_gate_pattern") or cls.shared_gate,
         )
+
+    def found_in(self, block: str, names: Collection[str]) -> BlockNames:
+        """These, with the shared experts that the parameters ``names`` have at the path ``block``.
+
+        DeepSpeed finds its preset by the model's type if the config names none.
+        """
+        known = (self.shared, *_SHARED_OF_PRESETS.values())
+        shared = next((s for s in known if any(name.startswith(f"{block}.{s}.") for name in names)), self.shared)
+        return replace(self, shared=shared)
+
+    def built(self, name: str, block: str) -> str:
+        """What a parameter of the rewritten block, but for its experts, is called in the model as built."""
+        for moved, own in ((_ROUTER, self.router), (_SHARED, self.shared), (_SHARED_GATE, self.shared_gate)):
+            prefix = f"{block}.{moved}."
+            if name.startswith(prefix):
+                return f"{block}.{own}.{name.removeprefix(prefix).removeprefix('gate.' if moved == _ROUTER else '')}"
+        return name
 
 
 def block_axes(block: str, names: BlockNames, axes: Mapping[str, ParamAxes]) -> dict[str, ParamAxes]:
@@ -70,13 +98,19 @@ def block_axes(block: str, names: BlockNames, axes: Mapping[str, ParamAxes]) -> 
         f"{block}.experts.w2": of(names.down),
         f"{block}.experts.w3": _half(gate, alive=()) if names.up is None else of(names.up),
     }
+    names = names.found_in(block, axes)
     for kind in ("weight", "bias"):
         source = f"{block}.{names.router}.{kind}"
         if source in axes:
-            renamed[f"{block}.router.gate.{kind}"] = axes[source]
+            renamed[f"{block}.{_ROUTER}.gate.{kind}"] = axes[source]
     correction = axes.get(f"{block}.{names.router}.e_score_correction_bias")
     if correction is not None:
-        renamed[f"{block}.router.e_score_correction_bias"] = correction
+        renamed[f"{block}.{_ROUTER}.e_score_correction_bias"] = correction
+    for moved, own in ((_SHARED, names.shared), (_SHARED_GATE, names.shared_gate)):
+        prefix = f"{block}.{own}."
+        for source in axes:
+            if source.startswith(prefix):
+                renamed[f"{block}.{moved}.{source.removeprefix(prefix)}"] = axes[source]
     return renamed
 
 

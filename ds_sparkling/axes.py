@@ -177,6 +177,10 @@ class ParamAxes:
     norm: Norm | None = None
     offset: float = 0.0
 
+    def __post_init__(self) -> None:
+        if self.norm is None and any(dim.role is Role.GAIN for dim in self.dims):
+            raise PlanError("a gain needs the kind of norm that it belongs to: 'rms' or 'layer'")
+
     @property
     def axes(self) -> frozenset[str]:
         return frozenset(dim.axis for dim in self.dims if dim.axis is not None)

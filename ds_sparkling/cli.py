@@ -37,6 +37,24 @@ def _plot_schedule(arguments: Sequence[str]) -> None:
     plot(arguments)
 
 
+def _check_growth(arguments: Sequence[str]) -> None:
+    from ds_sparkling.check.command import main as check
+
+    check(arguments)
+
+
+def _plan_growth(arguments: Sequence[str]) -> None:
+    from ds_sparkling.planner.command import main as plan
+
+    plan(arguments)
+
+
+def _check_families(arguments: Sequence[str]) -> None:
+    from ds_sparkling.benchmarks.families import main as check
+
+    check(arguments)
+
+
 def _bench_step(arguments: Sequence[str]) -> None:
     from ds_sparkling.benchmarks.step import main as bench
 
@@ -59,7 +77,10 @@ def _bench_expand(arguments: Sequence[str]) -> None:
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "train": (_train, "train a mixture-of-experts language model and widen it mid-way"),
     "expand-zero-ckpt": (_expand_zero_ckpt, "widen, reshape or export a ZeRO checkpoint offline"),
+    "check-growth": (_check_growth, "grow a small instance of a model and see whether that keeps what it promises"),
+    "check-families": (_check_families, "grow tiny models of Hugging Face's families along every axis, in every room"),
     "plot-schedule": (_plot_schedule, "learning rates of every birth stage, before the run, as text and picture"),
+    "plan-growth": (_plan_growth, "parameters, compute, memory, bytes and pause of a growth, before the run"),
     "bench-regrow": (_bench_regrow, "time and memory of a live growth against other ways"),
     "bench-step": (_bench_step, "time and memory of an optimizer step after a growth"),
     "bench-expand": (_bench_expand, "time and memory of widening and reshaping a checkpoint"),

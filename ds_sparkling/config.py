@@ -53,6 +53,7 @@ class SparklingConfig:
         checkpoint_before_growth: whether to save just before each growth.
         log_every: optimizer steps between points of the growth's curves in the monitors; 0 for none.
         axes: what parameters are that probing can't read, by patterns that match their names.
+        check: whether to try each growth on a small instance of the model beforehand.
     """
 
     stages: tuple[StageConfig, ...] = ()
@@ -62,6 +63,7 @@ class SparklingConfig:
     checkpoint_before_growth: bool = True
     log_every: int = 10
     axes: dict[str, ParamAxes] = field(default_factory=dict)
+    check: bool = True
 
     @classmethod
     def from_dict(cls, block: Mapping[str, Any]) -> SparklingConfig:
@@ -86,6 +88,7 @@ class SparklingConfig:
                 "checkpoint_before_growth",
                 "log_every",
                 "axes",
+                "check",
             },
         )
         init = _mapping(block.get("init", {}), f"{BLOCK}.init")
@@ -105,9 +108,6 @@ class SparklingConfig:
         checkpoint_dir = block.get("checkpoint_dir")
         if checkpoint_dir is not None and not isinstance(checkpoint_dir, str):
             raise ConfigError(f"{BLOCK}.checkpoint_dir must be a path, got {checkpoint_dir!r}")
-        before_growth = block.get("checkpoint_before_growth", True)
-        if not isinstance(before_growth, bool):
-            raise ConfigError(f"{BLOCK}.checkpoint_before_growth must be true or false, got {before_growth!r}")
         log_every = _integer(block.get("log_every", cls.log_every), f"{BLOCK}.log_every")
         if log_every < 0:
             raise ConfigError(f"{BLOCK}.log_every must not be negative, got {log_every}")
@@ -117,9 +117,10 @@ class SparklingConfig:
             widths=None if widths is None else _widths(widths, f"{BLOCK}.widths"),
             strategy=strategy,
             checkpoint_dir=checkpoint_dir,
-            checkpoint_before_growth=before_growth,
+            checkpoint_before_growth=_boolean(block, "checkpoint_before_growth"),
             log_every=log_every,
             axes=axes,
+            check=_boolean(block, "check"),
         )
 
 
@@ -178,6 +179,32 @@ def typed_block(kind: type[_D], config: Mapping[str, Any], name: str) -> _D:
         raise ConfigError(f"{name}: {error}") from error
 
 
+def value_at(config: Mapping[str, Any], path: str, default: Any = None) -> Any:
+    """What stands at a dotted path of a config; ``default`` if nothing does."""
+    value: Any = config
+    for key in path.split("."):
+        if not isinstance(value, Mapping) or key not in value:
+            return default
+        value = value[key]
+    return value
+
+
+def planned_steps(config: Mapping[str, Any]) -> int | None:
+    """How many optimizer steps the run has, by ``training.steps`` or the scheduler; None if neither tells.
+
+    Raises:
+        ConfigError: if what stands there isn't a number of steps.
+    """
+    for path in ("training.steps", "scheduler.params.total_num_steps"):
+        steps = value_at(config, path)
+        if steps is None:
+            continue
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise ConfigError(f"{path} must be a positive integer, got {steps!r}; correct it or pass --steps N")
+        return steps
+    return None
+
+
 def _stages(value: Any) -> tuple[StageConfig, ...]:
     path = f"{BLOCK}.stages"
     if not isinstance(value, list):
@@ -203,6 +230,14 @@ def _stages(value: Any) -> tuple[StageConfig, ...]:
                 f"({first.at_step})"
             )
     return tuple(stages)
+
+
+def _boolean(block: Mapping[str, Any], key: str) -> bool:
+    """A switch that is on by default."""
+    value = block.get(key, True)
+    if not isinstance(value, bool):
+        raise ConfigError(f"{BLOCK}.{key} must be true or false, got {value!r}")
+    return value
 
 
 def _rewarmup(value: Any) -> Rewarmup:

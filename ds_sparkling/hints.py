@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ds_sparkling.axes import ParamAxes
-from ds_sparkling.errors import ConfigError
+from ds_sparkling.errors import ConfigError, PlanError
 
 #: Stands in a hint for a dimension that is to be filled in.
 TO_FILL = "?"
@@ -34,6 +34,6 @@ def parse_hints(entries: Mapping[str, Any], where: str) -> dict[str, ParamAxes]:
             if TO_FILL in entry["dims"]:
                 raise ValueError(f"still has a {TO_FILL!r} to fill in")
             hints[pattern] = ParamAxes.from_dict({key: entry[key] for key in entry if key != "shape"})
-        except (re.error, KeyError, TypeError, ValueError, AttributeError) as error:
+        except (re.error, KeyError, TypeError, ValueError, AttributeError, PlanError) as error:
             raise ConfigError(f"{where}.{pattern}: {error}") from error
     return hints

@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import logging
 import math
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,9 +22,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ds_sparkling.config import read_json, sparkling_config
+from ds_sparkling.config import planned_steps, read_json, sparkling_config, value_at
 from ds_sparkling.diagnostics.rate_curves import RateCurves, describe, simulate
 from ds_sparkling.errors import ConfigError, SparklingError
+from ds_sparkling.pictures import add_picture_options, check_picture_options, empty_picture, save_picture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,7 +46,14 @@ def curves_of(config: Mapping[str, Any], steps: int | None = None) -> RateCurves
         ConfigError: names the key.
     """
     block = sparkling_config(config)
-    steps, lr = _steps(config) if steps is None else steps, _lr(config)
+    if steps is None:
+        steps = planned_steps(config)
+    if steps is None:
+        raise ConfigError(
+            "the config doesn't tell how many steps the run has (training.steps or scheduler.params.total_num_steps): "
+            "pass --steps N"
+        )
+    lr = _lr(config)
     with _quiet():
         # Here, so that --help doesn't wait for DeepSpeed.
         from ds_sparkling.zero.schedulers import scheduler_from_json
@@ -60,14 +67,7 @@ def picture(curves: RateCurves, title: str) -> Figure:
     Raises:
         SparklingError: if matplotlib isn't installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise SparklingError(
-            "drawing needs matplotlib: pip install 'ds-sparkling[plots]', or pass --no-picture for the text alone"
-        ) from None
-    figure = Figure(figsize=(8, 4), dpi=100, layout="constrained")
-    axes = figure.add_subplot(title=title, xlabel="optimizer step", ylabel="learning rate")
+    figure, axes = empty_picture(title, "optimizer step", "learning rate")
     # All steps up to a number far beyond the pixels, and every step where a curve turns.
     steps = np.union1d(np.linspace(0, curves.steps - 1, min(curves.steps, _POINTS), dtype=int), [*curves.landmarks()])
     old = "base schedule" if curves.together else "old elements (base schedule)"
@@ -101,46 +101,11 @@ def _mark_growth(axes: Axes, curves: RateCurves, number: int) -> None:
     )
 
 
-def _save(figure: Figure, path: Path) -> None:
-    """Write a PNG, whole or not at all."""
-    part = path.with_name(f"{path.name}.part")
-    try:
-        figure.savefig(part, format="png")
-        os.replace(part, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        raise SparklingError(f"the picture can't be written to {path}: {error.strerror}") from error
-
-
-def _steps(config: Mapping[str, Any]) -> int:
-    """How long the run is, by its config."""
-    for path in ("training.steps", "scheduler.params.total_num_steps"):
-        steps = _value(config, path)
-        if steps is None:
-            continue
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise ConfigError(f"{path} must be a positive integer, got {steps!r}; correct it or pass --steps N")
-        return steps
-    raise ConfigError(
-        "the config doesn't tell how many steps the run has (training.steps or scheduler.params.total_num_steps): "
-        "pass --steps N"
-    )
-
-
 def _lr(config: Mapping[str, Any]) -> float:
-    lr = _value(config, "optimizer.params.lr")
+    lr = value_at(config, "optimizer.params.lr")
     if isinstance(lr, bool) or not isinstance(lr, (int, float)) or not (math.isfinite(lr) and lr >= 0):
         raise ConfigError(f"optimizer.params.lr must be the optimizer's learning rate, got {lr!r}")
     return float(lr)
-
-
-def _value(config: Mapping[str, Any], path: str) -> Any:
-    """What stands at a dotted path; None if nothing does."""
-    value: Any = config
-    for key in path.split("."):
-        value = value.get(key) if isinstance(value, Mapping) else None
-    return value
 
 
 @contextlib.contextmanager
@@ -165,21 +130,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="N",
         help="optimizer steps of the run (default: training.steps, else scheduler.params.total_num_steps)",
     )
-    parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="the picture, a .png (default: CONFIG's name + -schedule.png, here)"
-    )
-    parser.add_argument("--force", action="store_true", help="overwrite the picture if it exists")
-    parser.add_argument("--no-picture", action="store_true", help="write the text only; needs no matplotlib")
+    add_picture_options(parser, "-schedule.png")
     args = parser.parse_args(argv)
     if args.steps is not None and args.steps < 1:
         parser.error(f"--steps must be positive, got {args.steps}")
-    if args.output is None:
-        args.output = Path(f"{args.config.stem}-schedule.png")
-    if not args.no_picture:
-        if args.output.suffix != ".png":
-            parser.error(f"--output {args.output}: the picture is a PNG, so its name must end in .png")
-        if args.output.exists() and not args.force:
-            parser.error(f"{args.output} exists; pass --force to overwrite it, or another --output FILE")
+    check_picture_options(parser, args, f"{args.config.stem}-schedule.png")
     return args
 
 
@@ -190,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         curves = curves_of(read_json(args.config), args.steps)
         sys.stdout.write(describe(curves) + "\n")
         if not args.no_picture:
-            _save(picture(curves, f"Learning rates of {args.config.name}"), args.output)
+            save_picture(picture(curves, f"Learning rates of {args.config.name}"), args.output)
             sys.stdout.write(f"\npicture: {args.output}\n")
     except SparklingError as error:
         sys.stderr.write(f"error: {error}\n")

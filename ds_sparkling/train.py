@@ -29,7 +29,7 @@ import ds_sparkling
 from ds_sparkling.config import read_json, typed_block
 from ds_sparkling.data import Corpus
 from ds_sparkling.errors import CheckpointError, SparklingError
-from ds_sparkling.models.olmoe import OlmoeConfig, OlmoeForCausalLM
+from ds_sparkling.models.olmoe import OlmoeConfig, olmoe_factory
 from ds_sparkling.zero.monitoring import log_twin_cosine
 
 
@@ -211,11 +211,8 @@ def run(args: argparse.Namespace) -> None:
     checkpoints = output / "checkpoints"
     config.setdefault("tensorboard", {"enabled": True, "output_path": str(output), "job_name": "tensorboard"})
 
-    def build_model(**widths: int) -> OlmoeForCausalLM:
-        return OlmoeForCausalLM(OlmoeConfig(**{**asdict(model_config), **widths}))
-
     torch.manual_seed(training.seed)
-    engine = ds_sparkling.initialize(build_model, config, checkpoint=checkpoints)
+    engine = ds_sparkling.initialize(olmoe_factory(model_config), config, checkpoint=checkpoints)
     progress = Progress()
     if args.resume:
         _, client_state = engine.load_checkpoint(str(checkpoints))

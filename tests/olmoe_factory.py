@@ -15,7 +15,7 @@ class Strange(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.odd = nn.Parameter(torch.empty(width))
+        self.odd = nn.Parameter(torch.empty(width, 1, 1, 1))
 
 
 def build_unknown(hidden_size: int = 6, moe_intermediate_size: int = 5) -> nn.Module:

@@ -15,13 +15,15 @@ from ds_sparkling.check.instance import Instance
 from ds_sparkling.check.module import grow_into, plan_of, randomize, settled
 from ds_sparkling.errors import PlanError
 from ds_sparkling.growth import GrowthPlan
-from ds_sparkling.probe import probe
+from ds_sparkling.probe import key_value_heads, probe
 from ds_sparkling.strategy import Strategy
 
 #: Largest |difference| over largest |value| of logits that counts as the same function. In float64 a growth that keeps
 #: the function differs by 1e-12; models of the transformers library compute norms and softmax in fp32 throughout, and
 #: sums over twice as many units, in another order, then differ by some 1e-6.
 SAME = 1e-5
+#: The same in fp32, where every sum is rounded to 2^-24 and layers add that up.
+SAME_FP32 = 1e-4
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,10 @@ class Runnable:
     instance: Instance
     model: nn.Module
     call: Call
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
 
 
 @dataclass(frozen=True)
@@ -53,11 +59,6 @@ class Change:
     expected: float
     same: bool
 
-    @property
-    def ratio(self) -> float:
-        """RMS after over before; 1 where both are zero."""
-        return self.after / self.before if self.before else (1.0 if self.after == 0 else math.inf)
-
 
 @dataclass(frozen=True)
 class Comparison:
@@ -75,6 +76,16 @@ class Comparison:
     difference: float
     narrow: nn.Module
     wide: nn.Module
+
+    @property
+    def same(self) -> bool:
+        """Whether the function is the same."""
+        return self.difference <= tolerance(next(self.narrow.parameters()).dtype)
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """How much logits of the same function may differ, relative to the largest, when computed in ``dtype``."""
+    return SAME if dtype is torch.float64 else SAME_FP32
 
 
 def first_runnable(instances: Iterable[Instance], inputs: Inputs | None, dtype: torch.dtype, seed: int) -> Runnable:
@@ -100,22 +111,27 @@ def first_runnable(instances: Iterable[Instance], inputs: Inputs | None, dtype: 
 def fitting_axes(instance: Instance, model: nn.Module, axes: Mapping[str, ParamAxes]) -> dict[str, ParamAxes]:
     """The axes of a small instance's parameters, from those of the model that it is an instance of.
 
-    Blocks (entries per unit) may be smaller than the large model's. Where that doesn't fit, the instance is probed.
+    Blocks (entries per unit) may be smaller than the large model's, and heads fewer. Where that doesn't fit, the
+    instance is probed.
     """
     fitted = {}
+    shared = key_value_heads(model)
     for name, param in model.named_parameters():
         known = axes.get(name)
         if known is None or len(known.dims) != param.dim():
             return probe(instance, instance.before)
-        dims = tuple(_fitting(dim, size, instance.before) for dim, size in zip(known.dims, param.shape, strict=True))
+        sizes = zip(known.dims, param.shape, strict=True)
+        dims = tuple(_fitting(dim, size, instance.before, shared) for dim, size in sizes)
         fitted[name] = replace(known, dims=dims)
     return fitted
 
 
-def _fitting(dim: Dim, size: int, widths: Mapping[str, int]) -> Dim:
-    if dim.axis is None or dim.block == 1:
+def _fitting(dim: Dim, size: int, widths: Mapping[str, int], shared: int | None) -> Dim:
+    if dim.axis is None:
         return dim
-    return replace(dim, block=max(size // (dim.segments * widths[dim.axis]), 1))
+    block = dim.block if dim.block == 1 else max(size // (dim.segments * widths[dim.axis]), 1)
+    fixed = isinstance(dim.groups, int) and dim.groups > 1 and shared is not None
+    return replace(dim, block=block, groups=shared if fixed and shared is not None else dim.groups)
 
 
 def compare(runnable: Runnable, axes: Mapping[str, ParamAxes], strategy: Strategy) -> Comparison:
@@ -124,16 +140,53 @@ def compare(runnable: Runnable, axes: Mapping[str, ParamAxes], strategy: Strateg
     Raises:
         PlanError: if it can't grow so, or if the wide model can't run.
     """
-    instance, narrow = runnable.instance, runnable.model
-    plan = plan_of(narrow, axes, instance.before, instance.after, strategy)
-    wide = settled(instance.build(wide=True), next(narrow.parameters()).dtype)
-    grow_into(wide, narrow, plan)
+    narrow = runnable.model
+    plan, wide = grown(runnable, axes, strategy)
     seen, logits = watch(narrow, runnable.call)
     try:
         seen_wide, logits_wide = watch(wide, runnable.call)
     except NotRunnableError as error:
-        raise PlanError(f"the model runs at widths {instance.before}, but not at {instance.after}: {error}") from error
+        raise _not_wide(runnable, error) from error
     return Comparison(plan, tuple(_changes(seen, seen_wide, plan)), difference(logits, logits_wide), narrow, wide)
+
+
+def grown(runnable: Runnable, axes: Mapping[str, ParamAxes], strategy: Strategy) -> tuple[GrowthPlan, nn.Module]:
+    """The plan of a narrow model's growth, and the wide model.
+
+    Raises:
+        PlanError: if it can't grow so.
+    """
+    instance, narrow = runnable.instance, runnable.model
+    plan = plan_of(narrow, axes, instance.before, instance.after, strategy)
+    wide = settled(instance.build(wide=True), next(narrow.parameters()).dtype)
+    grow_into(wide, narrow, plan)
+    return plan, wide
+
+
+def difference_after(runnable: Runnable, axes: Mapping[str, ParamAxes]) -> float:
+    """How far the logits are off after copy-copy growth, as :func:`difference` measures it.
+
+    Infinite if the axes don't fit.
+
+    Raises:
+        PlanError: if the wide model can't run, whatever the axes.
+    """
+    try:
+        _, wide = grown(runnable, axes, Strategy())
+    except PlanError:
+        return math.inf
+    try:
+        return difference(run(runnable.model, runnable.call), run(wide, runnable.call))
+    except NotRunnableError as error:
+        raise _not_wide(runnable, error) from error
+
+
+def _not_wide(runnable: Runnable, error: Exception) -> PlanError:
+    widths = {**runnable.instance.before, **runnable.instance.after}
+    return PlanError(
+        f"the model runs at widths {runnable.instance.before}, but not at {widths}: {error}; does another width "
+        "have to grow along?"
+    )
 
 
 def difference(logits: Tensor, wide: Tensor) -> float:
@@ -185,7 +238,7 @@ def _holds_copies(narrow: Tensor, wide: Tensor) -> bool:
         narrow = narrow.repeat_interleave(copies, -1)
     if not narrow.numel():
         return True
-    return float((narrow - wide).abs().max()) <= SAME * float(narrow.abs().max())
+    return float((narrow - wide).abs().max()) <= tolerance(narrow.dtype) * float(narrow.abs().max())
 
 
 def _rms(value: Tensor) -> float:

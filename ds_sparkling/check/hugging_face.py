@@ -8,14 +8,14 @@ from typing import Any
 
 from ds_sparkling.factory import import_transformers
 
-#: Token ids that a small vocabulary has, at least.
-_TOKENS = 128
+#: The size of the vocabulary, and how many token ids a small one has.
+VOCABULARY, TOKENS = "vocab_size", 128
 #: What a config calls the number of experts, and how many of them a token is sent to.
 _EXPERTS = ("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts")
 _TOP_K = ("num_experts_per_tok", "moe_top_k")
 #: Widths, axes or not, that are divided like the axes: names, and ends of names.
 _WIDTHS = ("n_embd", "n_inner", "d_model", "d_ff", "ffn_dim", "hidden_size", "intermediate_size", "lora_rank")
-#: What heads and key/value heads are called; their ratio stays.
+#: What heads and key/value heads are called.
 _HEADS = ("num_attention_heads", "num_key_value_heads")
 _SPECIAL_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
@@ -23,6 +23,20 @@ _SPECIAL_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 def resolved(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config with the defaults of its architecture filled in, under the architecture's own names."""
     return {**import_transformers().AutoConfig.for_model(**config).to_dict(), "model_type": config["model_type"]}
+
+
+def following(config: Mapping[str, Any], widths: Mapping[str, int]) -> set[str]:
+    """Settings that a config leaves to its architecture, and that follow the ``widths`` there.
+
+    Llama has as many key/value heads as heads if its config doesn't say otherwise. The size of heads isn't among them:
+    :class:`~ds_sparkling.factory.HuggingFaceFactory` holds it.
+    """
+    now = resolved({**config, **widths})
+    found: set[str] = set()
+    for axis, width in widths.items():
+        moved = resolved({**config, **widths, axis: 2 * width})
+        found |= {key for key, value in moved.items() if value != now.get(key)} - {own_name(config, axis)}
+    return found - config.keys() - {"head_dim"}
 
 
 def own_name(config: Mapping[str, Any], name: str) -> str:
@@ -41,9 +55,12 @@ def fewer_layers(config: Mapping[str, Any], total: int, kept: int) -> dict[str, 
 
 def fewer_tokens(config: Mapping[str, Any]) -> dict[str, Any]:
     """A resolved config with a small vocabulary."""
-    vocabulary = min(config["vocab_size"], _TOKENS)
-    special = {key: 0 for key in _SPECIAL_TOKENS if isinstance(config.get(key), int)}
-    return {**config, "vocab_size": vocabulary, **special}
+    return {**config, VOCABULARY: min(config[VOCABULARY], TOKENS)}
+
+
+def safe_tokens(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A resolved config whose special tokens are in every vocabulary."""
+    return {**config, **{key: 0 for key in _SPECIAL_TOKENS if isinstance(config.get(key), int)}}
 
 
 def fewer_experts(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -58,22 +75,20 @@ def fewer_experts(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def narrower(config: Mapping[str, Any], divisor: int, axes: Collection[str]) -> dict[str, Any]:
-    """A resolved config whose widths and heads, other than the ``axes``, are divided as far as they can be."""
+    """A resolved config whose widths other than the ``axes`` are divided as far as they can be."""
     made = dict(config)
     own = {own_name(config, axis) for axis in axes}
     for key, width in config.items():
         if key.endswith(_WIDTHS) and key not in own and isinstance(width, int) and width:
             made[key] = width // math.gcd(width, divisor)
-    heads, groups = (own_name(config, name) for name in _HEADS)
-    if isinstance(config.get(heads), int) and not own & {heads, groups}:
-        among = config.get(groups) or config[heads]
-        by = math.gcd(divisor, among)
-        while by > 1 and among // by < 2:
-            by //= 2
-        made[heads] = config[heads] // by
-        if config.get(groups):
-            made[groups] = among // by
     return made
+
+
+def head_counts(config: Mapping[str, Any]) -> dict[str, int]:
+    """How many heads and key/value heads a resolved config has, under the library's common names."""
+    return {
+        name: config[own_name(config, name)] for name in _HEADS if isinstance(config.get(own_name(config, name)), int)
+    }
 
 
 def with_widths(config: Mapping[str, Any], widths: Mapping[str, int]) -> dict[str, Any]:

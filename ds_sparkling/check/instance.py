@@ -11,12 +11,17 @@ import torch
 from torch import nn
 
 from ds_sparkling.check.hugging_face import (
+    TOKENS,
+    VOCABULARY,
     fewer_experts,
     fewer_layers,
     fewer_tokens,
+    following,
+    head_counts,
     narrower,
     own_name,
     resolved,
+    safe_tokens,
     with_widths,
 )
 from ds_sparkling.errors import PlanError
@@ -24,15 +29,13 @@ from ds_sparkling.factory import HuggingFaceFactory
 from ds_sparkling.probe import BuildModel, build_on_meta
 
 #: Parameters of a narrow model that is run without being made smaller: fractions of a second on one core.
-SMALL = 2_000_000
+SMALL = 5_000_000
 #: Parameters of the narrow model beyond which it isn't run unless asked for as it is.
 LARGE = 50_000_000
 #: Units that a width axis is shrunk to at least: enough for an RMS to mean something.
 _UNITS = 16
-#: The axis that a small vocabulary stands in for.
-VOCABULARY = "vocab_size"
-#: Axes that count something other than channels go down to this.
-_COUNTED = 2
+#: How many powers of two widths are divided by: 1 to 1024.
+_POWERS = 11
 
 
 @dataclass(frozen=True)
@@ -100,17 +103,24 @@ def instances(
         return
     found = False
     for family in _families(whole, keep_vocabulary):
-        sized = list(_sized(_narrowed(family)))
-        first = next((index for index, (_, count) in enumerate(sized) if count <= SMALL), len(sized) - 1)
-        for instance, count in reversed(sized[max(first - 1, 0) : first + 1]):
-            if count <= LARGE:
-                found = True
-                yield instance
+        for instance in _best(family):
+            found = True
+            yield instance
     if not found:
         raise PlanError(
             f"the model has {size:,} parameters, and no fewer than {LARGE:,} with its widths divided by any power of "
             "two that it can be built with; check it as it is, or give a build_model of fewer layers"
         )
+
+
+def _best(family: _Family) -> list[Instance]:
+    """The least divided instance of a family that is small, and the next larger one, if they aren't too large."""
+    tried: list[tuple[Instance, int]] = []
+    for instance, count in _sized(_narrowed(family)):
+        tried.append((instance, count))
+        if count <= SMALL:
+            break
+    return [instance for instance, count in reversed(tried[-2:]) if count <= LARGE]
 
 
 def _families(whole: Instance, keep_vocabulary: bool) -> Iterator[_Family]:
@@ -129,13 +139,17 @@ def _families(whole: Instance, keep_vocabulary: bool) -> Iterator[_Family]:
 def _hugging_face_families(
     whole: Instance, factory: HuggingFaceFactory, layers: Mapping[str, tuple[int, int]], keep_vocabulary: bool
 ) -> Iterator[_Family]:
-    config, notes = resolved({**factory.config, **whole.before}), []
+    derived = following(factory.config, whole.before)
+    everything = resolved({**factory.config, **whole.before})
+    config, notes = {key: value for key, value in everything.items() if key not in derived}, []
     before, after = dict(whole.before), dict(whole.after)
     total = config.get(own_name(config, "num_hidden_layers"))
     counts = [count for count, length in layers.values() if length == total]
     if isinstance(total, int) and counts and counts[0] < total:
         config = fewer_layers(config, total, counts[0])
         notes.append(f"{counts[0]} of {total} layers")
+    if not keep_vocabulary:
+        config = safe_tokens(config)
     if not keep_vocabulary and VOCABULARY not in before:
         config = fewer_tokens(config)
         notes.append(f"a vocabulary of {config[VOCABULARY]}")
@@ -171,34 +185,54 @@ def _kind(layer: nn.Module) -> tuple[Any, ...]:
 
 
 def _narrowed(family: _Family) -> Iterator[Instance]:
-    """A family's instance with its widths divided by 1, 2, 4 ... as long as an axis can be divided."""
-    whole, divisor, latest = family.instance, 1, None
-    while True:
-        before, after = dict(whole.before), dict(whole.after)
-        for axis, width in whole.before.items():
-            by = _divisor(axis, math.gcd(width, after.get(axis, width)), divisor)
-            before[axis] //= by
-            if axis in after:
-                after[axis] //= by
-        if before == latest:
-            return
-        divided = ", ".join(f"{axis} {width}" for axis, width in before.items()) if divisor > 1 else ""
-        note = ", ".join(filter(None, (whole.note, divided)))
-        build_model = whole.build_model
-        if isinstance(build_model, HuggingFaceFactory):
-            config = narrower(build_model.config, divisor, before) if family.narrow else build_model.config
-            build_model = HuggingFaceFactory(with_widths(config, before))
-        yield replace(whole, build_model=build_model, before=before, after=after, note=note)
-        latest, divisor = before, 2 * divisor
+    """A family's instance with its widths divided by 1, 2, 4 ... as long as that changes anything."""
+    latest = None
+    for power in range(_POWERS):
+        narrowed = _divided(family, 2**power)
+        if latest is None or (narrowed.build_model, narrowed.before) != (latest.build_model, latest.before):
+            yield narrowed
+        latest = narrowed
 
 
-def _divisor(axis: str, width: int, most: int) -> int:
-    """The largest power of two up to ``most`` that divides a width and leaves enough of it."""
-    least = _COUNTED if "head" in axis or "expert" in axis else _UNITS
+def _divided(family: _Family, divisor: int) -> Instance:
+    """A family's instance with its widths divided by ``divisor``, as far as they can be."""
+    whole, build_model = family.instance, family.instance.build_model
+    heads = {axis: width for axis, width in whole.before.items() if _counts_heads(axis)}
+    config = dict(build_model.config) if isinstance(build_model, HuggingFaceFactory) else {}
+    if family.narrow:  # heads that aren't an axis keep their ratio to those that are
+        heads = {**head_counts(config), **heads}
+    by = _common_divisor([*heads.values(), *(whole.after[axis] for axis in heads if axis in whole.after)], divisor)
+    before = {
+        axis: width // by if axis in heads else _shrunk(axis, width, whole.after.get(axis, width), divisor)
+        for axis, width in whole.before.items()
+    }
+    after = {axis: width * before[axis] // whole.before[axis] for axis, width in whole.after.items()}
+    if config:
+        config = narrower(config, divisor, before) if family.narrow else config
+        others = {axis: width // by for axis, width in heads.items() if axis not in before}
+        build_model = HuggingFaceFactory(with_widths(config, {**others, **before}))
+    divided = ", ".join(f"{axis} {width}" for axis, width in before.items()) if before != whole.before else ""
+    note = ", ".join(filter(None, (whole.note, divided)))
+    return replace(whole, build_model=build_model, before=before, after=after, note=note)
+
+
+def _counts_heads(axis: str) -> bool:
+    return "head" in axis and not axis.endswith("dim")
+
+
+def _common_divisor(counts: list[int], most: int) -> int:
+    """The largest power of two up to ``most`` that divides all counts and leaves two of each, or 1."""
     by = 1
-    while 2 * by <= most and width % (2 * by) == 0 and width // (2 * by) >= least:
+    while counts and 2 * by <= most and all(count % (2 * by) == 0 and count // (2 * by) >= 2 for count in counts):
         by *= 2
     return by
+
+
+def _shrunk(axis: str, before: int, after: int, divisor: int) -> int:
+    """The width nearest to ``before / divisor`` that can grow by the same ratio, and isn't too small."""
+    step = before // math.gcd(before, after)
+    least = TOKENS if axis == VOCABULARY else _UNITS
+    return min(max(round(max(before / divisor, least) / step), 1) * step, before)
 
 
 def _sized(candidates: Iterator[Instance]) -> Iterator[tuple[Instance, int]]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_sparkling.axes import ParamAxes
+from ds_sparkling.errors import PlanError
 from ds_sparkling.growth import GrowthPlan, Widener, make_plan
 from ds_sparkling.strategy import Strategy
 
@@ -69,10 +70,18 @@ def grow_into(wide: nn.Module, narrow: nn.Module, plan: GrowthPlan) -> None:
 
     Tied parameters are filled once. Buffers of a checkpoint are taken over, as a restart from it would; all others
     stay as the wide model makes them.
+
+    Raises:
+        PlanError: names a parameter whose shape isn't the planned one.
     """
     old = dict(narrow.named_parameters())
     for name, param in wide.named_parameters():
         widener = Widener(plan, name)
+        if widener.after != tuple(param.shape):
+            raise PlanError(
+                f"{name} is planned to become {widener.after}, but build_model makes it {tuple(param.shape)}; its size "
+                "follows from several widths, which have to grow together and by the same ratio"
+            )
         grown = torch.empty(math.prod(widener.after), dtype=param.dtype)
         widener.weight(old[name].detach(), grown)
         param.copy_(grown.view(widener.after))

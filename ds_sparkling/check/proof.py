@@ -7,13 +7,13 @@ must give the same logits, whatever the model does. So that is tried, on a small
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 
 from ds_sparkling.axes import ParamAxes
-from ds_sparkling.check.comparison import SAME, Change, Comparison, Runnable, compare, first_runnable, fitting_axes
+from ds_sparkling.check.comparison import Change, Comparison, Runnable, compare, first_runnable, fitting_axes, tolerance
 from ds_sparkling.check.forward import Inputs, Side, difference_between_runs
 from ds_sparkling.check.instance import instances
 from ds_sparkling.errors import PlanError
@@ -41,10 +41,10 @@ def prove_function(
     build_model: BuildModel,
     axes: Mapping[str, ParamAxes],
     widths: Mapping[str, int],
-    after: Mapping[str, int],
+    growing: Collection[str],
     inputs: Inputs | None = None,
 ) -> Proof:
-    """Show that copying the units of the axes in ``after`` keeps the function of ``build_model``'s model.
+    """Show that copying the units of the ``growing`` axes keeps the function of ``build_model``'s model.
 
     A small instance, with parameters that all matter, is doubled along these axes by copy-copy growth with the given
     ``axes``, and its logits are compared. Takes about a second on the CPU, and leaves the random state as it is.
@@ -53,7 +53,7 @@ def prove_function(
         build_model: builds the model from its widths.
         axes: what each parameter's dimensions are.
         widths: the widths in force.
-        after: the axes that will grow; how far doesn't matter.
+        growing: the axes that will grow.
         inputs: of the model's forward; random token ids by default.
 
     Returns:
@@ -62,7 +62,7 @@ def prove_function(
     Raises:
         PlanError: if the function changes; names the first module that takes or gives something else.
     """
-    twice = {axis: 2 * widths[axis] for axis in after}
+    twice = {axis: 2 * widths[axis] for axis in growing}
     try:
         small = instances(build_model, widths, twice, keep_vocabulary=inputs is not None)
         runnable = first_runnable(small, inputs, torch.float64, seed=0)
@@ -70,13 +70,20 @@ def prove_function(
         return Proof(None, f"not provable: {error}")
     fitted = fitting_axes(runnable.instance, runnable.model, axes)
     comparison = compare(runnable, fitted, Strategy())
-    if comparison.difference <= SAME:
-        return Proof(comparison.difference)
-    noise = difference_between_runs(runnable.model, runnable.call)
-    if noise > SAME:
-        return Proof(None, f"not provable: the model's logits differ between two runs, by {noise:.2g} of the largest")
-    guilty, comparison = _one_axis(runnable, fitted, comparison)
-    raise PlanError(refutation(guilty, comparison))
+    if not comparison.same:
+        noise = difference_between_runs(runnable.model, runnable.call)
+        if noise > tolerance(runnable.dtype):
+            return Proof(None, f"not provable: logits differ between two runs, by {noise:.2g} of the largest")
+        raise PlanError(_refutation(*_one_axis(runnable, fitted, comparison)))
+    return Proof(comparison.difference)
+
+
+def refute(runnable: Runnable, axes: Mapping[str, ParamAxes]) -> str | None:
+    """What is wrong with copy-copy growth of a runnable model at integer ratios; None if it keeps the function."""
+    comparison = compare(runnable, axes, Strategy())
+    if comparison.same:
+        return None
+    return _refutation(*_one_axis(runnable, axes, comparison))
 
 
 def _one_axis(runnable: Runnable, axes: Mapping[str, ParamAxes], joint: Comparison) -> tuple[list[str], Comparison]:
@@ -88,12 +95,12 @@ def _one_axis(runnable: Runnable, axes: Mapping[str, ParamAxes], joint: Comparis
             comparison = compare(alone, axes, Strategy())
         except PlanError:  # an axis that only grows together with another
             continue
-        if comparison.difference > SAME:
+        if not comparison.same:
             return [axis], comparison
     return list(after), joint
 
 
-def refutation(axes: list[str], comparison: Comparison) -> str:
+def _refutation(axes: list[str], comparison: Comparison) -> str:
     """What to say of a copy-copy growth at an integer ratio that changes the function."""
     grown = " and ".join(axes)
     head = (

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ds_sparkling.autoep import BlockNames, block_axes
 from ds_sparkling.axes import ParamAxes
+from ds_sparkling.check.resolve import find_axes
 from ds_sparkling.checkpoint.layout import Param
 from ds_sparkling.checkpoint.metadata import expert_layers
 from ds_sparkling.checkpoint.source import Source
-from ds_sparkling.config import read_json
+from ds_sparkling.config import SparklingConfig, read_json
 from ds_sparkling.errors import ConfigError, PlanError
 from ds_sparkling.factory import HuggingFaceFactory, named_factory
 from ds_sparkling.hints import TO_FILL, name_pattern, parse_hints
 from ds_sparkling.probe import BuildModel, base_widths, probe
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -44,13 +48,14 @@ class UnknownAxesError(PlanError):
         self.hints = hints
 
 
-def find_axes(source: Source, widths: Iterable[str], config: str | None) -> ModelAxes:
+def checkpoint_axes(source: Source, widths: Collection[str], config: str | None, block: SparklingConfig) -> ModelAxes:
     """The axes of ``source``'s parameters.
 
     Args:
         widths: the axes that shall grow.
         config: a hints file, a Hugging Face ``config.json``, or ``module:function`` that builds the model; None to
             rely on the growth record.
+        block: what else is said of the growth; a model that can be built is tried on a small instance first.
 
     Raises:
         UnknownAxesError: if they aren't known.
@@ -70,13 +75,13 @@ def find_axes(source: Source, widths: Iterable[str], config: str | None) -> Mode
             )
         return ModelAxes(record.widths, _in_checkpoint(source, record.widths, record.axes), dict(record.axes))
     if not Path(config).exists() and ":" in config:
-        return _probed(source, widths, named_factory(config), None)
+        return _probed(source, widths, block, named_factory(config), None)
     data = read_json(config)
     if "axes" in data:
         return _hinted(source, Path(config), data)
     if "model_type" not in data:
         raise ConfigError(f"{config} is neither a hints file ('axes') nor a Hugging Face config ('model_type')")
-    return _probed(source, widths, HuggingFaceFactory(data), data)
+    return _probed(source, widths, block, HuggingFaceFactory(data), data)
 
 
 def hints(params: Iterable[Param], widths: Mapping[str, Any], axes: Mapping[str, ParamAxes] | None = None) -> str:
@@ -139,14 +144,24 @@ def _hinted(source: Source, path: Path, data: Mapping[str, Any]) -> ModelAxes:
 
 
 def _probed(
-    source: Source, widths: Iterable[str], build_model: BuildModel, config: Mapping[str, Any] | None
+    source: Source,
+    widths: Collection[str],
+    block: SparklingConfig,
+    build_model: BuildModel,
+    config: Mapping[str, Any] | None,
 ) -> ModelAxes:
     given = dict(source.record.widths) if source.record is not None else {}
     if config is not None:
         given = {axis: config[axis] for axis in widths if axis in config} | given
     before = base_widths(build_model, widths, given)
     try:
-        built = probe(build_model, before)
+        if block.check:
+            found = find_axes(build_model, before, [widths], block.axes)
+            built = found.axes
+            if not found.proof:
+                logger.warning("whether growing keeps the model's function is not known: %s", found.proof.reason)
+        else:
+            built = probe(build_model, before, block.axes)
     except PlanError as error:
         raise UnknownAxesError(str(error), hints(source.layout.params.values(), before)) from error
     return ModelAxes(before, _in_checkpoint(source, before, built), built)

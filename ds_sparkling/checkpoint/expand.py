@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from tqdm import tqdm
 
-from ds_sparkling.checkpoint.axes import ModelAxes, find_axes
+from ds_sparkling.checkpoint.axes import ModelAxes, checkpoint_axes
 from ds_sparkling.checkpoint.contents import BLOCK, Contents
 from ds_sparkling.checkpoint.export import HuggingFaceFiles, experts_are_stacked, widened_config
 from ds_sparkling.checkpoint.layout import Layout, Settings, make_layout, regrouped
@@ -49,7 +49,7 @@ class Request:
         out: the directory to make; must not exist, or be empty.
         widths: the axes that grow, and to what; empty to reshape or export only.
         tag: of the checkpoint; the one named in ``latest`` by default.
-        config: where the axes come from (see :func:`find_axes`), and with format ``hf`` the model's ``config.json``.
+        config: where the axes come from (:func:`checkpoint_axes`); with format ``hf`` the model's ``config.json``.
         deepspeed_config: a DeepSpeed config whose ``"sparkling"`` block says how to grow; that in the checkpoint
             by default.
         world_size: data-parallel ranks of the output; those of the checkpoint by default.
@@ -186,7 +186,7 @@ def _decide(request: Request, source: Source) -> Expansion:
     """Everything that follows from the checkpoint and the request."""
     settings = _settings(source, request)
     block = _block(source, request)
-    model = find_axes(source, request.widths, request.config) if request.widths else None
+    model = checkpoint_axes(source, tuple(request.widths), request.config, block) if request.widths else None
     plan = None if model is None else _plan(source, model, request, block)
     contents = Contents(source, plan)
     groups, origins = regrouped(source.layout, contents.params, settings.expert_parallel)

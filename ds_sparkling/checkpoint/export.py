@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +109,11 @@ class HuggingFaceFiles:
         model = self._contents.source.model_states(0)
         layers = expert_layers(model)
         names = BlockNames.from_config(model.get("ds_config") or {})
+        record = self._contents.source.record
+        if layers and record is not None:
+            names = names.found_in(layers[0].path, record.axes)
+        elif str(self._config.get("model_type")).startswith("qwen"):
+            names = replace(names, shared="shared_expert")
         tied = shared_names(model)
         experts = {name for layer in layers for name in layer.names}
         for name, param in self._contents.params.items():
@@ -213,11 +218,10 @@ def widened_config(config: Mapping[str, Any], widths: Mapping[str, int]) -> dict
 
 
 def _own_name(name: str, layers: list[ExpertLayer], names: BlockNames) -> str:
-    """A parameter's name in the model as built: AutoEP has moved the routers."""
+    """A parameter's name in the model as built, from that of AutoEP."""
     for layer in layers:
-        moved = f"{layer.path}.router."
-        if name.startswith(moved):
-            return f"{layer.path}.{names.router}.{name.removeprefix(moved).removeprefix('gate.')}"
+        if name.startswith(f"{layer.path}."):
+            return names.built(name, layer.path)
     return name
 
 

@@ -10,7 +10,8 @@ V vocabulary, A attention heads, G key/value heads, D head_dim.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
@@ -196,6 +197,15 @@ class OlmoeForCausalLM(nn.Module):
                 router_logits, self.config.num_experts_per_tok
             )
         return loss
+
+
+def olmoe_factory(config: OlmoeConfig) -> Callable[..., OlmoeForCausalLM]:
+    """What builds the model of ``config`` with other widths."""
+
+    def build_model(**widths: int) -> OlmoeForCausalLM:
+        return OlmoeForCausalLM(OlmoeConfig(**{**asdict(config), **widths}))
+
+    return build_model
 
 
 def load_balancing_loss(router_logits: list[Tensor], top_k: int) -> Tensor:

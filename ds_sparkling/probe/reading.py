@@ -22,8 +22,8 @@ from ds_sparkling.probe.build import BuildModel, build_on_meta
 from ds_sparkling.probe.moves import HEADS, KEY_VALUE_HEADS, Move, find_moves
 from ds_sparkling.probe.roles import Candidates, Place, candidates
 
-#: Powers of its own width that a model may multiply embeddings, or logits, by.
-_POWERS = (0.0, 0.5, -0.5, 1.0, -1.0)
+#: Powers of its own width that a model may multiply embeddings and logits by, the likeliest pairs first.
+_POWERS = ((0.0, 0.0), (0.5, 0.0), (0.0, -1.0), *itertools.product((0.0, 0.5, -0.5, 1.0, -1.0), repeat=2))
 
 
 @dataclass(frozen=True)
@@ -68,24 +68,17 @@ class Reading:
 
     def readings(self) -> Iterator[dict[str, ParamAxes]]:
         """Every way to read the model, the likeliest first."""
-        multipliers = sorted(
-            itertools.product(_POWERS, _POWERS), key=lambda powers: sum(power != 0.0 for power in powers)
-        )
-        for embedding, logits in multipliers if self.heads else [(0.0, 0.0)]:
-            for axes in self._layouts():
-                yield from self._with_heads(axes, embedding, logits)
-
-    def _layouts(self) -> Iterator[dict[str, ParamAxes]]:
+        powers = tuple(dict.fromkeys(_POWERS)) if self.heads else _POWERS[:1]
         open_kinds = [kind for kind, found in self.candidates.items() if len(found.options) > 1]
-        ranks = itertools.product(*(range(len(self.candidates[kind].options)) for kind in open_kinds))
-        for chosen in sorted(ranks, key=sum):
-            rank = dict(zip(open_kinds, chosen, strict=True))
+        options = [len(self.candidates[kind].options) for kind in open_kinds]
+        for rank, *ranks in sorted(itertools.product(*map(range, (len(powers), *options))), key=sum):
+            chosen = dict(zip(open_kinds, ranks, strict=True))
             axes = {
-                name: self.candidates[kind].options[rank.get(kind, 0)]
-                for kind, names in self.kinds.items()
-                for name in names
+                name: found.options[chosen.get(kind, 0)]
+                for kind, found in self.candidates.items()
+                for name in self.kinds[kind]
             }
-            yield {name: axes[name] for name in self.descriptions}
+            yield from self._with_heads({name: axes[name] for name in self.descriptions}, *powers[rank])
 
     def _with_heads(
         self, axes: dict[str, ParamAxes], embedding: float, logits: float
@@ -171,6 +164,13 @@ def _description(place: Place, moves: Mapping[int, Move]) -> str:
     )
 
 
+def key_value_heads(model: nn.Module) -> int | None:
+    """How many key/value heads a model's config says it has, if it does."""
+    config = getattr(model, "config", None)
+    counts = [getattr(config, name, None) for name in KEY_VALUE_HEADS]
+    return next((count for count in counts if isinstance(count, int)), None)
+
+
 def _groups(build_model: BuildModel, widths: Mapping[str, int], axes: Mapping[str, ParamAxes]) -> dict[str, str | int]:
     """Per axis that counts query heads, what groups them."""
     carried = {axis for param_axes in axes.values() for axis in param_axes.axes}
@@ -182,8 +182,7 @@ def _groups(build_model: BuildModel, widths: Mapping[str, int], axes: Mapping[st
             continue
         counts = []
         for width in (widths[heads], 2 * widths[heads]):
-            config = getattr(build_on_meta(build_model, {**widths, heads: width}), "config", None)
-            counts.append(next((n for k in KEY_VALUE_HEADS if isinstance(n := getattr(config, k, None), int)), None))
+            counts.append(key_value_heads(build_on_meta(build_model, {**widths, heads: width})))
         if counts[0] is not None and counts[0] == counts[1] and widths[heads] % counts[0] == 0:
             groups[heads] = counts[0]
     return groups

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
-from torch import Tensor
+from torch import Tensor, nn
 
 from ds_sparkling.errors import GrowthError
 from ds_sparkling.optim.scheduler import regrouped_state
@@ -45,6 +45,12 @@ _LOSS_SCALE = (
 )
 
 
+def _saved_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """The buffers that checkpoints hold. All others the model makes anew, by its widths, as after a restart."""
+    saved = module.state_dict(keep_vars=True).keys()
+    return {name: buffer for name, buffer in module.named_buffers() if name in saved}
+
+
 class Carried:
     """A snapshot of an engine's counters, schedule, loss scale, hyperparameters, buffers and modes."""
 
@@ -59,7 +65,7 @@ class Carried:
         ]
         self._group_names = group_names(engine)
         self._schedule = None if engine.lr_scheduler is None else engine.lr_scheduler.state_dict()
-        self._buffers: dict[str, Tensor] = dict(engine.module.named_buffers())
+        self._buffers = _saved_buffers(engine.module)
         self._training = {name: module.training for name, module in engine.module.named_modules()}
         self._frozen = _frozen_names(engine)
 
@@ -85,7 +91,7 @@ class Carried:
             group.update(self._groups[origin])
         if self._schedule is not None:
             engine.lr_scheduler.load_state_dict(regrouped_state(self._schedule, origins))
-        for name, buffer in engine.module.named_buffers():
+        for name, buffer in _saved_buffers(engine.module).items():
             if name in self._buffers and self._buffers[name].shape == buffer.shape:
                 buffer.copy_(self._buffers[name])
         for name, module in engine.module.named_modules():

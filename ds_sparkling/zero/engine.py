@@ -10,6 +10,7 @@ import copy
 import logging
 import os
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from ds_sparkling.zero import access
 from ds_sparkling.zero.carry import Carried, preserved_rng
 from ds_sparkling.zero.checkpoints import hook_checkpoints
 from ds_sparkling.zero.consensus import Consensus
+from ds_sparkling.zero.hugging_face import gathered_initialization
 from ds_sparkling.zero.monitoring import close_monitors, hook_monitors, mark_growth
 from ds_sparkling.zero.planning import check_stages, knowing, parameter_counts, plan_growth
 from ds_sparkling.zero.regrow import move
@@ -105,8 +107,9 @@ def initialize(
         record = read_record(found) if found is not None else None
         if record is None:
             record = GrowthRecord(dict(block.widths or {}), {})
-        axes = [axis for stage in block.stages for axis in stage.widths]
-        record = knowing(record, [*record.widths, *axes], build_model)
+        happened = {stage.planned_step for stage in record.stages}
+        growths = [tuple(stage.widths) for stage in block.stages if stage.at_step not in happened]
+        record = knowing(record, growths, build_model, block)
         check_stages(build_model, block, record)
     consensus.settle()
     assert record is not None
@@ -197,7 +200,9 @@ def _grow(
     with preserved_rng():
         consensus = Consensus("planning the growth")
         with consensus:
-            run = replace(run, record=knowing(run.record, [*run.widths, *widths], run.build_model))
+            run = replace(
+                run, record=knowing(run.record, [tuple(widths)] if widths else [], run.build_model, run.config)
+            )
             plan = plan_growth(engine, run, widths)
             build_on_meta(run.build_model, {**run.widths, **widths})
             old = access.shards(engine)
@@ -245,10 +250,14 @@ def _engine(run: GrowingRun) -> DeepSpeedEngine:
     config = copy.deepcopy(run.ds_config)
     # The engine's own group, so that parameters made here and those AutoEP makes later share their sub-groups, and
     # checkpoints have the layout that DeepSpeed gives a model built outside zero.Init.
-    with deepspeed.zero.Init(
-        data_parallel_group=groups._get_data_parallel_group(),
-        config_dict_or_path=copy.deepcopy(config),
-        enabled=zero_stage(config) == 3,
+    partitioned = zero_stage(config) == 3
+    with (
+        deepspeed.zero.Init(
+            data_parallel_group=groups._get_data_parallel_group(),
+            config_dict_or_path=copy.deepcopy(config),
+            enabled=partitioned,
+        ),
+        gathered_initialization() if partitioned else nullcontext(),
     ):
         model = run.build_model(**run.widths)
     if isinstance(model, PipelineModule):

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
+from deepspeed import comm as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
-from torch import nn
 
+from ds_sparkling.check.proof import prove_function
+from ds_sparkling.check.resolve import find_axes
 from ds_sparkling.config import BLOCK, SparklingConfig
 from ds_sparkling.errors import ConfigError
 from ds_sparkling.growth import GrowthPlan, count_parameters, make_plan
 from ds_sparkling.probe import BuildModel, base_widths, build_on_meta, probe
 from ds_sparkling.record import GrowthRecord
+from ds_sparkling.routing import active_share
 from ds_sparkling.zero.access import full_shape
 from ds_sparkling.zero.naming import engine_axes, expert_slices
 from ds_sparkling.zero.run import GrowingRun
+
+logger = logging.getLogger(__name__)
 
 
 def logical_shapes(engine: DeepSpeedEngine) -> dict[str, tuple[int, ...]]:
@@ -37,23 +43,44 @@ def plan_growth(engine: DeepSpeedEngine, run: GrowingRun, widths: Mapping[str, i
         widths,
         run.config.strategy,
         stage=len(run.record.stages) + 1,
-        active_share=active_share(engine.module),
+        active_share=_share(engine),
     )
 
 
 def parameter_counts(engine: DeepSpeedEngine, record: GrowthRecord) -> tuple[int, int]:
     """Total and active (per token) parameters of the engine's model."""
     shapes, axes = logical_shapes(engine), engine_axes(engine, record.axes)
-    return count_parameters(shapes, axes), count_parameters(shapes, axes, active_share(engine.module))
+    return count_parameters(shapes, axes), count_parameters(shapes, axes, _share(engine))
 
 
-def knowing(record: GrowthRecord, axes: Iterable[str], build_model: BuildModel) -> GrowthRecord:
-    """``record``, with ``axes`` probed if it doesn't know them all."""
-    widths = base_widths(build_model, axes, record.widths)
-    if record.axes and widths.keys() == record.widths.keys():
-        return record
-    started = {axis: record.initial_widths.get(axis, width) for axis, width in widths.items()}
-    return replace(record, initial_widths=started, axes=probe(build_model, widths))
+def knowing(
+    record: GrowthRecord, growths: Sequence[Collection[str]], build_model: BuildModel, config: SparklingConfig
+) -> GrowthRecord:
+    """``record`` with the axes of the growths to come, each tried on a small instance of the model.
+
+    Args:
+        growths: sets of axes that will grow together.
+
+    Raises:
+        PlanError: names the parameter that can't be told, or the module that a growth would change.
+    """
+    grown = [axis for growth in growths for axis in growth]
+    widths = base_widths(build_model, [*record.widths, *grown], record.widths)
+    if not record.axes or widths.keys() != record.widths.keys():
+        if config.check:
+            found = find_axes(build_model, widths, growths, config.axes)
+            axes, proofs = found.axes, [found.proof]
+        else:
+            axes, proofs = probe(build_model, widths, config.axes), []
+        started = {axis: record.initial_widths.get(axis, width) for axis, width in widths.items()}
+        record = replace(record, initial_widths=started, axes=axes)
+    else:
+        tried = growths if config.check else []
+        proofs = [prove_function(build_model, record.axes, widths, growth) for growth in tried]
+    for proof in proofs:
+        if not proof and dist.get_rank() == 0:
+            logger.warning("whether growing keeps the model's function is not known: %s", proof.reason)
+    return record
 
 
 def check_stages(build_model: BuildModel, config: SparklingConfig, record: GrowthRecord) -> None:
@@ -76,12 +103,6 @@ def check_stages(build_model: BuildModel, config: SparklingConfig, record: Growt
                 )
 
 
-def active_share(model: nn.Module) -> float:
-    """Share of the stacked experts that one token uses, from the model's config; 1 if it doesn't tell."""
-    config = getattr(model, "config", None)
-    top_k = getattr(config, "num_experts_per_tok", None)
-    for name in ("num_experts", "n_routed_experts", "num_local_experts"):
-        experts = getattr(config, name, None)
-        if isinstance(experts, int) and isinstance(top_k, int):
-            return top_k / experts
-    return 1.0
+def _share(engine: DeepSpeedEngine) -> float:
+    share = active_share(engine.module)
+    return 1.0 if share is None else share

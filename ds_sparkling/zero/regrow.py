@@ -6,6 +6,9 @@ their expert-data-parallel group.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
@@ -41,22 +44,27 @@ def move(plan: GrowthPlan, old: dict[str, Shard], engine: DeepSpeedEngine, conse
         with consensus:
             held = slices.get(name)
             widener = Widener(plan, name, None if held is None else (held.first, held.last))
-        whole = source.gather(source.weight, engine.device)
-        with consensus:
-            if widener is not None:
-                _fill(widener, None, whole, target.weight[: target.piece.numel], target.piece.start)
-        for key, part in source.states.items():
-            whole = source.gather(part, engine.device)
+        gathers: list[tuple[str | None, Callable[[torch.device], Tensor]]] = [
+            (None, partial(source.gather, source.weight)),
+            *((key, partial(source.gather, part)) for key, part in source.states.items()),
+            *((key, partial(source.whole, key)) for key in source.wholes),
+        ]
+        for key, gather in gathers:
+            whole = gather(engine.device)
             with consensus:
                 if widener is not None:
-                    _fill(widener, key, whole, target.states[key][: target.piece.numel], target.piece.start)
-        for key in source.wholes:
-            whole = source.whole(key, engine.device)
-            with consensus:
-                if widener is not None:
-                    _fill(widener, key, whole, target.wholes[key], 0)
-        del whole, source, target
+                    _fill(widener, key, whole, *_room(target, key))
+            del whole  # before the next one is gathered
+        del source, target, gathers, gather
     access.finish_writing(engine)
+
+
+def _room(target: Shard, key: str | None) -> tuple[Tensor, int]:
+    """Where the weight (or state ``key``) goes, and the index of its first element in the whole tensor."""
+    if key is not None and key in target.wholes:
+        return target.wholes[key], 0
+    part = target.weight if key is None else target.states[key]
+    return part[: target.piece.numel], target.piece.start
 
 
 def _fill(widener: Widener, key: str | None, whole: Tensor, out: Tensor, start: int) -> None:

@@ -5,18 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ds_sparkling.config import value_at
 from ds_sparkling.errors import UnsupportedError
 
 Config = Mapping[str, Any]
-
-
-def _get(config: Config, path: str, default: Any = None) -> Any:
-    value: Any = config
-    for key in path.split("."):
-        if not isinstance(value, Mapping) or key not in value:
-            return default
-        value = value[key]
-    return value
 
 
 _TRUE: Callable[[Any], bool] = bool
@@ -52,17 +44,17 @@ _REFUSED_OPTIMIZERS = ("onebitadam", "onebitlamb", "zerooneadam", "lamb")
 def refuse_unsupported(config: Config) -> None:
     """Raise UnsupportedError for the first setting in the DeepSpeed config that growth can't be combined with."""
     for path, in_the_way, what in _REFUSED:
-        value = _get(config, path)
+        value = value_at(config, path)
         if value is not None and in_the_way(value):
             raise UnsupportedError(f"{path} = {value!r}: {what} can't be combined with growth; switch it off")
-    optimizer = str(_get(config, "optimizer.type", "")).lower()
-    if optimizer in _REFUSED_OPTIMIZERS:
+    optimizer = str(value_at(config, "optimizer.type", ""))
+    if optimizer.lower() in _REFUSED_OPTIMIZERS:
         raise UnsupportedError(
-            f"optimizer.type = {_get(config, 'optimizer.type')!r} keeps state that isn't per element, so it can't be "
-            "grown; use AdamW, Adam, SGD, Lion or Muon"
+            f"optimizer.type = {optimizer!r} keeps state that isn't per element, so it can't be grown; use AdamW, "
+            "Adam, SGD, Lion or Muon"
         )
 
 
 def zero_stage(config: Config) -> int:
     """The ZeRO stage that a DeepSpeed config asks for."""
-    return int(_get(config, "zero_optimization.stage", 0))
+    return int(value_at(config, "zero_optimization.stage", 0))

@@ -102,7 +102,7 @@ def test_a_model_that_probing_doesnt_understand_gives_a_hints_file(
 ) -> None:
     with pytest.raises(SystemExit):
         main([str(saved), str(tmp_path / "out"), *WIDTHS, "--config", "olmoe_factory:build_unknown"])
-    assert "can't tell the role of dimension 0 in a Strange" in capsys.readouterr().err
+    assert "strange.odd (Strange, shape (6, 1, 1, 1)): dimension 0 is 1 times hidden_size" in capsys.readouterr().err
     hints = json.loads((tmp_path / "out.hints.json").read_text())
     assert hints["widths"] == {"hidden_size": 6, "moe_intermediate_size": 5}
 
@@ -129,6 +129,8 @@ def fill_in(hints: dict[str, Any]) -> None:
     }
     for pattern, entry in hints["axes"].items():
         entry["dims"] = next(dims for part, dims in known.items() if part in pattern)
+        if entry["dims"][0].get("role") == "gain":
+            entry["norm"] = "rms"
         if pattern == r"norm\.weight":
             entry["head_gain"] = True
 

@@ -1,0 +1,123 @@
+"""Grow a small instance of a model and see whether the growth keeps what its strategy promises, before a run.
+
+    python tools/check_growth.py --model config.json --widths hidden_size=4096 --init copy-copy --scaling rms
+
+The model is a Hugging Face config.json, or module:function of what builds it from its widths (looked for in the
+working directory as well). It is made small, with true proportions and a layer of each kind, gets random parameters
+that all matter, and is grown. Printed are the plan, RMS before and after of every module, what was copied, drawn and
+zero, and the largest difference of the logits.
+
+Copy-copy growth at integer ratios promises the same function, as does scaling "function"; otherwise scaling "rms"
+promises RMS within a band. Whatever the strategy, a model that scales something by its own width is found out: its
+function would change silently. The exit status is 0 if all is kept, and 1 if something isn't or can't be checked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from ds_sparkling.check.picture import picture, save
+from ds_sparkling.check.report import GrowthReport, check_growth
+from ds_sparkling.errors import SparklingError
+from ds_sparkling.factory import HuggingFaceFactory, find_factory
+from ds_sparkling.strategy import INIT_PAIRS, Init, Scaling, Strategy
+
+_PAIRS = {f"{fan_out.value}-{fan_in.value}": (fan_out, fan_in) for fan_out, fan_in in INIT_PAIRS}
+_DTYPES = {"float64": torch.float64, "float32": torch.float32}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point: write the report, then the picture."""
+    options = _parse(argv)
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    try:
+        report = _check(options)
+        text = json.dumps(report.to_dict()) if options.json else report.describe()
+        sys.stdout.write(text + "\n")
+        if not options.no_picture:
+            save(picture(report, f"Growing {Path(options.model).name}"), options.output)
+            if not options.json:
+                sys.stdout.write(f"\npicture: {options.output}\n")
+    except SparklingError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(1)
+    if not report.kept:
+        sys.stderr.write("error: the growth doesn't keep what it promises\n")
+        sys.exit(1)
+
+
+def _check(options: argparse.Namespace) -> GrowthReport:
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    fan_out, fan_in = _PAIRS[options.init]
+    strategy = Strategy(fan_out, fan_in, Init(options.norm), Scaling(options.scaling), seed=options.seed)
+    build_model = find_factory(options.model)
+    start = dict(options.start)
+    if isinstance(build_model, HuggingFaceFactory):
+        known = build_model.config
+        start = {axis: known[axis] for axis in options.widths if isinstance(known.get(axis), int)} | start
+    return check_growth(
+        build_model,
+        start,
+        options.widths,
+        strategy,
+        as_is=options.as_is,
+        dtype=_DTYPES[options.dtype],
+        seed=options.seed,
+    )
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="check_growth.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True, metavar="MODEL", help="a config.json, or module:function")
+    parser.add_argument("--widths", nargs="+", required=True, metavar="AXIS=WIDTH", help="axes that grow, and how far")
+    parser.add_argument(
+        "--start", nargs="+", default=[], metavar="AXIS=WIDTH", help="widths to start with (default: the model's own)"
+    )
+    parser.add_argument("--init", choices=_PAIRS, default="copy-copy", help="of new units (default: %(default)s)")
+    parser.add_argument("--norm", choices=("copy", "random"), default="copy", help="init of new norm gains")
+    parser.add_argument("--scaling", choices=[s.value for s in Scaling], default="rms", help="(default: %(default)s)")
+    parser.add_argument("--as-is", action="store_true", help="run the model itself instead of a small instance")
+    parser.add_argument("--dtype", choices=_DTYPES, default="float64", help="to run in (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of parameters, token ids and new random units")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="the picture, a .png (default: MODEL's name + -growth.png, here)"
+    )
+    parser.add_argument("--force", action="store_true", help="overwrite the picture if it exists")
+    parser.add_argument("--no-picture", action="store_true", help="write the text only; needs no matplotlib")
+    options = parser.parse_args(argv)
+    options.widths, options.start = (
+        _widths(parser, "--widths", options.widths),
+        _widths(parser, "--start", options.start),
+    )
+    if options.output is None:
+        options.output = Path(f"{Path(options.model).stem.replace(':', '-')}-growth.png")
+    if not options.no_picture:
+        if options.output.suffix != ".png":
+            parser.error(f"--output {options.output}: the picture is a PNG, so its name must end in .png")
+        if options.output.exists() and not options.force:
+            parser.error(f"{options.output} exists; pass --force to overwrite it, or another --output FILE")
+    return options
+
+
+def _widths(parser: argparse.ArgumentParser, option: str, texts: Sequence[str]) -> dict[str, int]:
+    widths: dict[str, int] = {}
+    for text in texts:
+        axis, equals, width = text.partition("=")
+        if not axis or not equals or not width.isdigit() or int(width) < 1:
+            parser.error(f"{option} takes AXIS=WIDTH, got {text!r}")
+        if axis in widths:
+            parser.error(f"{option} names {axis} twice")
+        widths[axis] = int(width)
+    return widths

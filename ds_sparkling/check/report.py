@@ -1,0 +1,195 @@
+"""The check of a growth before it is paid for: grow a small instance, compare, and hold it against the promise."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from ds_sparkling.axes import ParamAxes
+from ds_sparkling.check.comparison import Runnable, compare, first_runnable, fitting_axes
+from ds_sparkling.check.forward import Inputs
+from ds_sparkling.check.instance import Instance, instances
+from ds_sparkling.check.modules import Row, rows
+from ds_sparkling.check.promise import Promise, promise_of
+from ds_sparkling.check.proof import refute
+from ds_sparkling.check.resolve import find_axes
+from ds_sparkling.check.tally import Tally, tallies
+from ds_sparkling.errors import PlanError
+from ds_sparkling.growth import GrowthPlan, make_plan
+from ds_sparkling.probe import BuildModel, base_widths, build_on_meta, probe
+from ds_sparkling.strategy import Strategy
+
+
+@dataclass(frozen=True)
+class GrowthReport:
+    """What a growth does to a model.
+
+    Attributes:
+        plan: the growth of the model asked for.
+        small: the growth of the instance that was run.
+        note: how the instance differs from the model; empty if it is the model.
+        dtype: what it was run in.
+        rows: RMS before and after of every module shown.
+        difference: largest difference of logits over the largest logit.
+        tallies: what became of every kind of tensor of the instance.
+        promise: what the strategy promises.
+        broken: what isn't as promised, one line each.
+    """
+
+    plan: GrowthPlan
+    small: GrowthPlan
+    note: str
+    dtype: torch.dtype
+    rows: tuple[Row, ...]
+    difference: float
+    tallies: tuple[Tally, ...]
+    promise: Promise
+    broken: tuple[str, ...]
+
+    @property
+    def kept(self) -> bool:
+        """Whether the promise was kept."""
+        return not self.broken
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON's types."""
+        return {
+            "plan": self.plan.to_dict(),
+            "small": {
+                "note": self.note,
+                "widths": {growth.axis: [growth.before, growth.after] for growth in self.small.growths},
+                "parameters": list(self.small.parameters()),
+                "dtype": str(self.dtype).removeprefix("torch."),
+            },
+            "modules": [{**asdict(row), "place": row.place.value, "ratio": row.ratio} for row in self.rows],
+            "logit_difference": self.difference,
+            "tensors": [tally.to_dict() for tally in self.tallies],
+            "promise": {
+                "text": self.promise.text,
+                "logit_difference": self.promise.difference,
+                "rms_ratio": {place.value: list(band) for place, band in self.promise.bands.items()},
+            },
+            "broken": list(self.broken),
+            "kept": self.kept,
+        }
+
+    def describe(self) -> str:
+        """The report as text: the plan, RMS per module, tensors, and the verdict."""
+        narrow, wide = self.small.parameters()
+        widths = ", ".join(f"{growth.axis} {growth.before} -> {growth.after}" for growth in self.small.growths)
+        size = f"{narrow:,} -> {wide:,} parameters, {str(self.dtype).removeprefix('torch.')}"
+        ran = f"ran a small instance ({self.note})" if self.note else "ran the model as it is"
+        lines = [self.plan.describe(), "", f"{ran}: {widths}; {size}", "", *self._modules(), "", *self._tensors(), ""]
+        lines.append(f"logits differ by {self.difference:.2g} of the largest")
+        lines.append(f"promised: {self.promise.text}")
+        lines += [f"BROKEN: {line}" for line in self.broken] or ["kept"]
+        return "\n".join(lines)
+
+    def _modules(self) -> list[str]:
+        body = [
+            (
+                f"{row.module} ({row.kind})",
+                f"{row.before:.4g}",
+                f"{row.after:.4g}",
+                f"{row.ratio:.4f}" + (f" ({row.expected:.4g} for the tied head)" if row.expected != 1 else ""),
+            )
+            for row in self.rows
+        ]
+        return _table(("RMS of the output", "before", "after", "ratio"), body)
+
+    def _tensors(self) -> list[str]:
+        body = [
+            (
+                f"{tally.tensors} x {tally.name}",
+                "x".join(map(str, tally.before)),
+                "x".join(map(str, tally.after)),
+                *(f"{count:,}" for count in (tally.old, tally.copied, tally.random, tally.zero)),
+                f"{tally.rms_before:.4g}",
+                f"{tally.rms_after:.4g}",
+            )
+            for tally in self.tallies
+        ]
+        header = ("tensors", "before", "after", "old", "copied", "random", "zero", "RMS before", "RMS after")
+        return _table(header, body)
+
+
+def check_growth(
+    build_model: BuildModel,
+    widths: Mapping[str, int] | None,
+    after: Mapping[str, int],
+    strategy: Strategy | None = None,
+    inputs: Inputs | None = None,
+    *,
+    as_is: bool = False,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+) -> GrowthReport:
+    """Grow a model, small, and look at what it does to activations, logits and weights.
+
+    The instance gets random parameters that all matter. Whatever the strategy, it is also shown that copying units
+    keeps the function (:func:`~ds_sparkling.prove_function`): a model that scales by its own width breaks the promise.
+
+    Args:
+        build_model: builds the model from its widths.
+        widths: the widths to start with; by default ``build_model``'s defaults or the built model's config's.
+        after: the axes that grow, and their new widths.
+        strategy: how they grow.
+        inputs: of the model's forward: a mapping, a sequence or a tensor; random token ids by default.
+        as_is: whether to run the model itself, however large, instead of a small instance.
+        dtype: what to run in; float32 where the model's modules don't know it.
+        seed: of parameters and token ids.
+
+    Raises:
+        PlanError: if the model can't grow so or can't be run; the message names what is in the way.
+    """
+    before = base_widths(build_model, after, widths)
+    axes = _axes(build_model, before, after, inputs)
+    shapes = {name: tuple(param.shape) for name, param in build_on_meta(build_model, before).named_parameters()}
+    strategy = strategy or Strategy()
+    plan = make_plan(shapes, axes, before, after, strategy, stage=1, active_share=None)
+    whole = Instance(build_model, before, dict(after))
+    small = [whole] if as_is else instances(build_model, before, after, keep_vocabulary=inputs is not None)
+    runnable = first_runnable(small, inputs, dtype, seed)
+    return _report(plan, runnable, fitting_axes(runnable.instance, runnable.model, axes), strategy)
+
+
+def _axes(
+    build_model: BuildModel, before: Mapping[str, int], after: Mapping[str, int], inputs: Inputs | None
+) -> dict[str, ParamAxes]:
+    """The axes that keep the function; where none do, the likeliest, for the report to show what is off."""
+    try:
+        return find_axes(build_model, before, [tuple(after)], inputs=inputs).axes
+    except PlanError:
+        return probe(build_model, before)
+
+
+def _report(plan: GrowthPlan, runnable: Runnable, axes: Mapping[str, ParamAxes], strategy: Strategy) -> GrowthReport:
+    comparison = compare(runnable, axes, strategy)
+    shown = rows(comparison.narrow, comparison.changes)
+    promise = promise_of(comparison.plan, runnable.dtype)
+    broken = list(promise.broken(comparison.difference, shown))
+    twice = {axis: 2 * runnable.instance.before[axis] for axis in runnable.instance.after}
+    refutation = refute(replace(runnable, instance=replace(runnable.instance, after=twice)), axes)
+    return GrowthReport(
+        plan,
+        comparison.plan,
+        runnable.instance.note,
+        runnable.dtype,
+        tuple(shown),
+        comparison.difference,
+        tuple(tallies(comparison.narrow, comparison.wide, comparison.plan)),
+        promise,
+        tuple(broken + ([refutation] if refutation else [])),
+    )
+
+
+def _table(header: tuple[str, ...], body: Sequence[tuple[str, ...]]) -> list[str]:
+    """Lines of a table; the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *body, strict=True)]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        for row in (header, *body)
+    ]

@@ -1,0 +1,273 @@
+"""Bytes that one rank holds before, during and after a growth, and bytes that it receives on the way.
+
+Counted is what lasts, as DeepSpeed 0.19.8 lays it out: weights, fp32 master weights, optimizer state, gradients. Not
+counted are activations, communication buckets, weights that ZeRO-3 gathers in passing, the fp32 gradients of an
+optimizer step, and what allocators waste. With d = data-parallel ranks, e = expert-parallel ranks, a dense parameter is
+partitioned over d ranks and an expert's over d / e.
+
+| ZeRO | weights | masters, state | gradients |
+|---|---|---|---|
+| 0 | whole | whole | whole |
+| 1 | whole | partitioned | whole |
+| 2 | whole | partitioned | partitioned |
+| 3 | partitioned | partitioned | partitioned |
+
+Weights in fp32 are their own masters without ZeRO. ZeRO-3 means to do so too, but compares a device with its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+
+from ds_sparkling.errors import ConfigError
+from ds_sparkling.partition import padded_piece
+from ds_sparkling.planner.model import Tensor
+
+#: Bytes of an element in fp32, which masters and optimizer state are kept in.
+_FP32 = 4
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a run is spread over its ranks.
+
+    Attributes:
+        ranks: data-parallel ranks, all of them.
+        stage: of ZeRO, 0 to 3.
+        expert_parallel: ranks that share one set of experts; 1 without AutoEP.
+        weight_bytes: of an element of the compute weights (4 for fp32, 2 for bf16 and fp16).
+        gradient_bytes: of an element of the accumulated gradients.
+        states: fp32 tensors of optimizer state per parameter (2 for Adam).
+        offload_optimizer: masters, state and their gradients live in host memory.
+        offload_weights: ZeRO-3's partitioned weights live in host memory.
+    """
+
+    ranks: int
+    stage: int
+    expert_parallel: int = 1
+    weight_bytes: int = 2
+    gradient_bytes: int = 2
+    states: int = 2
+    offload_optimizer: bool = False
+    offload_weights: bool = False
+
+    def __post_init__(self) -> None:
+        if self.stage not in (0, 1, 2, 3):
+            raise ConfigError(f"there is no ZeRO stage {self.stage}; zero_optimization.stage (--zero) is 0, 1, 2 or 3")
+        if self.ranks < 1 or self.expert_parallel < 1 or self.ranks % self.expert_parallel:
+            raise ConfigError(
+                f"{self.ranks} ranks can't be expert-parallel groups of {self.expert_parallel}; pass a --world-size "
+                "that --expert-parallel (expert_parallel.autoep_size) divides"
+            )
+        if self.offload_optimizer and self.stage == 0:
+            raise ConfigError("zero_optimization.offload_optimizer needs ZeRO stage 1, 2 or 3")
+        if self.offload_weights and self.stage != 3:
+            raise ConfigError("zero_optimization.offload_param needs ZeRO stage 3")
+
+    def group(self, tensor: Tensor) -> int:
+        """Ranks that ZeRO partitions a tensor over."""
+        if self.stage == 0:
+            return 1
+        return self.ranks // self.expert_parallel if tensor.expert else self.ranks
+
+    @property
+    def own_masters(self) -> bool:
+        """Whether masters are tensors of their own; otherwise the fp32 weights are their own masters."""
+        return self.weight_bytes != _FP32 or self.stage > 0
+
+    @property
+    def gradients_stand(self) -> bool:
+        """Whether a fresh engine has its gradient buffers before the first backward pass.
+
+        That is so in ZeRO-3 and in DeepSpeed's BF16_Optimizer, which stands in for ZeRO-1 where bf16 gradients are
+        accumulated in fp32.
+        """
+        mixed = self.weight_bytes != _FP32 and self.gradient_bytes == _FP32
+        return self.stage == 3 or (self.stage == 1 and mixed and not self.offload_optimizer)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes by what they are.
+
+    Attributes:
+        weights: compute weights.
+        masters: fp32 master weights, where they are tensors of their own.
+        state: the optimizer's.
+        gradients: accumulated gradients, and with offload their fp32 copy.
+        old: during a growth, what is kept of the old engine: masters and state.
+        gathered: during a growth, whole tensors of the old engine on their way.
+    """
+
+    weights: int = 0
+    masters: int = 0
+    state: int = 0
+    gradients: int = 0
+    old: int = 0
+    gathered: int = 0
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, entry.name) for entry in fields(self))
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What one rank holds on its device and in host memory; without a GPU both are the same memory."""
+
+    device: Memory
+    host: Memory
+
+    @property
+    def total(self) -> int:
+        return self.device.total + self.host.total
+
+
+def training(tensors: Sequence[Tensor], setting: Setting) -> Footprint:
+    """What a rank holds while it trains."""
+    weights = _weights(tensors, setting)
+    piece = _piece(_trained(tensors), setting)
+    masters = piece * _FP32 if setting.own_masters else 0
+    state = piece * _FP32 * setting.states
+    gradients = _gradients(tensors, setting)
+    device = Memory(0 if setting.offload_weights else weights, masters, state, gradients)
+    host = Memory(weights if setting.offload_weights else 0)
+    if setting.offload_optimizer:
+        device = replace(device, masters=0, state=0, gradients=gradients if setting.stage == 1 else 0)
+        host = replace(host, masters=masters, state=state, gradients=_offloaded_gradients(piece, setting))
+    return Footprint(device, host)
+
+
+def growing(before: Sequence[Tensor], after: Sequence[Tensor], setting: Setting) -> Footprint:
+    """What a rank holds at the peak of a growth: the old masters and state, the new engine, tensors on their way.
+
+    Args:
+        before: the rank's tensors in the narrow model.
+        after: the same tensors in the wide model.
+    """
+    new = training(after, setting)
+    frozen = [tensor for tensor in before if not tensor.trained]
+    old_state = _piece(_trained(before), setting) * _FP32 * (1 + setting.states)
+    old_frozen = _weights(frozen, setting)
+    gathered = max((_on_the_way(old, wide, setting) for old, wide in zip(before, after, strict=True)), default=0)
+    device = replace(new.device, gathered=gathered)
+    host = new.host
+    if not setting.gradients_stand:
+        device = replace(device, gradients=0)
+    if setting.offload_optimizer:
+        host = replace(host, old=old_state)
+    else:
+        device = replace(device, old=old_state)
+    if setting.offload_weights:
+        host = replace(host, old=host.old + old_frozen)
+    else:
+        device = replace(device, old=device.old + old_frozen)
+    return Footprint(device, host)
+
+
+def built_whole(parameters: int, setting: Setting) -> int:
+    """Bytes of host memory that each rank fills with the model as ``build_model`` makes it, all experts, in fp32.
+
+    Under ZeRO-3 parameters are partitioned one by one as they are made.
+    """
+    return 0 if setting.stage == 3 else parameters * _FP32
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that one rank receives from others, and writes to files.
+
+    Attributes:
+        start: the fresh engine's weights, which DeepSpeed broadcasts although they are then overwritten.
+        moved: old weights and optimizer state, gathered tensor by tensor.
+        refreshed: compute weights gathered from the grown masters (stages 1 and 2).
+        checkpoint: written to files just before the growth.
+    """
+
+    start: int
+    moved: int
+    refreshed: int
+    checkpoint: int
+
+    @property
+    def received(self) -> int:
+        return self.start + self.moved + self.refreshed
+
+
+def traffic(
+    before: Sequence[Tensor], after: Sequence[Tensor], built: int, setting: Setting, *, checkpoint: bool
+) -> Traffic:
+    """What a growth sends to the rank that receives most.
+
+    Args:
+        before: the rank's tensors in the narrow model.
+        after: those in the wide one.
+        built: elements of the wide model with all its experts, which ZeRO-3 broadcasts as it is made.
+        checkpoint: whether a checkpoint is saved before the growth.
+    """
+    frozen = [tensor for tensor in before if not tensor.trained] if setting.stage == 3 else []
+    moved = _received(_trained(before), setting) * _FP32 * (1 + setting.states)
+    moved += _received(frozen, setting) * setting.weight_bytes
+    refreshed = _received(_trained(after), setting) * setting.weight_bytes if setting.stage in (1, 2) else 0
+    # Without ZeRO too, experts are alike on ranks / expert_parallel ranks only.
+    shared = [tensor for tensor in after if not tensor.expert or setting.ranks > setting.expert_parallel]
+    broadcast = built if setting.stage == 3 else sum(tensor.numel for tensor in shared)
+    start = broadcast * setting.weight_bytes if setting.ranks > 1 else 0
+    held = training(before, setting)
+    saved = held.total - held.device.gradients - held.host.gradients if checkpoint else 0
+    return Traffic(start, moved, refreshed, saved)
+
+
+def _trained(tensors: Iterable[Tensor]) -> list[Tensor]:
+    return [tensor for tensor in tensors if tensor.trained]
+
+
+def _weights(tensors: Sequence[Tensor], setting: Setting) -> int:
+    """Bytes of compute weights."""
+    numel = _piece(tensors, setting) if setting.stage == 3 else sum(tensor.numel for tensor in tensors)
+    return numel * setting.weight_bytes
+
+
+def _gradients(tensors: Sequence[Tensor], setting: Setting) -> int:
+    trained = _trained(tensors)
+    numel = sum(tensor.numel for tensor in trained) if setting.stage < 2 else _piece(trained, setting)
+    return numel * setting.gradient_bytes
+
+
+def _offloaded_gradients(piece: int, setting: Setting) -> int:
+    """fp32 gradients beside the masters, and a buffer in the accumulation's (stage 3) or the weights' dtype."""
+    return piece * (_FP32 + (setting.gradient_bytes if setting.stage == 3 else setting.weight_bytes))
+
+
+def _flat_numels(tensors: Sequence[Tensor], setting: Setting) -> list[tuple[int, int]]:
+    """(elements, ranks) of everything that is partitioned as one.
+
+    ZeRO-3 partitions every parameter for itself; stages 1 and 2 lay all dense ones end to end, and all of the experts.
+    """
+    if setting.stage in (0, 3):
+        return [(tensor.numel, setting.group(tensor)) for tensor in tensors]
+    flats: dict[int, int] = {}
+    for tensor in tensors:
+        flats[setting.group(tensor)] = flats.get(setting.group(tensor), 0) + tensor.numel
+    return [(numel, ranks) for ranks, numel in flats.items()]
+
+
+def _piece(tensors: Sequence[Tensor], setting: Setting) -> int:
+    """Elements that a rank owns of partitioned tensors, padding included."""
+    return sum(padded_piece(numel, ranks) for numel, ranks in _flat_numels(tensors, setting))
+
+
+def _received(tensors: Sequence[Tensor], setting: Setting) -> int:
+    """Elements that the others own, which a rank gets when every tensor is gathered once."""
+    return sum((ranks - 1) * padded_piece(numel, ranks) for numel, ranks in _flat_numels(tensors, setting))
+
+
+def _on_the_way(before: Tensor, after: Tensor, setting: Setting) -> int:
+    """Bytes of a tensor's whole old copy; with offload also of its own pieces, which pass through the device."""
+    ranks = setting.group(before)
+    whole = padded_piece(before.numel, ranks) * ranks * _FP32
+    if setting.offload_optimizer and before.trained:
+        own = (padded_piece(before.numel, ranks) if ranks > 1 else 0) + padded_piece(after.numel, ranks)
+        return whole + own * _FP32
+    return whole if ranks > 1 else 0
