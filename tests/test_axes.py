@@ -40,7 +40,7 @@ param_axes = st.builds(
     st.lists(dims, max_size=4).map(tuple),
     st.booleans(),
     st.booleans(),
-    st.none() | st.sampled_from(Norm),
+    st.sampled_from(Norm),
     st.floats(-2, 2),
 )
 
@@ -163,3 +163,8 @@ def test_json_says_only_what_is_no_default() -> None:
 def test_json_that_is_none_of_ours_is_refused(data: dict[str, Any], named: str) -> None:
     with pytest.raises((ValueError, KeyError), match=named):
         ParamAxes.from_dict(data)
+
+
+def test_a_gain_without_its_kind_of_norm_is_refused() -> None:
+    with pytest.raises(PlanError, match="kind of norm"):
+        ParamAxes((Dim("h", Role.GAIN),))

@@ -120,7 +120,7 @@ param_axes = st.builds(
     st.lists(dims, max_size=3).map(tuple),
     st.booleans(),
     st.booleans(),
-    st.none() | st.sampled_from(Norm),
+    st.sampled_from(Norm),
     st.sampled_from([0.0, 1.0]),
 )
 widths = st.dictionaries(names, st.integers(1, 2**20), max_size=3)

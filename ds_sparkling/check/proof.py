@@ -7,7 +7,7 @@ must give the same logits, whatever the model does. So that is tried, on a small
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,7 +18,7 @@ from ds_sparkling.check.forward import Inputs, Side, difference_between_runs
 from ds_sparkling.check.instance import instances
 from ds_sparkling.errors import PlanError
 from ds_sparkling.probe import BuildModel
-from ds_sparkling.strategy import Strategy
+from ds_sparkling.strategy import Scaling, Strategy
 
 
 @dataclass(frozen=True)
@@ -41,19 +41,22 @@ def prove_function(
     build_model: BuildModel,
     axes: Mapping[str, ParamAxes],
     widths: Mapping[str, int],
-    growing: Collection[str],
+    after: Mapping[str, int],
+    strategy: Strategy | None = None,
     inputs: Inputs | None = None,
 ) -> Proof:
-    """Show that copying the units of the ``growing`` axes keeps the function of ``build_model``'s model.
+    """Show that copying the units of the axes in ``after`` keeps the function of ``build_model``'s model.
 
     A small instance, with parameters that all matter, is doubled along these axes by copy-copy growth with the given
-    ``axes``, and its logits are compared. Takes about a second on the CPU, and leaves the random state as it is.
+    ``axes``, and its logits are compared. If ``strategy`` is to keep the function at every ratio, it is also grown as
+    that says. Takes about a second on the CPU, and leaves the random state as it is.
 
     Args:
         build_model: builds the model from its widths.
         axes: what each parameter's dimensions are.
         widths: the widths in force.
-        growing: the axes that will grow.
+        after: the axes that will grow, and their new widths.
+        strategy: how they will.
         inputs: of the model's forward; random token ids by default.
 
     Returns:
@@ -62,20 +65,25 @@ def prove_function(
     Raises:
         PlanError: if the function changes; names the first module that takes or gives something else.
     """
-    twice = {axis: 2 * widths[axis] for axis in growing}
-    try:
-        small = instances(build_model, widths, twice, keep_vocabulary=inputs is not None)
-        runnable = first_runnable(small, inputs, torch.float64, seed=0)
-    except PlanError as error:
-        return Proof(None, f"not provable: {error}")
-    fitted = fitting_axes(runnable.instance, runnable.model, axes)
-    comparison = compare(runnable, fitted, Strategy())
-    if not comparison.same:
-        noise = difference_between_runs(runnable.model, runnable.call)
-        if noise > tolerance(runnable.dtype):
-            return Proof(None, f"not provable: logits differ between two runs, by {noise:.2g} of the largest")
-        raise PlanError(_refutation(*_one_axis(runnable, fitted, comparison)))
-    return Proof(comparison.difference)
+    growths = [({axis: 2 * widths[axis] for axis in after}, Strategy())]
+    if strategy is not None and strategy.scaling is Scaling.FUNCTION:
+        growths.append((dict(after), strategy))
+    difference = 0.0
+    for wide, how in growths:
+        try:
+            small = instances(build_model, widths, wide, keep_vocabulary=inputs is not None)
+            runnable = first_runnable(small, inputs, torch.float64, seed=0)
+        except PlanError as error:
+            return Proof(None, f"not provable: {error}")
+        fitted = fitting_axes(runnable.instance, runnable.model, axes)
+        comparison = compare(runnable, fitted, how)
+        if not comparison.same:
+            noise = difference_between_runs(runnable.model, runnable.call)
+            if noise > tolerance(runnable.dtype):
+                return Proof(None, f"not provable: logits differ between two runs, by {noise:.2g} of the largest")
+            raise PlanError(_refutation(*_one_axis(runnable, fitted, comparison, how), how))
+        difference = max(difference, comparison.difference)
+    return Proof(difference)
 
 
 def refute(runnable: Runnable, axes: Mapping[str, ParamAxes]) -> str | None:
@@ -83,16 +91,18 @@ def refute(runnable: Runnable, axes: Mapping[str, ParamAxes]) -> str | None:
     comparison = compare(runnable, axes, Strategy())
     if comparison.same:
         return None
-    return _refutation(*_one_axis(runnable, axes, comparison))
+    return _refutation(*_one_axis(runnable, axes, comparison, Strategy()), Strategy())
 
 
-def _one_axis(runnable: Runnable, axes: Mapping[str, ParamAxes], joint: Comparison) -> tuple[list[str], Comparison]:
+def _one_axis(
+    runnable: Runnable, axes: Mapping[str, ParamAxes], joint: Comparison, how: Strategy
+) -> tuple[list[str], Comparison]:
     """The first axis that changes the function when it grows alone; all of them if none does."""
     after = runnable.instance.after
     for axis in after if len(after) > 1 else ():
         alone = replace(runnable, instance=replace(runnable.instance, after={axis: after[axis]}))
         try:
-            comparison = compare(alone, axes, Strategy())
+            comparison = compare(alone, axes, how)
         except PlanError:  # an axis that only grows together with another
             continue
         if not comparison.same:
@@ -100,11 +110,12 @@ def _one_axis(runnable: Runnable, axes: Mapping[str, ParamAxes], joint: Comparis
     return list(after), joint
 
 
-def _refutation(axes: list[str], comparison: Comparison) -> str:
-    """What to say of a copy-copy growth at an integer ratio that changes the function."""
+def _refutation(axes: list[str], comparison: Comparison, how: Strategy) -> str:
+    """What to say of a growth that should have kept the function."""
     grown = " and ".join(axes)
+    promised = f"scaling 'function' and init {how.pair}" if how.scaling is Scaling.FUNCTION else "every unit copied"
     head = (
-        f"growing {grown} would change the model's function: with every unit copied, logits differ by "
+        f"growing {grown} would change the model's function: with {promised}, logits differ by "
         f"{comparison.difference:.2g} of the largest. "
     )
     advice = (

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from ds_sparkling.axes import ParamAxes
-from ds_sparkling.check.comparison import SAME, Runnable, difference_after, first_runnable, fitting_axes
+from ds_sparkling.check.comparison import Runnable, difference_after, first_runnable, fitting_axes, tolerance
 from ds_sparkling.check.forward import Inputs
 from ds_sparkling.check.instance import instances
 from ds_sparkling.check.proof import Proof, prove_function
@@ -40,7 +40,7 @@ def find_axes(
     Args:
         build_model: builds the model when called with the axis widths.
         widths: the widths in force, of all axes.
-        growths: sets of axes that will grow together; all axes at once if there are none.
+        growths: sets of axes that will grow together; with none, nothing is tried and the likeliest axes are taken.
         hints: what is known already, by patterns that match whole names.
         inputs: of the model's forward; random token ids by default.
 
@@ -52,17 +52,19 @@ def find_axes(
         PlanError: names the parameter whose dimension can't be told, or the module that growing would change.
     """
     reading = read(build_model, widths, hints)
+    if not growths:
+        return Found(next(reading.readings()), Proof(None, "no growth is known of"))
     try:
-        runnables = [_runnable(build_model, widths, growth, inputs) for growth in growths or [tuple(widths)]]
+        runnables = [_runnable(build_model, widths, growth, inputs) for growth in growths]
     except PlanError as error:
         return _unproven(reading, f"not provable: {error}")
     for axes in itertools.islice(reading.readings(), _TRIALS):
         differences = _differences(runnables, axes)
-        if differences[-1] <= SAME:
+        if len(differences) == len(runnables):
             return Found(axes, Proof(max(differences)))
     likeliest = next(reading.readings())
-    for growth in growths or [tuple(widths)]:
-        proof = prove_function(build_model, likeliest, widths, growth, inputs)
+    for growth in growths:
+        proof = prove_function(build_model, likeliest, widths, dict.fromkeys(growth, 0), inputs=inputs)
         if not proof:
             return _unproven(reading, proof.reason)
     raise AssertionError("a reading that keeps the function wasn't taken")
@@ -85,10 +87,11 @@ def _unproven(reading: Reading, reason: str) -> Found:
 
 
 def _differences(runnables: Sequence[Runnable], axes: Mapping[str, ParamAxes]) -> list[float]:
-    """Of the logits after each growth, up to the first that changes the function."""
+    """Of the logits after each growth that keeps the function, up to the first that doesn't."""
     differences = []
     for runnable in runnables:
-        differences.append(difference_after(runnable, fitting_axes(runnable.instance, runnable.model, axes)))
-        if differences[-1] > SAME:
+        difference = difference_after(runnable, fitting_axes(runnable.instance, runnable.model, axes))
+        if difference > tolerance(runnable.dtype):
             break
+        differences.append(difference)
     return differences

@@ -156,7 +156,9 @@ def _probed(
     before = base_widths(build_model, widths, given)
     try:
         if block.check:
-            found = find_axes(build_model, before, [widths], block.axes)
+            # Axes that have grown must stay what they were taken for.
+            stages = source.record.stages if source.record is not None else ()
+            found = find_axes(build_model, before, [widths, *(stage.widths for stage in stages)], block.axes)
             built = found.axes
             if not found.proof:
                 logger.warning("whether growing keeps the model's function is not known: %s", found.proof.reason)

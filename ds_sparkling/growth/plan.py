@@ -242,8 +242,6 @@ def _axis_growths(
         rigid = ""
         if Norm.LAYER in norms:
             rigid = "LayerNorm takes off the mean over the units"
-        elif None in norms:
-            rigid = "a gain on it doesn't say what norm it is of"
         elif norms and any(dim.block * dim.segments > 1 for _, dim in dims[axis]):
             rigid = "it isn't only the width that a norm divides by the RMS of"
         elif norms and silent:

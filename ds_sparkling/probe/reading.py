@@ -23,7 +23,8 @@ from ds_sparkling.probe.moves import HEADS, KEY_VALUE_HEADS, Move, find_moves
 from ds_sparkling.probe.roles import Candidates, Place, candidates
 
 #: Powers of its own width that a model may multiply embeddings and logits by, the likeliest pairs first.
-_POWERS = ((0.0, 0.0), (0.5, 0.0), (0.0, -1.0), *itertools.product((0.0, 0.5, -0.5, 1.0, -1.0), repeat=2))
+_PAIRS = tuple(itertools.product((0.0, 0.5, -0.5, 1.0, -1.0), repeat=2))
+_POWERS = ((0.0, 0.0), (0.5, 0.0), (0.0, -1.0), *sorted(_PAIRS, key=lambda pair: sum(map(bool, pair))))
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,7 @@ def initialize(
         if record is None:
             record = GrowthRecord(dict(block.widths or {}), {})
         happened = {stage.planned_step for stage in record.stages}
-        growths = [tuple(stage.widths) for stage in block.stages if stage.at_step not in happened]
+        growths = [stage.widths for stage in block.stages if stage.at_step not in happened]
         record = knowing(record, growths, build_model, block)
         check_stages(build_model, block, record)
     consensus.settle()
@@ -200,9 +200,7 @@ def _grow(
     with preserved_rng():
         consensus = Consensus("planning the growth")
         with consensus:
-            run = replace(
-                run, record=knowing(run.record, [tuple(widths)] if widths else [], run.build_model, run.config)
-            )
+            run = replace(run, record=knowing(run.record, [widths] if widths else [], run.build_model, run.config))
             plan = plan_growth(engine, run, widths)
             build_on_meta(run.build_model, {**run.widths, **widths})
             old = access.shards(engine)

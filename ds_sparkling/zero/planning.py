@@ -9,6 +9,7 @@ from dataclasses import replace
 from deepspeed import comm as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 
+from ds_sparkling.axes import ParamAxes
 from ds_sparkling.check.proof import prove_function
 from ds_sparkling.check.resolve import find_axes
 from ds_sparkling.config import BLOCK, SparklingConfig
@@ -54,33 +55,37 @@ def parameter_counts(engine: DeepSpeedEngine, record: GrowthRecord) -> tuple[int
 
 
 def knowing(
-    record: GrowthRecord, growths: Sequence[Collection[str]], build_model: BuildModel, config: SparklingConfig
+    record: GrowthRecord, growths: Sequence[Mapping[str, int]], build_model: BuildModel, config: SparklingConfig
 ) -> GrowthRecord:
     """``record`` with the axes of the growths to come, each tried on a small instance of the model.
 
     Args:
-        growths: sets of axes that will grow together.
+        growths: the axes that will grow together, and their new widths.
 
     Raises:
         PlanError: names the parameter that can't be told, or the module that a growth would change.
     """
     grown = [axis for growth in growths for axis in growth]
     widths = base_widths(build_model, [*record.widths, *grown], record.widths)
-    if not record.axes or widths.keys() != record.widths.keys():
-        if config.check:
-            found = find_axes(build_model, widths, growths, config.axes)
-            axes, proofs = found.axes, [found.proof]
-        else:
-            axes, proofs = probe(build_model, widths, config.axes), []
+    if not record.axes or widths.keys() != record.widths.keys() or (growths and not record.stages):
+        # Axes that have grown must stay what they were taken for.
+        sets = [tuple(growth) for growth in (*growths, *(stage.widths for stage in record.stages))]
+        axes = _axes(build_model, widths, sets, config)
         started = {axis: record.initial_widths.get(axis, width) for axis, width in widths.items()}
         record = replace(record, initial_widths=started, axes=axes)
-    else:
-        tried = growths if config.check else []
-        proofs = [prove_function(build_model, record.axes, widths, growth) for growth in tried]
-    for proof in proofs:
+    for growth in growths if config.check else []:
+        proof = prove_function(build_model, record.axes, widths, growth, config.strategy)
         if not proof and dist.get_rank() == 0:
             logger.warning("whether growing keeps the model's function is not known: %s", proof.reason)
     return record
+
+
+def _axes(
+    build_model: BuildModel, widths: Mapping[str, int], sets: Sequence[Collection[str]], config: SparklingConfig
+) -> dict[str, ParamAxes]:
+    if config.check:
+        return find_axes(build_model, widths, sets, config.axes).axes
+    return probe(build_model, widths, config.axes)
 
 
 def check_stages(build_model: BuildModel, config: SparklingConfig, record: GrowthRecord) -> None:

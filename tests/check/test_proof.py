@@ -207,7 +207,7 @@ def test_what_can_not_be_run_is_said_to_be_unproven(build_model: BuildModel, rea
 def test_given_inputs_prove_it_after_all() -> None:
     axes = probe(NeedsMore, {"width": 16})
     inputs = {"input_ids": torch.arange(8).view(2, 4), "pictures": torch.ones(3)}
-    assert ds_sparkling.prove_function(NeedsMore, axes, {"width": 16}, {"width": 24}, inputs)
+    assert ds_sparkling.prove_function(NeedsMore, axes, {"width": 16}, {"width": 24}, inputs=inputs)
 
 
 def test_a_model_that_is_not_deterministic_is_unproven() -> None:
