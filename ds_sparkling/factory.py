@@ -33,11 +33,12 @@ class HuggingFaceFactory:
 
     def __call__(self, **widths: int) -> Any:
         transformers = import_transformers()
-        settings = transformers.AutoConfig.for_model(**{**self.config, **self._pinned, **widths})
+        settings = transformers.AutoConfig.for_model(**{**self.config, **self.head_size, **widths})
         return transformers.AutoModelForCausalLM.from_config(settings)
 
     @cached_property
-    def _pinned(self) -> dict[str, int]:
+    def head_size(self) -> dict[str, int]:
+        """``head_dim``, if the config leaves it to follow from other widths and its architecture lets it be set."""
         if self.config.get("head_dim") is not None:
             return {}
         settings = import_transformers().AutoConfig.for_model(**self.config)
@@ -47,6 +48,17 @@ class HuggingFaceFactory:
             return {}
         # A config that sets head_dim to anything else means something else by it (DeepSeek's is that of RoPE alone).
         return {"head_dim": hidden // heads} if getattr(settings, "head_dim", None) in (None, hidden // heads) else {}
+
+    def widened(self, widths: Mapping[str, int]) -> dict[str, Any]:
+        """The config of the model at other widths."""
+        own = {own_name(self.config, axis): width for axis, width in widths.items()}
+        return {**self.config, **self.head_size, **own} if widths else dict(self.config)
+
+
+def own_name(config: Mapping[str, Any], name: str) -> str:
+    """What an architecture itself calls an attribute: GPT-2's ``hidden_size`` is ``n_embd``."""
+    names = import_transformers().AutoConfig.for_model(config["model_type"]).attribute_map
+    return str(names.get(name, name))
 
 
 def import_transformers() -> Any:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from ds_sparkling.factory import import_transformers
+from ds_sparkling.factory import import_transformers, own_name
 
 #: The size of the vocabulary, and how many token ids a small one has.
 VOCABULARY, TOKENS = "vocab_size", 128
@@ -37,12 +37,6 @@ def following(config: Mapping[str, Any], widths: Mapping[str, int]) -> set[str]:
         moved = resolved({**config, **widths, axis: 2 * width})
         found |= {key for key, value in moved.items() if value != now.get(key)} - {own_name(config, axis)}
     return found - config.keys() - {"head_dim"}
-
-
-def own_name(config: Mapping[str, Any], name: str) -> str:
-    """What an architecture itself calls an attribute: GPT-2's ``hidden_size`` is ``n_embd``."""
-    names = import_transformers().AutoConfig.for_model(config["model_type"]).attribute_map
-    return str(names.get(name, name))
 
 
 def fewer_layers(config: Mapping[str, Any], total: int, kept: int) -> dict[str, Any]:

@@ -300,17 +300,20 @@ def _files(request: Request, contents: Contents, layout: Layout, scheduler: Any,
     if request.format == "universal":
         return UniversalFiles(contents, layout, scheduler)
     if request.format == "hf":
-        return HuggingFaceFiles(contents, _model_config(request), stacked=experts_are_stacked(source))
+        return HuggingFaceFiles(contents, _model_config(request, source.record), stacked=experts_are_stacked(source))
     return ZeroFiles(contents, layout, scheduler, file_prefix(source))
 
 
-def _model_config(request: Request) -> dict[str, Any]:
-    """The model's own config at the new widths: ``--config`` if it is one, else that beside the checkpoint."""
+def _model_config(request: Request, record: GrowthRecord | None) -> dict[str, Any]:
+    """The model's own config at the widths in force: ``--config`` if it is one, else that beside the checkpoint."""
+    stages = record.stages if record is not None else ()
+    grown = {axis: width for stage in stages for axis, width in stage.widths.items()}
+    started = {axis: record.initial_widths[axis] for axis in grown} if record is not None else {}
     places = [Path(request.config)] if request.config is not None else []
     for path in (*places, request.checkpoint / "config.json"):
         config = read_json(path) if path.is_file() else {"axes": None}
         if "axes" not in config:  # which a hints file has
-            return widened_config(config, request.widths)
+            return widened_config(config, {**grown, **request.widths}, started)
     raise CheckpointError(
         f"format hf needs the model's config.json; there is none in {request.checkpoint}, pass --config FILE"
     )

@@ -18,6 +18,7 @@ from ds_sparkling.checkpoint.metadata import ExpertLayer, expert_layers, shared_
 from ds_sparkling.checkpoint.output import OutputFile, Run, Slot
 from ds_sparkling.checkpoint.source import WEIGHT, Source
 from ds_sparkling.errors import CheckpointError
+from ds_sparkling.factory import HuggingFaceFactory, own_name
 
 #: Bytes of tensors in one shard, as ``save_pretrained`` has it.
 SHARD_BYTES = 5 * 10**9
@@ -194,27 +195,42 @@ class JsonFile(OutputFile):
         return iter(())
 
 
-def widened_config(config: Mapping[str, Any], widths: Mapping[str, int]) -> dict[str, Any]:
-    """A model's config with new widths, in its text model's part if it has one.
+def widened_config(
+    config: Mapping[str, Any], widths: Mapping[str, int], started: Mapping[str, int] | None = None
+) -> dict[str, Any]:
+    """A model's config at the widths of its weights, in its text model's part if it has one.
+
+    Args:
+        config: of the model at any time of its training.
+        widths: the widths in force, of the axes that have grown.
+        started: what these were at first, if that is known; ``config`` has it otherwise.
 
     Raises:
         CheckpointError: if it has none of that name.
     """
+    at_first, _ = _with_widths(config, started or {})
+    made, missing = _with_widths(at_first, widths)
+    if widths and "model_type" in config and "text_config" not in config:
+        # Names that the architecture has for others, and a size of heads that would follow from the new widths.
+        made = HuggingFaceFactory(at_first).widened(widths)
+        missing = [axis for axis in missing if own_name(config, axis) == axis]
+    if missing:
+        raise CheckpointError(f"the model's config has no {', '.join(missing)} to set to the new width")
+    return made
+
+
+def _with_widths(config: Mapping[str, Any], widths: Mapping[str, int]) -> tuple[dict[str, Any], list[str]]:
+    """``config`` with other widths, and those of them that it has no key for."""
+    found: set[str] = set()
 
     def put(part: Mapping[str, Any]) -> dict[str, Any]:
         changed = {key: put(value) if key == "text_config" else value for key, value in part.items()}
-        for axis in widths:
-            if axis in changed:
-                found.add(axis)
-                changed[axis] = widths[axis]
+        for axis in widths.keys() & changed.keys():
+            found.add(axis)
+            changed[axis] = widths[axis]
         return changed
 
-    found: set[str] = set()
-    made = put(config)
-    absent = sorted(widths.keys() - found)
-    if absent:
-        raise CheckpointError(f"the model's config has no {', '.join(absent)} to set to the new width")
-    return made
+    return put(config), sorted(widths.keys() - found)
 
 
 def _own_name(name: str, layers: list[ExpertLayer], names: BlockNames) -> str:
