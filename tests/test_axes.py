@@ -42,7 +42,7 @@ param_axes = st.builds(
     st.booleans(),
     st.sampled_from(Norm),
     st.floats(-2, 2),
-)
+) | st.builds(ParamAxes, st.lists(dims.filter(lambda dim: dim.role is not Role.GAIN), max_size=4).map(tuple))
 
 
 # -- entries -------------------------------------------------------------------------------------------------------
@@ -123,6 +123,13 @@ def test_a_shape_follows_the_widths_that_are_given() -> None:
     assert axes.shape((7, 1, 4), {"i": 5, "h": 6}) == (7, 30, 6)
 
 
+def test_a_gain_of_no_norm_is_refused() -> None:
+    """What a norm divides by decides what its units' growth may do."""
+    with pytest.raises(PlanError, match="kind of norm"):
+        ParamAxes((FIXED, Dim("h", Role.GAIN)))
+    assert ParamAxes((Dim("h", Role.GAIN),), norm=Norm.LAYER).axes == {"h"}
+
+
 @given(param_axes)
 def test_axes_survive_json(axes: ParamAxes) -> None:
     assert ParamAxes.from_dict(json.loads(json.dumps(axes.to_dict()))) == axes
@@ -158,6 +165,7 @@ def test_json_says_only_what_is_no_default() -> None:
         pytest.param({"dims": [{}], "norm": "batch"}, "batch", id="a norm"),
         pytest.param({"dims": [{"axis": "h"}]}, "role", id="no role"),
         pytest.param({}, "dims", id="no dimensions"),
+        pytest.param({"dims": [{"axis": "h", "role": "gain"}]}, "kind of norm", id="a gain of no norm"),
     ],
 )
 def test_json_that_is_none_of_ours_is_refused(data: dict[str, Any], named: str) -> None:

@@ -122,7 +122,7 @@ param_axes = st.builds(
     st.booleans(),
     st.sampled_from(Norm),
     st.sampled_from([0.0, 1.0]),
-)
+) | st.builds(ParamAxes, st.lists(dims.filter(lambda dim: dim.role is not Role.GAIN), max_size=3).map(tuple))
 widths = st.dictionaries(names, st.integers(1, 2**20), max_size=3)
 stages = st.builds(StageRecord, st.integers(0), st.none() | st.integers(0), widths, strategies)
 records = st.builds(GrowthRecord, widths, st.dictionaries(names, param_axes, max_size=3), st.lists(stages).map(tuple))
