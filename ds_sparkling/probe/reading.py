@@ -33,7 +33,7 @@ class Head:
 
     Attributes:
         embeddings: the embeddings that carry the axis.
-        weights: linear maps after the last norm, if they aren't tied to an embedding.
+        weights: linear maps outside the repeated layers that consume the axis; the last one is likely the head.
         gains: for a head that is tied: per norm that may feed it, likeliest first, its gain (and shift).
     """
 
@@ -180,7 +180,8 @@ def _groups(build_model: BuildModel, widths: Mapping[str, int], axes: Mapping[st
         shared = [axis for axis in KEY_VALUE_HEADS if axis in carried]
         if shared:
             groups[heads] = shared[0]
-            continue
+        if widths.keys() & set(KEY_VALUE_HEADS):
+            continue  # if no parameter carries them, as under latent attention, heads are not grouped
         counts = []
         for width in (widths[heads], 2 * widths[heads]):
             counts.append(key_value_heads(build_on_meta(build_model, {**widths, heads: width})))
@@ -265,9 +266,17 @@ def _head_options(
     axis: str, head: Head, axes: Mapping[str, ParamAxes], embedding: float, logits: float
 ) -> list[dict[str, ParamAxes]]:
     """The changes that the multipliers ask for; one set per norm (and kind of gain) that may feed a tied head."""
-    base = {name: _powered(axes[name], axis, embedding) for name in head.embeddings if embedding}
+    bases = [
+        {name: _powered(axes[name], axis, embedding) for name in names if embedding}
+        # A model may multiply the sum of its embeddings, or that of tokens alone before learned positions come to it.
+        for names in dict.fromkeys((head.embeddings, head.embeddings[:1]) if embedding else (head.embeddings,))
+    ]
     if not head.gains:
-        return [base | {name: _powered(axes[name], axis, logits) for name in head.weights if logits}]
+        outputs = [
+            {name: _powered(axes[name], axis, logits) for name in names if logits}
+            for names in dict.fromkeys((head.weights[-1:], head.weights) if logits else (head.weights,))
+        ]
+        return [base | output for base in bases for output in outputs]
     return [
         base
         | {
@@ -275,6 +284,7 @@ def _head_options(
             name: replace(_powered(axes[name], axis, logits - embedding), head_gain=True, offset=_offset(name, offset))
             for name in gains
         }
+        for base in bases
         for gains in head.gains
         for offset in (0.0, 1.0)
     ]

@@ -1,0 +1,110 @@
+"""Readings that shapes and names leave open are settled by what keeps the function."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ds_sparkling.axes import Role
+from ds_sparkling.check.resolve import find_axes
+from ds_sparkling.errors import PlanError
+
+VOCABULARY, TOKENS = 40, 16
+
+
+class Mlp(nn.Module):
+    """A gated MLP with gate and up in one, of a layout that its name doesn't tell."""
+
+    def __init__(self, width: int, inner: int, layout: str) -> None:
+        super().__init__()
+        self.inner = nn.Linear(width, 2 * inner, bias=False)
+        self.outer = nn.Linear(inner, width, bias=False)
+        self.layout = layout
+
+    def forward(self, x: Tensor) -> Tensor:
+        both = self.inner(x)
+        gate, up = both.chunk(2, -1) if self.layout == "halves" else (both[..., ::2], both[..., 1::2])
+        return self.outer(nn.functional.silu(gate) * up)
+
+
+class Model(nn.Module):
+    """Token and learned position embeddings, one MLP, a head; it may scale by its own width."""
+
+    def __init__(self, width: int, inner: int, layout: str, scaled: str, tied: bool) -> None:
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(VOCABULARY, width), nn.Embedding(TOKENS, width)
+        self.norm, self.mlp, self.last = nn.LayerNorm(width), Mlp(width, inner, layout), nn.LayerNorm(width)
+        self.head = nn.Linear(width, VOCABULARY, bias=False)
+        if tied:
+            self.head.weight = self.tokens.weight
+        self.width, self.scaled = width, scaled
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        tokens, positions = self.tokens(input_ids), self.positions(torch.arange(input_ids.shape[-1]))
+        if self.scaled == "tokens":
+            tokens = tokens * self.width**0.5
+        x = tokens + positions
+        if self.scaled == "sum":
+            x = x * self.width**0.5
+        x = x + self.mlp(self.norm(x))
+        logits: Tensor = self.head(self.last(x))
+        if self.scaled == "squares":  # of a power that nothing is ever multiplied by
+            logits = logits * torch.log(torch.tensor(float(self.width)))
+        return logits / self.width if self.scaled == "logits" else logits
+
+
+def factory(**settings: Any) -> Any:
+    chosen: dict[str, Any] = {"layout": "halves", "scaled": "", "tied": False, **settings}
+
+    def build_model(width: int, inner: int) -> nn.Module:
+        return Model(width, inner, **chosen)
+
+    return build_model
+
+
+WIDTHS = {"width": 8, "inner": 12}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("scaled", ["", "tokens", "sum", "logits"])
+@pytest.mark.parametrize("layout", ["halves", "turns"])
+def test_layouts_and_multipliers_are_found_by_trying(layout: str, scaled: str, tied: bool) -> None:
+    found = find_axes(
+        factory(layout=layout, scaled=scaled, tied=tied), WIDTHS, [("width",), ("inner",), ("width", "inner")]
+    )
+    assert found.proof
+    inner = found.axes["mlp.inner.weight"].dims[0]
+    assert (inner.segments, inner.block) == ((2, 1) if layout == "halves" else (1, 2))
+    powers = [found.axes[f"{name}.weight"].dims[1].power for name in ("tokens", "positions")]
+    assert powers == {"tokens": [0.5, 0.0], "sum": [0.5, 0.5]}.get(scaled, [0.0, 0.0])
+    if not tied:
+        assert found.axes["head.weight"].dims[1].power == (-1.0 if scaled == "logits" else 0.0)
+    assert found.axes["last.weight"].head_gain is tied
+
+
+def test_what_no_reading_keeps_is_refused_by_name() -> None:
+    with pytest.raises(PlanError, match=r"growing width would change the model's function.*Model"):
+        find_axes(factory(scaled="squares"), WIDTHS, [("width",)])
+    assert find_axes(factory(scaled="squares"), WIDTHS, [("inner",)]).proof
+
+
+def test_a_model_that_cannot_be_run_is_read_if_it_leaves_no_doubt() -> None:
+    class Bilinear(nn.Module):
+        def __init__(self, width: int, factor: int) -> None:
+            super().__init__()
+            self.map = nn.Linear(width, factor * width)
+
+    doubtless = find_axes(lambda width: Bilinear(width, 1), {"width": 4}, [("width",)])
+    assert not doubtless.proof
+    assert doubtless.axes["map.weight"].dims[1].role is Role.FAN_IN
+    with pytest.raises(PlanError, match=r"map\.weight.*3 times width.*Trying it out is not provable"):
+        find_axes(lambda width: Bilinear(width, 3), {"width": 4}, [("width",)])
+
+
+def test_without_a_growth_nothing_is_tried() -> None:
+    found = find_axes(factory(layout="turns"), WIDTHS, [])
+    assert not found.proof
+    assert found.axes.keys() == dict(Model(8, 12, "turns", "", False).named_parameters()).keys()
