@@ -3,14 +3,24 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ds_sparkling.record import recorded_widths
+    from ds_sparkling.zero.adopt import adopt
     from ds_sparkling.zero.engine import grow, grow_if_due, initialize, rebuild
 
-__all__ = ["grow", "grow_if_due", "initialize", "rebuild"]
+__all__ = ["adopt", "grow", "grow_if_due", "initialize", "rebuild", "recorded_widths"]
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
     # DeepSpeed is imported when the engine room is first asked for, so that growth maths and tools start without it.
+    if name == "recorded_widths":
+        from ds_sparkling.record import recorded_widths
+
+        return recorded_widths
+    if name == "adopt":
+        from ds_sparkling.zero.adopt import adopt
+
+        return adopt
     if name in __all__:
         from ds_sparkling.zero import engine
 

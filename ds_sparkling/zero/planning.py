@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from pathlib import Path
 
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
@@ -12,7 +13,7 @@ from ds_sparkling.config import BLOCK, SparklingConfig
 from ds_sparkling.errors import ConfigError
 from ds_sparkling.growth import GrowthPlan, count_parameters, make_plan
 from ds_sparkling.probe import BuildModel, base_widths, build_on_meta, probe
-from ds_sparkling.record import GrowthRecord
+from ds_sparkling.record import GrowthRecord, read_record
 from ds_sparkling.zero.access import full_shape
 from ds_sparkling.zero.naming import engine_axes, expert_slices
 from ds_sparkling.zero.run import GrowingRun
@@ -54,6 +55,17 @@ def knowing(record: GrowthRecord, axes: Iterable[str], build_model: BuildModel) 
         return record
     started = {axis: record.initial_widths.get(axis, width) for axis, width in widths.items()}
     return replace(record, initial_widths=started, axes=probe(build_model, widths))
+
+
+def starting_record(build_model: BuildModel, config: SparklingConfig, checkpoint: Path | None) -> GrowthRecord:
+    """The record a run starts with: that of ``checkpoint``, or a fresh one; every stage still to come is checked."""
+    record = read_record(checkpoint) if checkpoint is not None else None
+    if record is None:
+        record = GrowthRecord(dict(config.widths or {}), {})
+    axes = [axis for stage in config.stages for axis in stage.widths]
+    record = knowing(record, [*record.widths, *axes], build_model)
+    check_stages(build_model, config, record)
+    return record
 
 
 def check_stages(build_model: BuildModel, config: SparklingConfig, record: GrowthRecord) -> None:
