@@ -79,6 +79,37 @@ def test_an_adopted_engine_grows_in_place_like_one_made_to_grow(
         assert all(torch.equal(end[n][k], t) for n, ts in state.items() for k, t in ts.items())
 
 
+def optimizer_by_hand(case: Case) -> list[tuple[int, list[float]]]:
+    """Hidden size and the groups' rates in each step over a growth, with optimizer and groups made in Python."""
+    import deepspeed
+
+    import ds_sparkling
+
+    def optimizer(params: Any) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(params, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
+
+    config = {key: value for key, value in case.config.items() if key not in ("optimizer", "scheduler")}
+    config["zero_allow_untested_optimizer"] = True
+    makers: Any = {"optimizer": optimizer, "model_parameters": tiny.decay_groups}
+    reference = ds_sparkling.initialize(case.build_model, config, **makers)
+    model = case.build_model()
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer(tiny.decay_groups(model)), config=config)
+    ds_sparkling.adopt(engine, case.build_model, **makers)
+    both = []
+    for step in range(1, 5):
+        reference = ds_sparkling.grow_if_due(reference)
+        ds_sparkling.grow_if_due(engine)
+        assert tiny.train(engine, step) == tiny.train(reference, step)
+        both.append((engine.module.config.hidden_size, engine.get_lr()))
+    return both
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_an_optimizer_made_by_hand(stage: int, workers: Callable[[int], Workers]) -> None:
+    for steps in workers(2).run(optimizer_by_hand, Case(2, stage, sparkling=GROWING)):
+        assert steps == [(width, [1e-2, 1e-2, 1e-3]) for width in (6, 6, 12, 12)]
+
+
 def boundary_set_by_hand(case: Case) -> tuple[int, bool, bool]:
     """As accelerate does it: two backwards, one step; growth in between is refused, after it not."""
     import ds_sparkling
