@@ -10,7 +10,7 @@ version = next(
 )
 plots = ["matplotlib>=3.8"]
 # 5.23 breaks inside DeepSpeed 0.19.8's AutoEP.
-hf = ["transformers>=5.9,<5.23", "safetensors>=0.4"]
+hf = ["transformers>=5.9,<5.23", "safetensors>=0.4", "accelerate>=1.15,<2"]
 
 setup(
     name="ds-sparkling",

@@ -5,9 +5,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ds_sparkling.check.proof import prove_function
     from ds_sparkling.check.report import check_growth
+    from ds_sparkling.record import recorded_widths
+    from ds_sparkling.zero.adopt import adopt
     from ds_sparkling.zero.engine import grow, grow_if_due, initialize, rebuild
 
-__all__ = ["check_growth", "grow", "grow_if_due", "initialize", "prove_function", "rebuild"]
+__all__ = [
+    "adopt",
+    "check_growth",
+    "grow",
+    "grow_if_due",
+    "initialize",
+    "prove_function",
+    "rebuild",
+    "recorded_widths",
+]
 __version__ = "0.1.0"
 
 
@@ -21,6 +32,14 @@ def __getattr__(name: str) -> Any:
         from ds_sparkling.check import proof
 
         return proof.prove_function
+    if name == "recorded_widths":
+        from ds_sparkling.record import recorded_widths
+
+        return recorded_widths
+    if name == "adopt":
+        from ds_sparkling.zero.adopt import adopt
+
+        return adopt
     if name in __all__:
         from ds_sparkling.zero import engine
 

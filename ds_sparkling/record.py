@@ -146,3 +146,21 @@ def find_checkpoint(
         source = "given" if tag is not None else f"named in {latest}"
         raise CheckpointError(f"checkpoint {path} ({source}) doesn't exist")
     return path
+
+
+def recorded_widths(checkpoint: str | os.PathLike[str] | None, tag: str | None = None) -> dict[str, int]:
+    """The widths at which a model has to be built to be loaded from ``checkpoint``: ``build_model(**widths)``.
+
+    Args:
+        checkpoint: a directory to load a checkpoint from; None if there is none.
+        tag: the checkpoint in it; the one named in ``latest`` by default.
+
+    Returns:
+        Nothing if there is no checkpoint yet, or one without a growth record: the starting widths.
+
+    Raises:
+        CheckpointError: as :func:`find_checkpoint` and :func:`read_record`.
+    """
+    found = None if checkpoint is None else find_checkpoint(checkpoint, tag)
+    record = None if found is None else read_record(found)
+    return {} if record is None else record.widths

@@ -94,6 +94,21 @@ def test_only_the_engine_room_and_the_programs_import_deepspeed() -> None:
     assert elsewhere == set()
 
 
+def test_other_peoples_loops_are_imported_by_their_integrations_alone() -> None:
+    """Each library by the file that is called after it (the Trainer needs both), which nothing else imports."""
+    for path in FILES:
+        names, own = imported(path), relative(path)
+        libraries = {library for library in ("accelerate", "transformers") if any(under(n, library) for n in names)}
+        allowed = {
+            "integrations/accelerate.py": {"accelerate"},
+            "integrations/trainer.py": {"transformers"},
+            "factory.py": {"transformers"},
+        }
+        assert libraries <= allowed.get(own, set()), own
+        if not own.startswith("integrations/"):
+            assert not any(under(name, "ds_sparkling.integrations") for name in names), own
+
+
 def test_engine_room_and_file_room_do_not_know_each_other() -> None:
     for path in FILES:
         other = {"zero": "checkpoint", "checkpoint": "zero"}.get(path.relative_to(PACKAGE).parts[0])

@@ -19,9 +19,8 @@ TINY_WIDTHS = {"moe_intermediate_size": 10, "hidden_size": 12}
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
-def block(language: str) -> str:
-    (found,) = re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
-    return str(found)
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
 def run_example(code: str, directory: str) -> tuple[int, int]:
@@ -40,7 +39,7 @@ def run_example(code: str, directory: str) -> tuple[int, int]:
 
 
 def test_the_training_loop_runs(workers: Callable[[int], Workers], tmp_path: Path) -> None:
-    assert workers(2).run(run_example, block("python"), str(tmp_path)) == [(4, 12), (4, 12)]
+    assert workers(2).run(run_example, blocks("python")[0], str(tmp_path)) == [(4, 12), (4, 12)]
     assert (tmp_path / "checkpoints" / "latest").read_text() == "global_step4"
 
 
@@ -64,12 +63,21 @@ def test_the_expander_commands_run(
 
 
 def test_the_json_block_shows_the_defaults() -> None:
-    shown = json.loads("{" + block("json") + "}")["sparkling"]
+    (block,) = blocks("json")
+    shown = json.loads("{" + block + "}")["sparkling"]
     assert SparklingConfig.from_dict(shown) == SparklingConfig()
 
 
+def test_what_is_shown_of_other_loops_stands_in_the_examples() -> None:
+    examples = [path.read_text() for path in (Path(__file__).parents[1] / "docs" / "examples").glob("*.py")]
+    shown = blocks("python")[1:]
+    assert len(shown) == 2
+    for block in shown:
+        assert any(block in example for example in examples), block
+
+
 def test_the_files_named_exist() -> None:
-    named = re.findall(r"`((?:ds_sparkling|tests|tools|configs)/[\w./-]*)`", README)
+    named = re.findall(r"`((?:ds_sparkling|docs|tests|tools|configs)/[\w./-]*)`", README)
     assert len(named) > 8
     named += re.findall(r"\]\((docs/[\w./-]*)\)", README)
     named += re.findall(r"`python (tools/\w+\.py)", README)

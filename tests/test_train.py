@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from launching import launch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ds_sparkling.config import read_json, sparkling_config, typed_block
@@ -26,14 +25,8 @@ ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.json"))
 
 
-def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
-    with socket.socket() as probe_socket:
-        probe_socket.bind(("127.0.0.1", 0))
-        port = probe_socket.getsockname()[1]
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(port)]
-    command = [*launcher, str(ROOT / "ds_sparkling" / "train.py"), *arguments]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=ROOT, env=environment)
+def train(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return launch("ds_sparkling/train.py", *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +46,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def finished(config: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
     output = tmp_path_factory.mktemp("run")
-    return output, launch("--deepspeed_config", str(config), "--output", str(output))
+    return output, train("--deepspeed_config", str(config), "--output", str(output))
 
 
 def table(text: str) -> list[str]:
@@ -104,7 +97,7 @@ def test_resume_ends_like_the_run_that_never_stopped(
         stopped = tmp_path / tag
         shutil.copytree(output / "checkpoints" / tag, stopped / "checkpoints" / tag)
         (stopped / "checkpoints" / "latest").write_text(tag)
-        resumed = launch("--deepspeed_config", str(config), "--output", str(stopped), "--resume")
+        resumed = train("--deepspeed_config", str(config), "--output", str(stopped), "--resume")
         assert resumed.returncode == 0, resumed.stderr[-3000:]
         assert table(resumed.stdout) == table(run.stdout)
 
@@ -113,7 +106,7 @@ def test_a_finished_run_is_not_overwritten(
     config: Path, finished: tuple[Path, subprocess.CompletedProcess[str]]
 ) -> None:
     output, _ = finished
-    again = launch("--deepspeed_config", str(config), "--output", str(output))
+    again = train("--deepspeed_config", str(config), "--output", str(output))
     assert again.returncode != 0
     assert "pass --resume to go on, or another --output" in again.stderr
 

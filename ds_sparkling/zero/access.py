@@ -10,7 +10,7 @@ import ctypes
 import gc
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -134,6 +134,12 @@ def full_shape(param: nn.Parameter) -> tuple[int, ...]:
     return tuple(getattr(param, "ds_shape", param.shape))
 
 
+def ordinary_group(engine: DeepSpeedEngine, experts: Container[str]) -> Any:
+    """The process group that stage 3 partitions parameters over, unless they are ``experts``; None on other stages."""
+    param = next(param for name, param in engine.module.named_parameters() if name not in experts)
+    return getattr(param, "ds_process_group", None)
+
+
 def base_optimizer(engine: DeepSpeedEngine) -> torch.optim.Optimizer:
     """The torch optimizer inside DeepSpeed's wrapper (which may be the wrapper itself)."""
     optimizer = engine.optimizer
@@ -231,7 +237,7 @@ def finish_writing(engine: DeepSpeedEngine) -> None:
 def strip(engine: DeepSpeedEngine) -> None:
     """Destroy ``engine`` and free its compute weights, gradients and buffers; shards taken before stay valid.
 
-    The engine object itself is left empty, and says so when it is used.
+    The engine object itself and its module are left empty; the former says so when it is used.
     """
     module = engine.module
     engine.destroy()
@@ -245,6 +251,7 @@ def strip(engine: DeepSpeedEngine) -> None:
                 delattr(param, glued)
     for wrapper in (engine.optimizer, base_optimizer(engine)):
         wrapper.__dict__.clear()
+    module.__dict__.clear()  # whoever still holds it shall not hold what DeepSpeed has hooked onto it
     engine.__dict__.clear()
     engine.__class__ = _GrownEngine
     release_memory()

@@ -23,6 +23,7 @@ _COUNTERS = (
     "micro_steps",
     "skipped_steps",
     "_unmanaged_backward_count",
+    "_is_gradient_accumulation_boundary",
     "_step_applied",
     "_global_grad_norm",
     "warn_unscaled_loss",

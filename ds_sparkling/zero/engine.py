@@ -10,7 +10,6 @@ import copy
 import logging
 import os
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,14 +24,16 @@ from torch import nn
 from ds_sparkling.config import read_json, sparkling_config
 from ds_sparkling.errors import ConfigError, GrowthError, PlanError, UnsupportedError
 from ds_sparkling.probe import BuildModel, build_on_meta
-from ds_sparkling.record import GrowthRecord, find_checkpoint, read_record
+from ds_sparkling.record import find_checkpoint
 from ds_sparkling.zero import access
 from ds_sparkling.zero.carry import Carried, preserved_rng
 from ds_sparkling.zero.checkpoints import hook_checkpoints
 from ds_sparkling.zero.consensus import Consensus
-from ds_sparkling.zero.hugging_face import gathered_initialization
+from ds_sparkling.zero.huggingface import built_plainly, weights_initialized
+from ds_sparkling.zero.in_place import take_place
 from ds_sparkling.zero.monitoring import close_monitors, hook_monitors, mark_growth
-from ds_sparkling.zero.planning import check_stages, knowing, parameter_counts, plan_growth
+from ds_sparkling.zero.naming import expert_slices
+from ds_sparkling.zero.planning import knowing, parameter_counts, plan_growth, starting_record
 from ds_sparkling.zero.regrow import move
 from ds_sparkling.zero.run import GrowingRun, at_boundary, run_of
 from ds_sparkling.zero.stepping import check_optimizer, hook_step
@@ -80,16 +81,7 @@ def initialize(
         config = getattr(args, "deepspeed_config", None)
         if config is None:
             raise ConfigError("no DeepSpeed config: pass config=, or args with deepspeed_config")
-    for name, made in (
-        ("optimizer", optimizer),
-        ("lr_scheduler", lr_scheduler),
-        ("model_parameters", model_parameters),
-    ):
-        if made is not None and (not callable(made) or isinstance(made, nn.Module)):
-            raise ConfigError(
-                f"{name} must be a function, because a growth has to make it anew; got a {type(made).__name__}: "
-                f"pass {name}=lambda ...: ..."
-            )
+    check_factories(optimizer=optimizer, lr_scheduler=lr_scheduler, model_parameters=model_parameters)
     if arguments.get("mpu") is not None:
         raise UnsupportedError("mpu: model parallelism beyond expert parallelism can't be combined with growth yet")
     ds_config = read_json(config if isinstance(config, Mapping) else os.fspath(config))
@@ -101,18 +93,11 @@ def initialize(
     if block.stages and block.checkpoint_before_growth and directory is None and dist.get_rank() == 0:
         logger.warning("no checkpoint directory is known, so none is written before a growth; pass checkpoint=DIR")
     consensus = Consensus("planning")
-    with consensus, preserved_rng():
+    with consensus, preserved_rng(), built_plainly():
         universal = bool((ds_config.get("checkpoint") or {}).get("load_universal"))
         found = find_checkpoint(directory, tag, universal=universal) if directory is not None else None
-        record = read_record(found) if found is not None else None
-        if record is None:
-            record = GrowthRecord(dict(block.widths or {}), {})
-        happened = {stage.planned_step for stage in record.stages}
-        growths = [stage.widths for stage in block.stages if stage.at_step not in happened]
-        record = knowing(record, growths, build_model, block)
-        check_stages(build_model, block, record)
+        record = starting_record(build_model, block, found)
     consensus.settle()
-    assert record is not None
     run = GrowingRun(
         build_model,
         ds_config,
@@ -132,11 +117,21 @@ def initialize(
     return engine
 
 
+def check_factories(**factories: Any) -> None:
+    """Raise ConfigError for what a growth has to make anew and that isn't a function."""
+    for name, made in factories.items():
+        if made is not None and (not callable(made) or isinstance(made, nn.Module)):
+            raise ConfigError(
+                f"{name} must be a function, because a growth has to make it anew; got a {type(made).__name__}: "
+                f"pass {name}=lambda ...: ..."
+            )
+
+
 def grow_if_due(engine: DeepSpeedEngine, *, client_state: Mapping[str, Any] | None = None) -> DeepSpeedEngine:
     """Grow if a planned stage is due; the engine itself otherwise. Call it before every step.
 
     Args:
-        engine: made by :func:`initialize`.
+        engine: made by :func:`initialize` or adopted.
         client_state: what ``save_checkpoint`` shall put into the checkpoint written before the growth.
 
     Raises:
@@ -157,10 +152,10 @@ def grow(
     """Widen ``engine`` now.
 
     Collective. The old engine is destroyed; parameters, optimizer state, counters, loss scale, schedule, random state
-    and data loader carry over.
+    and data loader carry over. An adopted engine is grown in place.
 
     Args:
-        engine: made by :func:`initialize`, at a gradient-accumulation boundary.
+        engine: made by :func:`initialize` or adopted, at a gradient-accumulation boundary.
         widths: the axes that grow, and to what.
         client_state: what ``save_checkpoint`` shall put into the checkpoint written before the growth.
 
@@ -199,7 +194,7 @@ def _grow(
         )
     with preserved_rng():
         consensus = Consensus("planning the growth")
-        with consensus:
+        with consensus, built_plainly():
             run = replace(run, record=knowing(run.record, [widths] if widths else [], run.build_model, run.config))
             plan = plan_growth(engine, run, widths)
             build_on_meta(run.build_model, {**run.widths, **widths})
@@ -212,16 +207,17 @@ def _grow(
         if run.checkpoint_dir is not None and widths:
             engine.save_checkpoint(run.checkpoint_dir, tag=tag, client_state=dict(client_state or {}))
         text = plan.describe()
+        module = engine.module
         if dist.get_rank() == 0:
             logger.info("%s", text)
-        carried = Carried(engine)
+        carried, group = Carried(engine), access.ordinary_group(engine, expert_slices(engine))
         close_monitors(engine)
         access.strip(engine)
 
         if widths:
             record = run.record.after(plan, step=carried.step, planned_step=planned_step)
             run = replace(run, record=record, plan=plan)
-        grown = _engine(replace(run, arguments={**run.arguments, "training_data": None}))
+        grown = _engine(replace(run, arguments={**run.arguments, "training_data": None}), group)
         consensus = Consensus("growing", _way_out(run, widths, tag))
         with consensus:
             carried.check(grown)
@@ -234,6 +230,9 @@ def _grow(
         consensus.settle()
     if widths:
         mark_growth(grown, plan, text)
+    if run.on_growth is not None:
+        grown = take_place(grown, engine, module)
+        run.on_growth(grown)
     return grown
 
 
@@ -243,20 +242,22 @@ def _way_out(run: GrowingRun, widths: Mapping[str, int], tag: str) -> str:
     return f"the engine is lost, its state just before is in {Path(run.checkpoint_dir) / tag}; resume from there"
 
 
-def _engine(run: GrowingRun) -> DeepSpeedEngine:
-    """Build the model at the widths in force and put an engine around it."""
+def _engine(run: GrowingRun, group: Any = None) -> DeepSpeedEngine:
+    """Build the model at the widths in force and put an engine around it.
+
+    Args:
+        group: what to partition parameters over under stage 3; the engine's own group by default.
+    """
     config = copy.deepcopy(run.ds_config)
-    # The engine's own group, so that parameters made here and those AutoEP makes later share their sub-groups, and
-    # checkpoints have the layout that DeepSpeed gives a model built outside zero.Init.
-    partitioned = zero_stage(config) == 3
-    with (
-        deepspeed.zero.Init(
-            data_parallel_group=groups._get_data_parallel_group(),
-            config_dict_or_path=copy.deepcopy(config),
-            enabled=partitioned,
-        ),
-        gathered_initialization() if partitioned else nullcontext(),
-    ):
+    # With the engine's own group, parameters made here and those AutoEP makes later share their sub-groups, and
+    # checkpoints have the layout that DeepSpeed gives a model built outside zero.Init. A grown engine stays with the
+    # group of the first one, which may have been built otherwise, so that checkpoints can be loaded into one built so.
+    partitioned = deepspeed.zero.Init(
+        data_parallel_group=group or groups._get_data_parallel_group(),
+        config_dict_or_path=copy.deepcopy(config),
+        enabled=zero_stage(config) == 3,
+    )
+    with weights_initialized(), partitioned:
         model = run.build_model(**run.widths)
     if isinstance(model, PipelineModule):
         raise UnsupportedError(
@@ -270,10 +271,15 @@ def _engine(run: GrowingRun) -> DeepSpeedEngine:
         model_parameters=None if model_parameters is None else model_parameters(model),
         **arguments,
     )
+    fit_out(engine, run)
+    return engine
+
+
+def fit_out(engine: DeepSpeedEngine, run: GrowingRun) -> None:
+    """Hang ``run`` onto a fresh engine, and put its scheduler, its optimizer step and its checkpoints in order."""
     if type(engine) is not DeepSpeedEngine:
         raise UnsupportedError(f"a {type(engine).__name__} can't be grown yet; only DeepSpeed's plain engine can")
     engine.sparkling = replace(run, parameters=parameter_counts(engine, run.record))
     step = hook_step(engine)
     hook_checkpoints(engine, step)
     hook_monitors(engine, step)
-    return engine

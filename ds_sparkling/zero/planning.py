@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from deepspeed import comm as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
@@ -16,7 +17,7 @@ from ds_sparkling.config import BLOCK, SparklingConfig
 from ds_sparkling.errors import ConfigError
 from ds_sparkling.growth import GrowthPlan, count_parameters, make_plan
 from ds_sparkling.probe import BuildModel, base_widths, build_on_meta, probe
-from ds_sparkling.record import GrowthRecord
+from ds_sparkling.record import GrowthRecord, read_record
 from ds_sparkling.routing import active_share
 from ds_sparkling.zero.access import full_shape
 from ds_sparkling.zero.naming import engine_axes, expert_slices
@@ -86,6 +87,18 @@ def _axes(
     if config.check:
         return find_axes(build_model, widths, sets, config.axes).axes
     return probe(build_model, widths, config.axes)
+
+
+def starting_record(build_model: BuildModel, config: SparklingConfig, checkpoint: Path | None) -> GrowthRecord:
+    """The record a run starts with: that of ``checkpoint``, or a fresh one; every stage still to come is checked."""
+    record = read_record(checkpoint) if checkpoint is not None else None
+    if record is None:
+        record = GrowthRecord(dict(config.widths or {}), {})
+    happened = {stage.planned_step for stage in record.stages}
+    growths = [stage.widths for stage in config.stages if stage.at_step not in happened]
+    record = knowing(record, growths, build_model, config)
+    check_stages(build_model, config, record)
+    return record
 
 
 def check_stages(build_model: BuildModel, config: SparklingConfig, record: GrowthRecord) -> None:

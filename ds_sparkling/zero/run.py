@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,7 @@ class GrowingRun:
         checkpoint_dir: where to save before a growth; None if nowhere.
         plan: the growth that made this engine; None for the first one.
         parameters: total and active (per token) parameters of this engine's model.
+        on_growth: for an engine in other hands: it grows in place, and this is called with it after each growth.
     """
 
     build_model: BuildModel
@@ -37,6 +39,7 @@ class GrowingRun:
     checkpoint_dir: str | None
     plan: GrowthPlan | None = None
     parameters: tuple[int, int] = (0, 0)
+    on_growth: Callable[[DeepSpeedEngine], None] | None = None
 
     @property
     def widths(self) -> dict[str, int]:
@@ -56,12 +59,17 @@ def run_of(engine: DeepSpeedEngine) -> GrowingRun:
     """The engine's :class:`GrowingRun`; GrowthError if it has none."""
     run = getattr(engine, "sparkling", None)
     if not isinstance(run, GrowingRun):
-        raise GrowthError("this engine wasn't made by ds_sparkling.initialize, so it can't grow")
+        raise GrowthError(
+            "this engine can't grow: make it by ds_sparkling.initialize, or pass it to ds_sparkling.adopt"
+        )
     return run
 
 
 def at_boundary(engine: DeepSpeedEngine) -> bool:
     """Whether no gradient has been accumulated since the last optimizer step."""
+    if engine._is_gradient_accumulation_boundary is not None:
+        # Set by hand, as accelerate does, which then calls step() at boundaries only: micro_steps don't tell.
+        return bool(engine._is_gradient_accumulation_boundary)
     if not engine.managed_gradient_accumulation():
         return bool(engine._unmanaged_backward_count == 0)
     return bool(engine.micro_steps % engine.gradient_accumulation_steps() == 0)

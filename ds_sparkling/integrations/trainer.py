@@ -1,0 +1,62 @@
+"""Growth inside ``transformers.Trainer``.
+
+    trainer = Trainer(model=build_model(**recorded_widths(resume)), args=arguments, ...)
+    trainer.add_callback(SparklingCallback(trainer, build_model, checkpoint=resume))
+    trainer.train(resume_from_checkpoint=resume)
+
+How the engine gets into the Trainer: the Trainer makes it through ``trainer.accelerator.prepare``, loads a checkpoint
+into it at once, and from then on holds it in a local variable of its training loop as well as in attributes of its own
+and of accelerate. So the engine is adopted inside ``prepare``, and grown in place: every one of these goes on holding
+the same object. That relies on nothing but ``accelerator.prepare``, ``model_wrapped`` and the callback's events, which
+are public and the same in all supported versions; a subclass would have to follow the private methods around the loop,
+which are not.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+from transformers import TrainerCallback
+
+import ds_sparkling
+from ds_sparkling.integrations.accelerate import growing
+from ds_sparkling.probe import BuildModel
+
+logger = logging.getLogger(__name__)
+
+
+class SparklingCallback(TrainerCallback):
+    """Grows the Trainer's model at the steps planned in the ``"sparkling"`` block of its DeepSpeed config.
+
+    Where a growth is due after a step, that step's evaluation and logging see the model as it was, and the Trainer is
+    asked for a checkpoint (unless ``checkpoint_before_growth`` is false); then, before the next step, the model grows.
+    The best model so far is forgotten at a growth: its weights don't fit into the grown model any more.
+
+    Args:
+        trainer: the Trainer that the callback is going to be added to.
+        build_model: ``build_model(**widths) -> nn.Module``; the Trainer's model must be what it makes.
+        checkpoint: what ``trainer.train(resume_from_checkpoint=...)`` is going to get, if anything; the model has to be
+            built at the widths recorded there.
+    """
+
+    def __init__(
+        self, trainer: Any, build_model: BuildModel, *, checkpoint: str | os.PathLike[str] | None = None
+    ) -> None:
+        self.trainer = trainer
+        growing(trainer.accelerator, build_model, checkpoint=checkpoint)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        engine = self.trainer.model_wrapped
+        growths = len(engine.sparkling.record.stages)
+        ds_sparkling.grow_if_due(engine)
+        if len(engine.sparkling.record.stages) > growths and state.best_model_checkpoint is not None:
+            if state.is_world_process_zero:
+                logger.warning("the best model so far, %s, doesn't fit the grown one", state.best_model_checkpoint)
+            state.best_metric = state.best_model_checkpoint = state.best_global_step = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        run = self.trainer.model_wrapped.sparkling
+        if run.due(self.trainer.model_wrapped.global_steps) and run.config.checkpoint_before_growth:
+            control.should_save = True

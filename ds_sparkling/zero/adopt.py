@@ -1,0 +1,116 @@
+"""Engines that somebody else's training loop has made by ``deepspeed.initialize``, and that shall grow."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable
+from typing import Any
+
+from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import nn
+
+from ds_sparkling.config import sparkling_config
+from ds_sparkling.errors import ConfigError, GrowthError, PlanError
+from ds_sparkling.probe import BuildModel
+from ds_sparkling.record import find_checkpoint
+from ds_sparkling.zero import access
+from ds_sparkling.zero.carry import preserved_rng
+from ds_sparkling.zero.consensus import Consensus
+from ds_sparkling.zero.engine import check_factories, fit_out
+from ds_sparkling.zero.huggingface import built_plainly
+from ds_sparkling.zero.planning import plan_growth, starting_record
+from ds_sparkling.zero.run import GrowingRun
+from ds_sparkling.zero.stepping import check_optimizer
+from ds_sparkling.zero.support import refuse_unsupported
+
+
+def adopt(
+    engine: DeepSpeedEngine,
+    build_model: BuildModel,
+    *,
+    checkpoint: str | os.PathLike[str] | None = None,
+    tag: str | None = None,
+    optimizer: Callable[..., Any] | None = None,
+    lr_scheduler: Callable[..., Any] | None = None,
+    model_parameters: Callable[[nn.Module], Any] | None = None,
+    on_growth: Callable[[DeepSpeedEngine], None] | None = None,
+) -> DeepSpeedEngine:
+    """Let an engine grow that ``deepspeed.initialize`` has made, in whosever hands it is.
+
+    Collective; call it right after the engine has been made, before a checkpoint is loaded. Such an engine grows in
+    place: the engine object and the model in it become the grown ones, wherever they are held. Its DeepSpeed config
+    has the ``"sparkling"`` block. A checkpoint before a growth is written only if that block has a ``checkpoint_dir``.
+
+    Args:
+        engine: DeepSpeed's plain engine.
+        build_model: as for :func:`~ds_sparkling.zero.engine.initialize`; the engine's model must be what it makes.
+        checkpoint: the directory that the engine is going to ``load_checkpoint`` from, if it is; its model has to be
+            built at the widths recorded there (:func:`~ds_sparkling.record.recorded_widths`).
+        tag: the checkpoint in that directory; the one named in ``latest`` by default.
+        optimizer, lr_scheduler, model_parameters: functions that make anew, at a growth, what was passed to
+            ``deepspeed.initialize``; as for :func:`~ds_sparkling.zero.engine.initialize`.
+        on_growth: called with the engine after each growth.
+
+    Returns:
+        The engine itself.
+
+    Raises:
+        ConfigError, PlanError, UnsupportedError, CheckpointError: before anything is touched.
+        GrowthError: if it has been adopted already, or has loaded a checkpoint of a grown model.
+    """
+    access.check_version()
+    check_factories(optimizer=optimizer, lr_scheduler=lr_scheduler, model_parameters=model_parameters)
+    if hasattr(engine, "sparkling"):
+        raise GrowthError("this engine can grow already")
+    ds_config = copy.deepcopy(engine.config)
+    block = sparkling_config(ds_config)
+    refuse_unsupported(ds_config)
+    consensus = Consensus("adopting the engine")
+    with consensus, preserved_rng(), built_plainly():
+        _check_remade(engine, optimizer, lr_scheduler, model_parameters)
+        found = find_checkpoint(checkpoint, tag) if checkpoint is not None else None
+        record = starting_record(build_model, block, found)
+        if record.stages and engine.global_steps:
+            raise GrowthError("adopt the engine before it loads a checkpoint, which knows about growths")
+        run = GrowingRun(
+            build_model,
+            ds_config,
+            block,
+            {"optimizer": optimizer, "lr_scheduler": lr_scheduler, "model_parameters": model_parameters},
+            record,
+            block.checkpoint_dir if block.checkpoint_before_growth else None,
+            on_growth=on_growth or (lambda _engine: None),
+        )
+        _check_widths(engine, run)
+    consensus.settle()
+    fit_out(engine, run)
+    if block.stages:
+        check_optimizer(engine, block.strategy)
+    return engine
+
+
+def _check_remade(engine: DeepSpeedEngine, optimizer: object, lr_scheduler: object, model_parameters: object) -> None:
+    """Raise ConfigError for what was passed to ``deepspeed.initialize`` and a growth couldn't make anew."""
+    groups = [group for group in access.base_optimizer(engine).param_groups if not group.get("moe")]
+    for name, used, factory in (
+        ("optimizer", engine.client_optimizer is not None, optimizer),
+        ("lr_scheduler", engine.client_lr_scheduler is not None, lr_scheduler),
+        ("model_parameters", len(groups) > 1, model_parameters),
+    ):
+        if used and factory is None:
+            raise ConfigError(
+                f"the engine's {name} doesn't come from its JSON, and a growth has to make it anew: "
+                f"pass {name}=lambda ...: ..."
+            )
+
+
+def _check_widths(engine: DeepSpeedEngine, run: GrowingRun) -> None:
+    """The engine's model must be what ``build_model`` makes at the widths that the record tells."""
+    try:
+        plan_growth(engine, run, {})
+    except PlanError as error:
+        raise PlanError(
+            f"the engine's model isn't what build_model makes at widths {run.widths} ({error}); to go on from a "
+            "checkpoint, build it by build_model(**ds_sparkling.recorded_widths(checkpoint)) and pass that checkpoint"
+        ) from error
