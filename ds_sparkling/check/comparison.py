@@ -15,7 +15,7 @@ from ds_sparkling.check.instance import Instance
 from ds_sparkling.check.module import grow_into, plan_of, randomize, settled
 from ds_sparkling.errors import PlanError
 from ds_sparkling.growth import GrowthPlan
-from ds_sparkling.probe import key_value_heads, probe
+from ds_sparkling.probe import key_value_heads, read
 from ds_sparkling.strategy import Strategy
 
 #: Largest |difference| over largest |value| of logits that counts as the same function. In float64 a growth that keeps
@@ -119,7 +119,7 @@ def fitting_axes(instance: Instance, model: nn.Module, axes: Mapping[str, ParamA
     for name, param in model.named_parameters():
         known = axes.get(name)
         if known is None or len(known.dims) != param.dim():
-            return probe(instance, instance.before)
+            return read(instance, instance.before).likeliest
         sizes = zip(known.dims, param.shape, strict=True)
         dims = tuple(_fitting(dim, size, instance.before, shared) for dim, size in sizes)
         fitted[name] = replace(known, dims=dims)

@@ -19,7 +19,7 @@ from ds_sparkling.check.resolve import find_axes
 from ds_sparkling.check.tally import Tally, tallies
 from ds_sparkling.errors import PlanError
 from ds_sparkling.growth import GrowthPlan, make_plan
-from ds_sparkling.probe import BuildModel, base_widths, build_on_meta, probe
+from ds_sparkling.probe import BuildModel, base_widths, build_on_meta, read
 from ds_sparkling.strategy import Strategy
 
 
@@ -163,7 +163,7 @@ def _axes(
     try:
         return find_axes(build_model, before, [tuple(after)], inputs=inputs).axes
     except PlanError:
-        return probe(build_model, before)
+        return read(build_model, before).likeliest
 
 
 def _report(plan: GrowthPlan, runnable: Runnable, axes: Mapping[str, ParamAxes], strategy: Strategy) -> GrowthReport:

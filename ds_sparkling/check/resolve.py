@@ -53,7 +53,7 @@ def find_axes(
     """
     reading = read(build_model, widths, hints)
     if not growths:
-        return Found(next(reading.readings()), Proof(None, "no growth is known of"))
+        return Found(reading.likeliest, Proof(None, "no growth is known of"))
     try:
         runnables = [_runnable(build_model, widths, growth, inputs) for growth in growths]
     except PlanError as error:
@@ -62,7 +62,7 @@ def find_axes(
         differences = _differences(runnables, axes)
         if len(differences) == len(runnables):
             return Found(axes, Proof(max(differences)))
-    likeliest = next(reading.readings())
+    likeliest = reading.likeliest
     for growth in growths:
         proof = prove_function(build_model, likeliest, widths, dict.fromkeys(growth, 0), inputs=inputs)
         if not proof:
@@ -83,7 +83,7 @@ def _unproven(reading: Reading, reason: str) -> Found:
     if reading.uncertain:
         error = reading.unknown(reading.uncertain[0])
         raise PlanError(f"{error}. Trying it out is {reason}") from None
-    return Found(next(reading.readings()), Proof(None, reason))
+    return Found(reading.likeliest, Proof(None, reason))
 
 
 def _differences(runnables: Sequence[Runnable], axes: Mapping[str, ParamAxes]) -> list[float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from ds_sparkling.config import SparklingConfig, read_json
 from ds_sparkling.errors import ConfigError, PlanError
 from ds_sparkling.factory import HuggingFaceFactory, named_factory
 from ds_sparkling.hints import TO_FILL, name_pattern, parse_hints
-from ds_sparkling.probe import BuildModel, base_widths, probe
+from ds_sparkling.probe import BuildModel, base_widths, check_wide, probe
 
 logger = logging.getLogger(__name__)
 
@@ -48,11 +48,11 @@ class UnknownAxesError(PlanError):
         self.hints = hints
 
 
-def checkpoint_axes(source: Source, widths: Collection[str], config: str | None, block: SparklingConfig) -> ModelAxes:
+def checkpoint_axes(source: Source, widths: Mapping[str, int], config: str | None, block: SparklingConfig) -> ModelAxes:
     """The axes of ``source``'s parameters.
 
     Args:
-        widths: the axes that shall grow.
+        widths: the axes that shall grow, and to what.
         config: a hints file, a Hugging Face ``config.json``, or ``module:function`` that builds the model; None to
             rely on the growth record.
         block: what else is said of the growth; a model that can be built is tried on a small instance first.
@@ -145,7 +145,7 @@ def _hinted(source: Source, path: Path, data: Mapping[str, Any]) -> ModelAxes:
 
 def _probed(
     source: Source,
-    widths: Collection[str],
+    widths: Mapping[str, int],
     block: SparklingConfig,
     build_model: BuildModel,
     config: Mapping[str, Any] | None,
@@ -164,6 +164,7 @@ def _probed(
                 logger.warning("whether growing keeps the model's function is not known: %s", found.proof.reason)
         else:
             built = probe(build_model, before, block.axes)
+        check_wide(build_model, built, before, widths)
     except PlanError as error:
         raise UnknownAxesError(str(error), hints(source.layout.params.values(), before)) from error
     return ModelAxes(before, _in_checkpoint(source, before, built), built)

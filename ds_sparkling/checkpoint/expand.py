@@ -186,7 +186,7 @@ def _decide(request: Request, source: Source) -> Expansion:
     """Everything that follows from the checkpoint and the request."""
     settings = _settings(source, request)
     block = _block(source, request)
-    model = checkpoint_axes(source, tuple(request.widths), request.config, block) if request.widths else None
+    model = checkpoint_axes(source, request.widths, request.config, block) if request.widths else None
     plan = None if model is None else _plan(source, model, request, block)
     contents = Contents(source, plan)
     groups, origins = regrouped(source.layout, contents.params, settings.expert_parallel)

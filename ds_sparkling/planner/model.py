@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from ds_sparkling.axes import ParamAxes, Role
 from ds_sparkling.errors import PlanError
 from ds_sparkling.growth.plan import GrowthPlan, Shape, count_parameters, make_plan
-from ds_sparkling.probe import BuildModel, base_widths, build_on_meta, probe
+from ds_sparkling.probe import BuildModel, base_widths, build_on_meta, check_wide, read
 from ds_sparkling.routing import active_share
 from ds_sparkling.strategy import Strategy
 
@@ -113,13 +113,13 @@ def probe_model(
         PlanError: if something isn't known or doesn't fit; the message says what to do.
     """
     widths = base_widths(build_model, axes, given)
-    found = probe(build_model, widths)
+    found = read(build_model, widths).likeliest
     built = build_on_meta(build_model, widths)
     shapes = {name: tuple(param.shape) for name, param in built.named_parameters()}
     frozen = frozenset(name for name, param in built.named_parameters() if not param.requires_grad)
     share = _share(active_share(built), shapes, found, experts_per_token)
     model = Model(widths, shapes, found, frozen, share)
-    _check_built(build_model, model, {**widths, **final})
+    check_wide(build_model, found, widths, final)
     return model
 
 
@@ -148,12 +148,3 @@ def _share(
             "can't be counted"
         )
     return 1.0 if told is None else told
-
-
-def _check_built(build_model: BuildModel, model: Model, widths: Mapping[str, int]) -> None:
-    """The model at ``widths`` must have exactly the shapes that follow from the probing."""
-    planned = model.shapes_at(widths)
-    for name, param in build_on_meta(build_model, widths).named_parameters():
-        shape = tuple(param.shape)
-        if planned.get(name) != shape:
-            raise PlanError(f"the model makes {name} {shape} at {dict(widths)}, planned was {planned.get(name)}")

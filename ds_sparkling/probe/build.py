@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import nn
 
+from ds_sparkling.axes import ParamAxes
 from ds_sparkling.errors import PlanError
 
 BuildModel = Callable[..., nn.Module]
@@ -53,3 +54,27 @@ def build_on_meta(build_model: BuildModel, widths: Mapping[str, int]) -> nn.Modu
             return build_model(**widths)
     except Exception as error:
         raise PlanError(f"build_model(**{dict(widths)}) failed: {type(error).__name__}: {error}") from error
+
+
+def check_wide(
+    build_model: BuildModel, axes: Mapping[str, ParamAxes], widths: Mapping[str, int], after: Mapping[str, int]
+) -> None:
+    """See that ``build_model`` makes at its new widths what the axes say.
+
+    Args:
+        axes: of the model's parameters.
+        widths: those in force, of all axes.
+        after: the axes that grow.
+
+    Raises:
+        PlanError: names a parameter that would have another shape.
+    """
+    shapes = {name: tuple(param.shape) for name, param in build_on_meta(build_model, widths).named_parameters()}
+    wide = {**widths, **after}
+    for name, param in build_on_meta(build_model, wide).named_parameters():
+        planned = axes[name].shape(shapes[name], after) if name in axes else None
+        if tuple(param.shape) != planned:
+            raise PlanError(
+                f"{name} would become {planned}, but build_model makes it {tuple(param.shape)} at {wide}; if its size "
+                "follows from several widths, they have to grow together, by the same ratio"
+            )

@@ -67,6 +67,11 @@ class Reading:
         """A parameter of every kind that nobody can be sure of without trying."""
         return [names[0] for kind, names in self.kinds.items() if not self.candidates[kind].certain]
 
+    @property
+    def likeliest(self) -> dict[str, ParamAxes]:
+        """The likeliest way to read the model."""
+        return next(self.readings())
+
     def readings(self) -> Iterator[dict[str, ParamAxes]]:
         """Every way to read the model, the likeliest first."""
         powers = tuple(dict.fromkeys(_POWERS)) if self.heads else _POWERS[:1]
@@ -112,7 +117,7 @@ def probe(
     reading = read(build_model, widths, hints)
     if reading.uncertain:
         raise reading.unknown(reading.uncertain[0])
-    return next(reading.readings())
+    return reading.likeliest
 
 
 def read(build_model: BuildModel, widths: Mapping[str, int], hints: Mapping[str, ParamAxes] | None = None) -> Reading:

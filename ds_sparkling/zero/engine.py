@@ -23,7 +23,7 @@ from torch import nn
 
 from ds_sparkling.config import read_json, sparkling_config
 from ds_sparkling.errors import ConfigError, GrowthError, PlanError, UnsupportedError
-from ds_sparkling.probe import BuildModel, build_on_meta
+from ds_sparkling.probe import BuildModel, check_wide
 from ds_sparkling.record import find_checkpoint
 from ds_sparkling.zero import access
 from ds_sparkling.zero.carry import Carried, preserved_rng
@@ -197,7 +197,7 @@ def _grow(
         with consensus, built_plainly():
             run = replace(run, record=knowing(run.record, [widths] if widths else [], run.build_model, run.config))
             plan = plan_growth(engine, run, widths)
-            build_on_meta(run.build_model, {**run.widths, **widths})
+            check_wide(run.build_model, run.record.axes, run.widths, widths)
             old = access.shards(engine)
             if widths:
                 check_optimizer(engine, run.config.strategy)

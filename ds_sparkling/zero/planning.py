@@ -14,9 +14,9 @@ from ds_sparkling.axes import ParamAxes
 from ds_sparkling.check.proof import prove_function
 from ds_sparkling.check.resolve import find_axes
 from ds_sparkling.config import BLOCK, SparklingConfig
-from ds_sparkling.errors import ConfigError
+from ds_sparkling.errors import ConfigError, PlanError
 from ds_sparkling.growth import GrowthPlan, count_parameters, make_plan
-from ds_sparkling.probe import BuildModel, base_widths, build_on_meta, probe
+from ds_sparkling.probe import BuildModel, base_widths, build_on_meta, check_wide, probe
 from ds_sparkling.record import GrowthRecord, read_record
 from ds_sparkling.routing import active_share
 from ds_sparkling.zero.access import full_shape
@@ -110,15 +110,12 @@ def check_stages(build_model: BuildModel, config: SparklingConfig, record: Growt
             continue
         model = build_on_meta(build_model, widths)
         shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
-        plan = make_plan(shapes, record.axes, widths, stage.widths, config.strategy, stage=number)
+        make_plan(shapes, record.axes, widths, stage.widths, config.strategy, stage=number)
+        try:
+            check_wide(build_model, record.axes, widths, stage.widths)
+        except PlanError as error:
+            raise ConfigError(f"{BLOCK}.stages[{number - 1}]: {error}") from error
         widths = {**widths, **stage.widths}
-        wide = build_on_meta(build_model, widths)
-        for name, param in wide.named_parameters():
-            if tuple(param.shape) != plan.param(name).after:
-                raise ConfigError(
-                    f"{BLOCK}.stages[{number - 1}]: build_model makes {name} {tuple(param.shape)} at {widths}, "
-                    f"planned was {plan.param(name).after}"
-                )
 
 
 def _share(engine: DeepSpeedEngine) -> float:

@@ -256,7 +256,7 @@ def test_experts_per_token_where_the_config_does_not_tell(capsys: pytest.Capture
         (("--config", f"{__name__}:build_unstacked", *TINY[2:], "--experts-per-token", "1"), "stacked experts"),
         (
             ("--config", f"{__name__}:build_rounding", *TINY[2:]),
-            r"makes weight \(3, 64\) at .*12.*planned was \(3, 12\)",
+            r"weight would become \(3, 12\), but build_model makes it \(3, 64\) at .*12",
         ),
         (("--config", "none.json"), "config file none.json doesn't exist"),
         ((*TINY[:4], "--no-picture"), "how many tokens the run has .*: pass --tokens N"),
