@@ -90,13 +90,13 @@ def dims(*axes: str) -> dict[str, Any]:
 
 AXES = {
     "embed_tokens.weight": dims("", "h>"),
-    r"layers\.\d+\.(input|post_attention)_layernorm\.weight": dims("h="),
+    r"layers\.\d+\.(input|post_attention)_layernorm\.weight": {**dims("h="), "norm": "rms"},
     r".*\.(q|k)_norm\.weight": dims(""),
     r".*\.(q|k|v)_proj\.weight": dims("", "h<"),
     r".*\.o_proj\.weight": dims("h>", ""),
     r".*\.router\.gate\.weight": dims("", "h<"),
     r".*\.experts\.w(1|3)": {**dims("", "i>", "h<"), "stacked_experts": True},
     r".*\.experts\.w2": {**dims("", "h>", "i<"), "stacked_experts": True},
-    r"norm\.weight": {**dims("h="), "head_gain": True},
+    r"norm\.weight": {**dims("h="), "norm": "rms", "head_gain": True},
     "empty": dims("", ""),
 }
