@@ -1,5 +1,6 @@
 """Width growth in the middle of training (SPARKLING, arXiv:2602.02472) for models trained with DeepSpeed."""
 
+import pkgutil
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -22,26 +23,21 @@ __all__ = [
 __version__ = "0.1.0"
 
 
+#: Where the public names are. DeepSpeed is imported when the engine room is first asked for, so that growth maths and
+#: tools start without it.
+_PLACES = {
+    "adopt": "ds_sparkling.zero.adopt",
+    "check_growth": "ds_sparkling.check.report",
+    "grow": "ds_sparkling.zero.engine",
+    "grow_if_due": "ds_sparkling.zero.engine",
+    "initialize": "ds_sparkling.zero.engine",
+    "prove_function": "ds_sparkling.check.proof",
+    "rebuild": "ds_sparkling.zero.engine",
+    "recorded_widths": "ds_sparkling.record",
+}
+
+
 def __getattr__(name: str) -> Any:
-    # DeepSpeed is imported when the engine room is first asked for, so that growth maths and tools start without it.
-    if name == "check_growth":
-        from ds_sparkling.check import report
-
-        return report.check_growth
-    if name == "prove_function":
-        from ds_sparkling.check import proof
-
-        return proof.prove_function
-    if name == "recorded_widths":
-        from ds_sparkling.record import recorded_widths
-
-        return recorded_widths
-    if name == "adopt":
-        from ds_sparkling.zero.adopt import adopt
-
-        return adopt
-    if name in __all__:
-        from ds_sparkling.zero import engine
-
-        return getattr(engine, name)
+    if name in _PLACES:
+        return pkgutil.resolve_name(f"{_PLACES[name]}:{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

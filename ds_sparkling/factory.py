@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import pkgutil
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -51,8 +53,11 @@ class HuggingFaceFactory:
 
     def widened(self, widths: Mapping[str, int]) -> dict[str, Any]:
         """The config of the model at other widths."""
+        if not widths:
+            return dict(self.config)
         own = {own_name(self.config, axis): width for axis, width in widths.items()}
-        return {**self.config, **self.head_size, **own} if widths else dict(self.config)
+        aliases = {axis for axis in widths if axis not in own}  # which would take precedence
+        return {**{key: value for key, value in self.config.items() if key not in aliases}, **self.head_size, **own}
 
 
 def own_name(config: Mapping[str, Any], name: str) -> str:
@@ -83,11 +88,13 @@ def import_transformers() -> Any:
 
 
 def named_factory(name: str) -> BuildModel:
-    """What ``module:function`` names.
+    """What ``module:function`` names, in the working directory or installed.
 
     Raises:
         ConfigError: if there is no such thing, or it can't be called.
     """
+    if os.getcwd() not in sys.path:  # installed commands don't have it there
+        sys.path.append(os.getcwd())
     try:
         found = pkgutil.resolve_name(name)
     except (ImportError, AttributeError, ValueError) as error:

@@ -37,3 +37,33 @@ def parse_hints(entries: Mapping[str, Any], where: str) -> dict[str, ParamAxes]:
         except (re.error, KeyError, TypeError, ValueError, AttributeError, PlanError) as error:
             raise ConfigError(f"{where}.{pattern}: {error}") from error
     return hints
+
+
+def match_hints(
+    hints: Mapping[str, ParamAxes], shapes: Mapping[str, tuple[int, ...]], where: str
+) -> dict[str, ParamAxes]:
+    """The axes of the parameters that patterns match.
+
+    Args:
+        shapes: of all parameters.
+        where: what holds the hints, for errors.
+
+    Raises:
+        PlanError: if patterns contradict each other or a parameter's shape, or match nothing.
+    """
+    found: dict[str, ParamAxes] = {}
+    used: set[str] = set()
+    for name, shape in shapes.items():
+        matching = [pattern for pattern in hints if re.fullmatch(pattern, name)]
+        used.update(matching)
+        if len({hints[pattern] for pattern in matching}) > 1:
+            raise PlanError(f"{where}: {name} matches {', '.join(map(repr, matching))}, which differ")
+        if not matching:
+            continue
+        if len(hints[matching[0]].dims) != len(shape):
+            raise PlanError(f"{where}.{matching[0]} has {len(hints[matching[0]].dims)} dims, but {name} is {shape}")
+        found[name] = hints[matching[0]]
+    for pattern in hints:
+        if pattern not in used:
+            raise PlanError(f"{where}.{pattern} matches no parameter")
+    return found

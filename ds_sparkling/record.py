@@ -48,11 +48,19 @@ class StageRecord:
 
 @dataclass(frozen=True)
 class GrowthRecord:
-    """The widths a run started with, what its parameters' dimensions are, and the growths so far."""
+    """The widths a run started with, what its parameters' dimensions are, and the growths so far.
+
+    Attributes:
+        initial_widths: of every axis, grown or not.
+        axes: of the model's parameters as built.
+        stages: the growths.
+        tried: the axes of which ``axes`` is known to be right.
+    """
 
     initial_widths: dict[str, int]
     axes: dict[str, ParamAxes]
     stages: tuple[StageRecord, ...] = ()
+    tried: tuple[str, ...] = ()
 
     @property
     def widths(self) -> dict[str, int]:
@@ -83,6 +91,7 @@ class GrowthRecord:
             "initial_widths": dict(self.initial_widths),
             "widths": self.widths,
             "stages": [stage.to_dict() for stage in self.stages],
+            "tried": list(self.tried),
             "axes": {name: axes.to_dict() for name, axes in self.axes.items()},
         }
 
@@ -97,6 +106,7 @@ class GrowthRecord:
                 StageRecord(s["step"], s["planned_step"], dict(s["widths"]), Strategy.from_dict(s["strategy"]))
                 for s in data["stages"]
             ),
+            tuple(data["tried"]),
         )
 
     def write(self, checkpoint: Path) -> None:

@@ -75,7 +75,7 @@ class _Synthetic(Source):
         ]
         super().__init__(Path(_TAG))
         self.layout = make_layout(Settings(3, ranks, expert_parallel), params, groups)
-        self.record = GrowthRecord(widths, dict(axes))
+        self.record = GrowthRecord(widths, dict(axes), tried=tuple(widths))
         self._config = config
         self._blocks = blocks
         self._noise = torch.randn(2 * BLOCK, generator=torch.Generator().manual_seed(0)) * 0.02

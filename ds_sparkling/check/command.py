@@ -17,17 +17,19 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from ds_sparkling.check.picture import picture, save
+from ds_sparkling.arguments import parse_widths
+from ds_sparkling.check.picture import picture
 from ds_sparkling.check.report import GrowthReport, check_growth
+from ds_sparkling.config import read_json, sparkling_config
 from ds_sparkling.errors import SparklingError
 from ds_sparkling.factory import HuggingFaceFactory, find_factory
+from ds_sparkling.pictures import add_picture_options, check_picture_options, save_picture
 from ds_sparkling.strategy import INIT_PAIRS, Init, Scaling, Strategy
 
 _PAIRS = {f"{fan_out.value}-{fan_in.value}": (fan_out, fan_in) for fan_out, fan_in in INIT_PAIRS}
@@ -43,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         text = json.dumps(report.to_dict()) if options.json else report.describe()
         sys.stdout.write(text + "\n")
         if not options.no_picture:
-            save(picture(report, f"Growing {Path(options.model).name}"), options.output)
+            save_picture(picture(report, f"Growing {Path(options.model).name}"), options.output)
             if not options.json:
                 sys.stdout.write(f"\npicture: {options.output}\n")
     except SparklingError as error:
@@ -55,11 +57,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _check(options: argparse.Namespace) -> GrowthReport:
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
     fan_out, fan_in = _PAIRS[options.init]
     strategy = Strategy(fan_out, fan_in, Init(options.norm), Scaling(options.scaling), seed=options.seed)
     build_model = find_factory(options.model)
+    hints = sparkling_config(read_json(options.deepspeed_config)).axes if options.deepspeed_config else None
     start = dict(options.start)
     if isinstance(build_model, HuggingFaceFactory):
         known = build_model.config
@@ -69,6 +70,7 @@ def _check(options: argparse.Namespace) -> GrowthReport:
         start,
         options.widths,
         strategy,
+        hints=hints,
         as_is=options.as_is,
         dtype=_DTYPES[options.dtype],
         seed=options.seed,
@@ -92,32 +94,16 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of parameters, token ids and new random units")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="the picture, a .png (default: MODEL's name + -growth.png, here)"
+        "--deepspeed_config",
+        type=Path,
+        metavar="FILE",
+        help='DeepSpeed JSON whose "sparkling" block says what parameters are that can\'t be read ("axes")',
     )
-    parser.add_argument("--force", action="store_true", help="overwrite the picture if it exists")
-    parser.add_argument("--no-picture", action="store_true", help="write the text only; needs no matplotlib")
+    add_picture_options(parser, "-growth.png")
     options = parser.parse_args(argv)
     options.widths, options.start = (
-        _widths(parser, "--widths", options.widths),
-        _widths(parser, "--start", options.start),
+        parse_widths(parser, "--widths", options.widths),
+        parse_widths(parser, "--start", options.start),
     )
-    if options.output is None:
-        options.output = Path(f"{Path(options.model).stem.replace(':', '-')}-growth.png")
-    if not options.no_picture:
-        if options.output.suffix != ".png":
-            parser.error(f"--output {options.output}: the picture is a PNG, so its name must end in .png")
-        if options.output.exists() and not options.force:
-            parser.error(f"{options.output} exists; pass --force to overwrite it, or another --output FILE")
+    check_picture_options(parser, options, f"{Path(options.model).stem.replace(':', '-')}-growth.png")
     return options
-
-
-def _widths(parser: argparse.ArgumentParser, option: str, texts: Sequence[str]) -> dict[str, int]:
-    widths: dict[str, int] = {}
-    for text in texts:
-        axis, equals, width = text.partition("=")
-        if not axis or not equals or not width.isdigit() or int(width) < 1:
-            parser.error(f"{option} takes AXIS=WIDTH, got {text!r}")
-        if axis in widths:
-            parser.error(f"{option} names {axis} twice")
-        widths[axis] = int(width)
-    return widths

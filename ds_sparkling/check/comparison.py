@@ -15,7 +15,7 @@ from ds_sparkling.check.instance import Instance
 from ds_sparkling.check.module import grow_into, plan_of, randomize, settled
 from ds_sparkling.errors import PlanError
 from ds_sparkling.growth import GrowthPlan
-from ds_sparkling.probe import key_value_heads, read
+from ds_sparkling.probe import key_value_heads
 from ds_sparkling.strategy import Strategy
 
 #: Largest |difference| over largest |value| of logits that counts as the same function. In float64 a growth that keeps
@@ -103,8 +103,8 @@ def first_runnable(instances: Iterable[Instance], inputs: Inputs | None, dtype: 
                 call = token_call(model, seed) if inputs is None else given_call(inputs)
                 run(model, call)
                 return Runnable(instance, model, call)
-            except NotRunnableError as error:
-                failure = failure or error
+            except PlanError as error:
+                failure = failure or NotRunnableError(str(error))
     raise failure or NotRunnableError("there is no model to run")
 
 
@@ -119,7 +119,7 @@ def fitting_axes(instance: Instance, model: nn.Module, axes: Mapping[str, ParamA
     for name, param in model.named_parameters():
         known = axes.get(name)
         if known is None or len(known.dims) != param.dim():
-            return read(instance, instance.before).likeliest
+            raise NotRunnableError(f"{name} of the small instance isn't in the model that it stands for")
         sizes = zip(known.dims, param.shape, strict=True)
         dims = tuple(_fitting(dim, size, instance.before, shared) for dim, size in sizes)
         fitted[name] = replace(known, dims=dims)

@@ -253,7 +253,7 @@ def _build(build_model: BuildModel, widths: Mapping[str, int]) -> nn.Module:
     """The model on the CPU, always the same, leaving the caller's random state as it was."""
     try:
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-            torch.manual_seed(0)
+            torch.default_generator.manual_seed(0)  # not those of GPUs, which stay as they are
             return build_model(**widths)
     except Exception as error:
         raise PlanError(f"build_model(**{dict(widths)}) failed: {type(error).__name__}: {error}") from error

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ds_sparkling.check.report import GrowthReport
@@ -59,19 +56,3 @@ def picture(report: GrowthReport, title: str) -> Figure:
     for axes in (absolute, ratio):
         axes.grid(alpha=0.3)
     return figure
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Write a PNG, whole or not at all.
-
-    Raises:
-        SparklingError: if it can't be written.
-    """
-    part = path.with_name(f"{path.name}.part")
-    try:
-        figure.savefig(part, format="png")
-        os.replace(part, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        raise SparklingError(f"the picture can't be written to {path}: {error.strerror}") from error

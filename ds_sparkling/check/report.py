@@ -123,6 +123,7 @@ def check_growth(
     strategy: Strategy | None = None,
     inputs: Inputs | None = None,
     *,
+    hints: Mapping[str, ParamAxes] | None = None,
     as_is: bool = False,
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
@@ -138,6 +139,7 @@ def check_growth(
         after: the axes that grow, and their new widths.
         strategy: how they grow.
         inputs: of the model's forward: a mapping, a sequence or a tensor; random token ids by default.
+        hints: what is known of parameters that can't be read, by patterns that match whole names.
         as_is: whether to run the model itself, however large, instead of a small instance.
         dtype: what to run in; float32 where the model's modules don't know it.
         seed: of parameters and token ids.
@@ -146,7 +148,7 @@ def check_growth(
         PlanError: if the model can't grow so or can't be run; the message names what is in the way.
     """
     before = base_widths(build_model, after, widths)
-    axes = _axes(build_model, before, after, inputs)
+    axes = _axes(build_model, before, after, inputs, hints)
     shapes = {name: tuple(param.shape) for name, param in build_on_meta(build_model, before).named_parameters()}
     strategy = strategy or Strategy()
     plan = make_plan(shapes, axes, before, after, strategy, stage=1, active_share=None)
@@ -157,13 +159,17 @@ def check_growth(
 
 
 def _axes(
-    build_model: BuildModel, before: Mapping[str, int], after: Mapping[str, int], inputs: Inputs | None
+    build_model: BuildModel,
+    before: Mapping[str, int],
+    after: Mapping[str, int],
+    inputs: Inputs | None,
+    hints: Mapping[str, ParamAxes] | None,
 ) -> dict[str, ParamAxes]:
     """The axes that keep the function; where none do, the likeliest, for the report to show what is off."""
     try:
-        return find_axes(build_model, before, [tuple(after)], inputs=inputs).axes
+        return find_axes(build_model, before, [tuple(after)], hints, inputs).axes
     except PlanError:
-        return read(build_model, before).likeliest
+        return read(build_model, before, hints).likeliest
 
 
 def _report(plan: GrowthPlan, runnable: Runnable, axes: Mapping[str, ParamAxes], strategy: Strategy) -> GrowthReport:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,15 +11,15 @@ from typing import Any
 
 from ds_sparkling.autoep import BlockNames, block_axes
 from ds_sparkling.axes import ParamAxes
-from ds_sparkling.check.resolve import find_axes
+from ds_sparkling.check.resolve import axes_to_grow
 from ds_sparkling.checkpoint.layout import Param
 from ds_sparkling.checkpoint.metadata import expert_layers
 from ds_sparkling.checkpoint.source import Source
 from ds_sparkling.config import SparklingConfig, read_json
 from ds_sparkling.errors import ConfigError, PlanError
 from ds_sparkling.factory import HuggingFaceFactory, named_factory
-from ds_sparkling.hints import TO_FILL, name_pattern, parse_hints
-from ds_sparkling.probe import BuildModel, base_widths, check_wide, probe
+from ds_sparkling.hints import TO_FILL, match_hints, name_pattern, parse_hints
+from ds_sparkling.probe import BuildModel, UnreadableError, base_widths, check_wide
 
 logger = logging.getLogger(__name__)
 
@@ -33,11 +32,13 @@ class ModelAxes:
         widths: those in force.
         axes: of the checkpoint's parameters, in its names.
         built: of the model as built, in its own names; empty if only the checkpoint's are known.
+        tried: the axes of which that is known for sure.
     """
 
     widths: dict[str, int]
     axes: dict[str, ParamAxes]
     built: dict[str, ParamAxes]
+    tried: tuple[str, ...] = ()
 
 
 class UnknownAxesError(PlanError):
@@ -63,7 +64,7 @@ def checkpoint_axes(source: Source, widths: Mapping[str, int], config: str | Non
     """
     record = source.record
     if config is None:
-        known = record is not None and record.axes and set(widths) <= record.widths.keys()
+        known = record is not None and record.axes and set(widths) <= set(record.tried)
         if record is None or not known:
             raise UnknownAxesError(
                 f"{source.path} has no growth record that knows {', '.join(widths)}; pass --config with the model's "
@@ -73,7 +74,8 @@ def checkpoint_axes(source: Source, widths: Mapping[str, int], config: str | Non
                     dict.fromkeys(widths, TO_FILL) | (record.widths if record is not None else {}),
                 ),
             )
-        return ModelAxes(record.widths, _in_checkpoint(source, record.widths, record.axes), dict(record.axes))
+        axes = _in_checkpoint(source, record.widths, record.axes)
+        return ModelAxes(record.widths, axes, dict(record.axes), record.tried)
     if not Path(config).exists() and ":" in config:
         return _probed(source, widths, block, named_factory(config), None)
     data = read_json(config)
@@ -113,33 +115,17 @@ def _hinted(source: Source, path: Path, data: Mapping[str, Any]) -> ModelAxes:
     for axis, width in widths.items():
         if not isinstance(width, int) or isinstance(width, bool):
             raise ConfigError(f"{path}: widths.{axis} is {width!r}; give the width in force")
-    patterns = {re.compile(pattern): axes for pattern, axes in parse_hints(data["axes"], f"{path}: axes").items()}
-    axes: dict[str, ParamAxes] = {}
-    used = set()
-    unmatched = []
-    for name, param in source.layout.params.items():
-        found = [pattern for pattern in patterns if pattern.fullmatch(name)]
-        used.update(found)
-        if len({patterns[pattern] for pattern in found}) > 1:
-            several = ", ".join(repr(pattern.pattern) for pattern in found)
-            raise PlanError(f"{path}: {name} matches {several}, which differ")
-        if not found:
-            unmatched.append(param)
-        elif len(patterns[found[0]].dims) != len(param.shape):
-            raise PlanError(
-                f"{path}: axes.{found[0].pattern} has {len(patterns[found[0]].dims)} dims, but {name} is {param.shape}"
-            )
-        else:
-            axes[name] = patterns[found[0]]
+    params = source.layout.params
+    where = f"{path}: axes"
+    axes = match_hints(parse_hints(data["axes"], where), {name: param.shape for name, param in params.items()}, where)
+    unmatched = [name for name in params if name not in axes]
     if unmatched:
         raise UnknownAxesError(
-            f"{path} matches no axes to {unmatched[0].name}"
+            f"{path} matches no axes to {unmatched[0]}"
             + (f" and {len(unmatched) - 1} more" if len(unmatched) > 1 else ""),
-            hints(source.layout.params.values(), widths, axes),
+            hints(params.values(), widths, axes),
         )
-    for pattern in patterns:
-        if pattern not in used:
-            raise PlanError(f"{path}: axes.{pattern.pattern} matches no parameter of {source.path}")
+    axes = {name: axes[name] for name in params}
     return ModelAxes(dict(widths), axes, {})
 
 
@@ -154,20 +140,16 @@ def _probed(
     if config is not None:
         given = {axis: config[axis] for axis in widths if axis in config} | given
     before = base_widths(build_model, widths, given)
+    # Axes that have grown must stay what they were taken for.
+    stages = [stage.widths for stage in source.record.stages] if source.record is not None else []
     try:
-        if block.check:
-            # Axes that have grown must stay what they were taken for.
-            stages = source.record.stages if source.record is not None else ()
-            found = find_axes(build_model, before, [widths, *(stage.widths for stage in stages)], block.axes)
-            built = found.axes
-            if not found.proof:
-                logger.warning("whether growing keeps the model's function is not known: %s", found.proof.reason)
-        else:
-            built = probe(build_model, before, block.axes)
-        check_wide(build_model, built, before, widths)
-    except PlanError as error:
+        found = axes_to_grow(build_model, before, [widths], stages, block.strategy, block.axes, check=block.check)
+    except UnreadableError as error:
         raise UnknownAxesError(str(error), hints(source.layout.params.values(), before)) from error
-    return ModelAxes(before, _in_checkpoint(source, before, built), built)
+    check_wide(build_model, found.axes, before, widths)
+    if found.doubt:
+        logger.warning("%s", found.doubt)
+    return ModelAxes(before, _in_checkpoint(source, before, found.axes), found.axes, found.tried)
 
 
 def _in_checkpoint(source: Source, widths: Mapping[str, int], built: Mapping[str, ParamAxes]) -> dict[str, ParamAxes]:

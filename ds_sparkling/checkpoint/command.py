@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from ds_sparkling.arguments import parse_widths
 from ds_sparkling.checkpoint.axes import UnknownAxesError
 from ds_sparkling.checkpoint.expand import FORMATS, Request, expand, prepare
 from ds_sparkling.checkpoint.team import Team
@@ -57,14 +58,7 @@ def _run(request: Request, options: argparse.Namespace, team: Team) -> None:
 
 
 def _request(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Request:
-    widths = {}
-    for text in options.widths:
-        axis, equals, width = text.partition("=")
-        if not equals or not width.isdigit() or int(width) < 1:
-            parser.error(f"--widths takes AXIS=WIDTH, got {text!r}")
-        if axis in widths:
-            parser.error(f"--widths names {axis} twice")
-        widths[axis] = int(width)
+    widths = parse_widths(parser, "--widths", options.widths)
     if options.workers is not None and options.workers < 1:
         parser.error("--workers must be at least 1")
     return Request(

@@ -17,7 +17,7 @@ from ds_sparkling.checkpoint.layout import Shape
 from ds_sparkling.checkpoint.metadata import ExpertLayer, expert_layers, shared_names
 from ds_sparkling.checkpoint.output import OutputFile, Run, Slot
 from ds_sparkling.checkpoint.source import WEIGHT, Source
-from ds_sparkling.errors import CheckpointError
+from ds_sparkling.errors import CheckpointError, ConfigError
 from ds_sparkling.factory import HuggingFaceFactory, own_name
 
 #: Bytes of tensors in one shard, as ``save_pretrained`` has it.
@@ -211,9 +211,16 @@ def widened_config(
     at_first, _ = _with_widths(config, started or {})
     made, missing = _with_widths(at_first, widths)
     if widths and "model_type" in config and "text_config" not in config:
-        # Names that the architecture has for others, and a size of heads that would follow from the new widths.
-        made = HuggingFaceFactory(at_first).widened(widths)
-        missing = [axis for axis in missing if own_name(config, axis) == axis]
+        try:
+            # Names that the architecture has for others, and a size of heads that would follow from the new widths.
+            made = HuggingFaceFactory(at_first).widened(widths)
+            missing = [axis for axis in missing if own_name(config, axis) == axis]
+        except (ConfigError, ValueError) as error:
+            if "hidden_size" in widths and "num_attention_heads" in config and config.get("head_dim") is None:
+                raise CheckpointError(
+                    f"whether the size of heads follows from the hidden size can't be told ({error}); say it in the "
+                    'model\'s config.json: "head_dim"'
+                ) from error
     if missing:
         raise CheckpointError(f"the model's config has no {', '.join(missing)} to set to the new width")
     return made

@@ -16,15 +16,19 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from typing import Any
 
 from transformers import TrainerCallback
 
 import ds_sparkling
+from ds_sparkling.errors import ConfigError, UnsupportedError
 from ds_sparkling.integrations.accelerate import growing
 from ds_sparkling.probe import BuildModel
 
 logger = logging.getLogger(__name__)
+
+_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
 class SparklingCallback(TrainerCallback):
@@ -39,22 +43,59 @@ class SparklingCallback(TrainerCallback):
         build_model: ``build_model(**widths) -> nn.Module``; the Trainer's model must be what it makes.
         checkpoint: what ``trainer.train(resume_from_checkpoint=...)`` is going to get, if anything; the model has to be
             built at the widths recorded there.
+        optimizer, model_parameters: functions that make anew, at a growth, an optimizer that isn't in the DeepSpeed
+            JSON, and its groups; as for :func:`ds_sparkling.adopt`.
     """
 
     def __init__(
-        self, trainer: Any, build_model: BuildModel, *, checkpoint: str | os.PathLike[str] | None = None
+        self,
+        trainer: Any,
+        build_model: BuildModel,
+        *,
+        checkpoint: str | os.PathLike[str] | None = None,
+        optimizer: Callable[..., Any] | None = None,
+        model_parameters: Callable[[Any], Any] | None = None,
     ) -> None:
+        if isinstance(checkpoint, bool):
+            raise ConfigError(
+                "checkpoint must be a path; the latest is transformers.trainer_utils.get_last_checkpoint(output_dir)"
+            )
+        for name in ("neftune_noise_alpha", "use_liger_kernel"):
+            if getattr(trainer.args, name, None):
+                raise UnsupportedError(f"{name}: what it changes in the model would be lost at a growth")
         self.trainer = trainer
-        growing(trainer.accelerator, build_model, checkpoint=checkpoint)
+        self._tokens: dict[str, Any] = {}
+        growing(
+            trainer.accelerator,
+            build_model,
+            checkpoint=checkpoint,
+            optimizer=optimizer,
+            model_parameters=model_parameters,
+        )
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         engine = self.trainer.model_wrapped
         growths = len(engine.sparkling.record.stages)
         ds_sparkling.grow_if_due(engine)
-        if len(engine.sparkling.record.stages) > growths and state.best_model_checkpoint is not None:
-            if state.is_world_process_zero:
-                logger.warning("the best model so far, %s, doesn't fit the grown one", state.best_model_checkpoint)
-            state.best_metric = state.best_model_checkpoint = state.best_global_step = None
+        if len(engine.sparkling.record.stages) == growths:
+            return
+        if state.best_model_checkpoint is not None and state.is_world_process_zero:
+            logger.warning("the best model so far, %s, doesn't fit the grown one", state.best_model_checkpoint)
+        state.best_metric = state.best_model_checkpoint = state.best_global_step = None
+        self._set_up(engine.module)
+
+    def _set_up(self, model: Any) -> None:
+        """Do to the grown model what the Trainer does to a model before it trains."""
+        if self.trainer.args.gradient_checkpointing:
+            settings = self.trainer.args.gradient_checkpointing_kwargs
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+        for name, value in self._tokens.items():
+            setattr(model.config, name, value)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # The Trainer has aligned them with its tokenizer's.
+        config = self.trainer.model.config
+        self._tokens = {name: getattr(config, name) for name in _TOKENS if hasattr(config, name)}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         run = self.trainer.model_wrapped.sparkling

@@ -22,6 +22,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ds_sparkling.arguments import parse_widths
 from ds_sparkling.errors import SparklingError
 from ds_sparkling.pictures import add_picture_options, check_picture_options, save_picture
 from ds_sparkling.planner.costs import Assumptions
@@ -80,9 +81,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add_picture_options(parser, "-plan.png")
     args = parser.parse_args(argv)
-    axes = [axis for axis, _ in args.widths]
-    if len(set(axes)) < len(axes):
-        parser.error("--widths names an axis twice")
+    args.widths = tuple(parse_widths(parser, "--widths", args.widths).items())
     stem = re.sub(r"\W+", "-", args.config) if ":" in args.config else Path(args.config).stem
     check_picture_options(parser, args, f"{stem}-plan.png")
     return args
@@ -94,7 +93,6 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--widths",
         nargs="+",
-        type=_width,
         default=[],
         metavar="AXIS=WIDTH",
         help="one growth to these widths, in place of the config's stages",
@@ -146,13 +144,6 @@ def _add_assumptions(parser: argparse.ArgumentParser) -> None:
         ("--engine-start", Assumptions.engine_start, "seconds to construct an engine, its broadcast apart"),
     ):
         group.add_argument(option, type=float, default=default, metavar="X", help=f"{text} (default: %(default)g)")
-
-
-def _width(text: str) -> tuple[str, int]:
-    axis, equals, width = text.partition("=")
-    if not axis or not equals or not width.isdigit() or int(width) < 1:
-        raise argparse.ArgumentTypeError(f"takes AXIS=WIDTH, got {text!r}")
-    return axis, int(width)
 
 
 def _share(text: str) -> float:

@@ -99,6 +99,7 @@ def probe_model(
     given: Mapping[str, int] | None,
     final: Mapping[str, int],
     experts_per_token: int | None = None,
+    hints: Mapping[str, ParamAxes] | None = None,
 ) -> Model:
     """Probe the model, and check what was found against the model at its ``final`` widths.
 
@@ -108,12 +109,13 @@ def probe_model(
         given: widths to start with, where they aren't the model's own.
         final: the widths of ``axes`` after the last growth.
         experts_per_token: how many experts a token is routed to, if the model's config doesn't tell.
+        hints: what is known of parameters that can't be read, by patterns that match whole names.
 
     Raises:
         PlanError: if something isn't known or doesn't fit; the message says what to do.
     """
     widths = base_widths(build_model, axes, given)
-    found = read(build_model, widths).likeliest
+    found = read(build_model, widths, hints).likeliest
     built = build_on_meta(build_model, widths)
     shapes = {name: tuple(param.shape) for name, param in built.named_parameters()}
     frozen = frozenset(name for name, param in built.named_parameters() if not param.requires_grad)

@@ -122,7 +122,7 @@ def read_subject(reference: str, options: Options) -> Subject:
     steps = options.steps or planned_steps(config)
     stages = _stages(config, options, steps)
     final = {axis: width for _, widths in stages for axis, width in widths.items()}
-    model = probe_model(build_model, final, block.widths, final, options.experts_per_token)
+    model = probe_model(build_model, final, block.widths, final, options.experts_per_token, block.axes)
     growths, widths = [], model.widths
     for number, (share, after) in enumerate(stages, start=1):
         model.plan(widths, after, block.strategy, number)

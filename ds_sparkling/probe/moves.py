@@ -48,7 +48,7 @@ def find_moves(build_model: BuildModel, widths: Mapping[str, int]) -> Moves:
     shapes = _shapes(build_on_meta(build_model, widths))
     changes: dict[tuple[str, int], dict[str, tuple[int, int]]] = {}
     for axis in widths:
-        before, after = _pair(build_model, widths, axis)
+        before, after = pair(build_model, widths, axis)
         _check_state(before, after, axis)
         small, large = _shapes(before), _shapes(after)
         for name, shape in small.items():
@@ -92,7 +92,7 @@ def _coupled(widths: Mapping[str, int], axes: Collection[str], size: int, double
     return next((Move(axis, size // widths[axis], coupled=True) for axis in order if size % widths[axis] == 0), None)
 
 
-def _pair(build_model: BuildModel, widths: Mapping[str, int], axis: str) -> tuple[nn.Module, nn.Module]:
+def pair(build_model: BuildModel, widths: Mapping[str, int], axis: str) -> tuple[nn.Module, nn.Module]:
     """The model before and after ``axis`` doubles; if it can't alone, both with other widths doubled, too."""
     failure: PlanError | None = None
     for others in _supports(widths, axis):

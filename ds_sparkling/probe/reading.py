@@ -9,22 +9,25 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
 
 from ds_sparkling.axes import Dim, ParamAxes, Role
 from ds_sparkling.errors import PlanError
-from ds_sparkling.hints import TO_FILL, name_pattern
+from ds_sparkling.hints import TO_FILL, match_hints, name_pattern
 from ds_sparkling.probe.build import BuildModel, build_on_meta
-from ds_sparkling.probe.moves import HEADS, KEY_VALUE_HEADS, Move, find_moves
+from ds_sparkling.probe.moves import HEADS, KEY_VALUE_HEADS, Move, find_moves, pair
 from ds_sparkling.probe.roles import Candidates, Place, candidates
 
 #: Powers of its own width that a model may multiply embeddings and logits by, the likeliest pairs first.
 _PAIRS = tuple(itertools.product((0.0, 0.5, -0.5, 1.0, -1.0), repeat=2))
 _POWERS = ((0.0, 0.0), (0.5, 0.0), (0.0, -1.0), *sorted(_PAIRS, key=lambda pair: sum(map(bool, pair))))
+
+
+class UnreadableError(PlanError):
+    """What a parameter's dimensions are can't be told."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +61,9 @@ class Reading:
     heads: Mapping[str, Head]
     descriptions: Mapping[str, str]
 
-    def unknown(self, name: str) -> PlanError:
+    def unknown(self, name: str) -> UnreadableError:
         """The error for a parameter that nobody can be sure of, with the hint to fill in."""
-        return PlanError(self.descriptions[name])
+        return UnreadableError(self.descriptions[name])
 
     @property
     def uncertain(self) -> list[str]:
@@ -77,7 +80,7 @@ class Reading:
         powers = tuple(dict.fromkeys(_POWERS)) if self.heads else _POWERS[:1]
         open_kinds = [kind for kind, found in self.candidates.items() if len(found.options) > 1]
         options = [len(self.candidates[kind].options) for kind in open_kinds]
-        for rank, *ranks in sorted(itertools.product(*map(range, (len(powers), *options))), key=sum):
+        for rank, *ranks in _by_sum([len(powers), *options]):
             chosen = dict(zip(open_kinds, ranks, strict=True))
             axes = {
                 name: found.options[chosen.get(kind, 0)]
@@ -96,6 +99,22 @@ class Reading:
             for change in changes:
                 changed.update(change)
             yield changed
+
+
+def _by_sum(sizes: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """All tuples of numbers below ``sizes``, those with the smallest sums first, one at a time."""
+
+    def of_sum(total: int, sizes: Sequence[int]) -> Iterator[tuple[int, ...]]:
+        if not sizes:
+            if total == 0:
+                yield ()
+            return
+        for first in range(min(total + 1, sizes[0])):
+            for rest in of_sum(total - first, sizes[1:]):
+                yield (first, *rest)
+
+    for total in range(sum(size - 1 for size in sizes) + 1):
+        yield from of_sum(total, sizes)
 
 
 def probe(
@@ -130,15 +149,16 @@ def read(build_model: BuildModel, widths: Mapping[str, int], hints: Mapping[str,
     kinds: dict[str, tuple[str, ...]] = {}
     found: dict[str, Candidates] = {}
     descriptions: dict[str, str] = {}
-    patterns = {re.compile(pattern): axes for pattern, axes in (hints or {}).items()}
+    shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
+    hinted = match_hints(hints or {}, shapes, "axes")
     for name, _ in model.named_parameters():
         place = _place(model, name)
         moving = {position: moves[name, position] for position in range(len(place.shape)) if (name, position) in moves}
-        given = next((axes for pattern, axes in patterns.items() if pattern.fullmatch(name)), None)
+        given = hinted.get(name)
         options = candidates(place, moving) if given is None else Candidates((given,), True)
         descriptions[name] = _description(place, moving)
         if not options.options:
-            raise PlanError(descriptions[name])
+            raise UnreadableError(descriptions[name])
         # Layers may have parameters of one name that aren't alike.
         kind = f"{name_pattern(name)} {options}"
         kinds[kind] = (*kinds.get(kind, ()), name)
@@ -187,9 +207,7 @@ def _groups(build_model: BuildModel, widths: Mapping[str, int], axes: Mapping[st
             groups[heads] = shared[0]
         if widths.keys() & set(KEY_VALUE_HEADS):
             continue  # if no parameter carries them, as under latent attention, heads are not grouped
-        counts = []
-        for width in (widths[heads], 2 * widths[heads]):
-            counts.append(key_value_heads(build_on_meta(build_model, {**widths, heads: width})))
+        counts = [key_value_heads(model) for model in pair(build_model, widths, heads)]
         if counts[0] is not None and counts[0] == counts[1] and widths[heads] % counts[0] == 0:
             groups[heads] = counts[0]
     return groups

@@ -122,6 +122,8 @@ def _stacked(place: Place) -> bool:
 def _norm(place: Place) -> Norm | None:
     if len(place.shape) != 1 or not any(part in place.kind for part in ("norm", "rms")):
         return None
+    if place.is_of_torch and not isinstance(place.owner, nn.LayerNorm | nn.RMSNorm):
+        return None  # norms over groups or batches
     return Norm.LAYER if "layernorm" in place.kind else Norm.RMS
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
 
 from ds_sparkling.config import sparkling_config
-from ds_sparkling.errors import ConfigError, GrowthError, PlanError
+from ds_sparkling.errors import ConfigError, GrowthError, PlanError, UnsupportedError
 from ds_sparkling.probe import BuildModel
 from ds_sparkling.record import find_checkpoint
 from ds_sparkling.zero import access
@@ -19,10 +21,12 @@ from ds_sparkling.zero.carry import preserved_rng
 from ds_sparkling.zero.consensus import Consensus
 from ds_sparkling.zero.engine import check_factories, fit_out
 from ds_sparkling.zero.huggingface import built_plainly
-from ds_sparkling.zero.planning import plan_growth, starting_record
+from ds_sparkling.zero.planning import agreed, plan_growth, starting_record
 from ds_sparkling.zero.run import GrowingRun
 from ds_sparkling.zero.stepping import check_optimizer
 from ds_sparkling.zero.support import refuse_unsupported
+
+logger = logging.getLogger(__name__)
 
 
 def adopt(
@@ -39,7 +43,8 @@ def adopt(
     """Let an engine grow that ``deepspeed.initialize`` has made, in whosever hands it is.
 
     Collective; call it right after the engine has been made, before a checkpoint is loaded. Such an engine grows in
-    place: the engine object and the model in it become the grown ones, wherever they are held. Its DeepSpeed config
+    place: the engine object and the model in it become the grown ones, wherever they are held; not so the optimizer and
+    the scheduler that ``deepspeed.initialize`` returned: take ``engine.optimizer`` after a growth. Its DeepSpeed config
     has the ``"sparkling"`` block. A checkpoint before a growth is written only if that block has a ``checkpoint_dir``.
 
     Args:
@@ -66,6 +71,9 @@ def adopt(
     ds_config = copy.deepcopy(engine.config)
     block = sparkling_config(ds_config)
     refuse_unsupported(ds_config)
+    unsaved = block.stages and block.checkpoint_before_growth and block.checkpoint_dir is None
+    if unsaved and on_growth is None and engine.global_rank == 0:
+        logger.warning("no checkpoint_dir is known, so no checkpoint is written before a growth")
     consensus = Consensus("adopting the engine")
     with consensus, preserved_rng(), built_plainly():
         _check_remade(engine, optimizer, lr_scheduler, model_parameters)
@@ -84,6 +92,7 @@ def adopt(
         )
         _check_widths(engine, run)
     consensus.settle()
+    run = replace(run, record=agreed(run.record))
     fit_out(engine, run)
     if block.stages:
         check_optimizer(engine, block.strategy)
@@ -92,7 +101,18 @@ def adopt(
 
 def _check_remade(engine: DeepSpeedEngine, optimizer: object, lr_scheduler: object, model_parameters: object) -> None:
     """Raise ConfigError for what was passed to ``deepspeed.initialize`` and a growth couldn't make anew."""
+    if engine.mpu is not None:
+        raise UnsupportedError("mpu: model parallelism beyond expert parallelism can't be combined with growth yet")
+    if engine.optimizer is None:
+        raise ConfigError("the engine has no optimizer, so there is no training to grow in the middle of")
     groups = [group for group in access.base_optimizer(engine).param_groups if not group.get("moe")]
+    trained = {name for name, param in engine.module.named_parameters() if param.requires_grad}
+    stepped = {name for names in access.group_names(engine) for name in names}
+    if model_parameters is None and stepped != trained:
+        raise ConfigError(
+            f"the engine's optimizer leaves out {sorted(trained - stepped)[:3]}, and a growth has to make its groups "
+            "anew: pass model_parameters=lambda model: ..., or freeze them inside build_model"
+        )
     for name, used, factory in (
         ("optimizer", engine.client_optimizer is not None, optimizer),
         ("lr_scheduler", engine.client_lr_scheduler is not None, lr_scheduler),

@@ -33,7 +33,7 @@ from ds_sparkling.zero.huggingface import built_plainly, weights_initialized
 from ds_sparkling.zero.in_place import take_place
 from ds_sparkling.zero.monitoring import close_monitors, hook_monitors, mark_growth
 from ds_sparkling.zero.naming import expert_slices
-from ds_sparkling.zero.planning import knowing, parameter_counts, plan_growth, starting_record
+from ds_sparkling.zero.planning import agreed, knowing, parameter_counts, plan_growth, starting_record
 from ds_sparkling.zero.regrow import move
 from ds_sparkling.zero.run import GrowingRun, at_boundary, run_of
 from ds_sparkling.zero.stepping import check_optimizer, hook_step
@@ -108,7 +108,7 @@ def initialize(
             "lr_scheduler": lr_scheduler,
             "model_parameters": model_parameters,
         },
-        record,
+        agreed(record),
         directory if block.checkpoint_before_growth else None,
     )
     engine = _engine(run)
@@ -195,7 +195,10 @@ def _grow(
     with preserved_rng():
         consensus = Consensus("planning the growth")
         with consensus, built_plainly():
-            run = replace(run, record=knowing(run.record, [widths] if widths else [], run.build_model, run.config))
+            record = knowing(run.record, [widths] if widths else [], run.build_model, run.config)
+        consensus.settle()
+        run = replace(run, record=agreed(record))
+        with consensus, built_plainly():
             plan = plan_growth(engine, run, widths)
             check_wide(run.build_model, run.record.axes, run.widths, widths)
             old = access.shards(engine)

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from deepspeed import comm as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from ds_sparkling.axes import ParamAxes
 from ds_sparkling.check.proof import prove_function
-from ds_sparkling.check.resolve import find_axes
+from ds_sparkling.check.resolve import Found, axes_to_grow
 from ds_sparkling.config import BLOCK, SparklingConfig
 from ds_sparkling.errors import ConfigError, PlanError
 from ds_sparkling.growth import GrowthPlan, count_parameters, make_plan
-from ds_sparkling.probe import BuildModel, base_widths, build_on_meta, check_wide, probe
+from ds_sparkling.probe import BuildModel, base_widths, build_on_meta, check_wide
 from ds_sparkling.record import GrowthRecord, read_record
 from ds_sparkling.routing import active_share
 from ds_sparkling.zero.access import full_shape
@@ -66,27 +66,33 @@ def knowing(
     Raises:
         PlanError: names the parameter that can't be told, or the module that a growth would change.
     """
-    grown = [axis for growth in growths for axis in growth]
-    widths = base_widths(build_model, [*record.widths, *grown], record.widths)
-    if not record.axes or widths.keys() != record.widths.keys() or (growths and not record.stages):
-        # Axes that have grown must stay what they were taken for.
-        sets = [tuple(growth) for growth in (*growths, *(stage.widths for stage in record.stages))]
-        axes = _axes(build_model, widths, sets, config)
+    wanted = [axis for growth in growths for axis in growth]
+    widths = base_widths(build_model, [*record.widths, *wanted], record.widths)
+    known = record.axes and widths.keys() == record.widths.keys() and set(wanted) <= set(record.tried)
+    doubts = []
+    if not known:
+        grown = [stage.widths for stage in record.stages]
+        found = axes_to_grow(build_model, widths, growths, grown, config.strategy, config.axes, check=config.check)
         started = {axis: record.initial_widths.get(axis, width) for axis, width in widths.items()}
-        record = replace(record, initial_widths=started, axes=axes)
-    for growth in growths if config.check else []:
-        proof = prove_function(build_model, record.axes, widths, growth, config.strategy)
-        if not proof and dist.get_rank() == 0:
-            logger.warning("whether growing keeps the model's function is not known: %s", proof.reason)
+        record = replace(record, initial_widths=started, axes=found.axes, tried=found.tried)
+        doubts += [found.doubt] if growths and config.check else []
+    elif config.check:
+        proofs = [prove_function(build_model, record.axes, widths, growth, config.strategy) for growth in growths]
+        doubts += [Found(record.axes, proof, record.tried).doubt for proof in proofs]
+    for doubt in filter(None, doubts):
+        if dist.get_rank() == 0:
+            logger.warning("%s", doubt)
     return record
 
 
-def _axes(
-    build_model: BuildModel, widths: Mapping[str, int], sets: Sequence[Collection[str]], config: SparklingConfig
-) -> dict[str, ParamAxes]:
-    if config.check:
-        return find_axes(build_model, widths, sets, config.axes).axes
-    return probe(build_model, widths, config.axes)
+def agreed(record: GrowthRecord) -> GrowthRecord:
+    """The first rank's record, on all ranks. Collective.
+
+    What a model is read as rests on comparing floats, which processors of different makes may see differently.
+    """
+    box = [record.to_dict()]
+    torch.distributed.broadcast_object_list(box, src=0)
+    return GrowthRecord.from_dict(box[0])
 
 
 def starting_record(build_model: BuildModel, config: SparklingConfig, checkpoint: Path | None) -> GrowthRecord:

@@ -37,6 +37,7 @@ def move(plan: GrowthPlan, old: dict[str, Shard], engine: DeepSpeedEngine, conse
     slices = expert_slices(engine)
     with consensus:
         _check_shapes(plan, new, slices)
+    consensus.settle()
     names = tqdm(list(old), desc="growing", unit="tensor", disable=engine.global_rank != 0, leave=False)
     for name in names:
         source, target = old.pop(name), new.pop(name)

@@ -323,7 +323,7 @@ def test_state_follows_the_optimizer(
     ("arguments", "message"),
     [
         (("--widths", "hidden_size"), "takes AXIS=WIDTH, got 'hidden_size'"),
-        (("--widths", "hidden_size=4", "hidden_size=8"), "--widths names an axis twice"),
+        (("--widths", "hidden_size=4", "hidden_size=8"), "--widths names hidden_size twice"),
         (("--at", "1"), "must be a share between 0 and 1, got 1"),
         (("--world-size", "0"), "must be positive, got 0"),
         (("--tokens", "-1"), "must be positive, got -1"),

@@ -205,11 +205,31 @@ def test_probing_is_the_first_reading_where_that_is_sure() -> None:
 
 def test_a_hint_settles_what_it_matches_whole() -> None:
     hint = ParamAxes((FIXED, Dim(W, Role.FAN_OUT)))
-    reading = read(two_matrices, {W: 4}, {r"layers_a\.\d+\.weight": hint, "layers_b": hint})
+    reading = read(two_matrices, {W: 4}, {r"layers_a\.\d+\.weight": hint})
     assert reading.uncertain == ["layers_b.0.weight"]
     for axes in reading.readings():
         assert axes["layers_a.0.weight"] == axes["layers_a.1.weight"] == hint
     assert len(list(reading.readings())) == 2
+
+
+@pytest.mark.parametrize(
+    ("hints", "message"),
+    [
+        ({"layers_b": ParamAxes((FIXED, FIXED))}, "axes.layers_b matches no parameter"),
+        ({r"layers_a\.0\.weight": ParamAxes((FIXED,))}, "has 1 dims, but layers_a.0.weight is"),
+        ({".*": ParamAxes((FIXED, FIXED)), "layers_a.*": ParamAxes((Dim(W, Role.FAN_OUT), FIXED))}, "which differ"),
+    ],
+)
+def test_hints_that_fit_nothing_are_refused(hints: dict[str, ParamAxes], message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        read(two_matrices, {W: 4}, hints)
+
+
+def test_readings_of_many_open_kinds_are_made_one_at_a_time() -> None:
+    def build_model(width: int) -> nn.Module:
+        return nn.ModuleDict({f"part_{i}x": Holder(weight=(width, width)) for i in range(60)})
+
+    assert len(list(itertools.islice(read(build_model, {W: 4}).readings(), 100))) == 100
 
 
 def test_a_hint_overrides_what_a_modules_type_tells() -> None:
