@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ds_sparkling.benchmarks import families
+
 _SIZES: dict[str, Any] = {
     "vocab_size": 64,
     "num_hidden_layers": 2,
@@ -11,120 +13,6 @@ _SIZES: dict[str, Any] = {
     "max_position_embeddings": 64,
 }
 _OWN: dict[str, dict[str, Any]] = {
-    "qwen3_moe": {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "moe_intermediate_size": 24,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [0],
-        "tie_word_embeddings": False,
-    },
-    "qwen2_moe": {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "moe_intermediate_size": 24,
-        "shared_expert_intermediate_size": 40,
-        "num_key_value_heads": 2,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-    },
-    "mixtral": {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_key_value_heads": 2,
-        "num_local_experts": 4,
-        "num_experts_per_tok": 2,
-        "head_dim": 8,
-    },
-    "deepseek_v2": {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "moe_intermediate_size": 24,
-        "num_key_value_heads": 4,
-        "n_routed_experts": 4,
-        "num_experts_per_tok": 2,
-        "n_shared_experts": 2,
-        "q_lora_rank": 16,
-        "kv_lora_rank": 12,
-        "qk_nope_head_dim": 8,
-        "qk_rope_head_dim": 4,
-        "v_head_dim": 6,
-        "first_k_dense_replace": 1,
-        "topk_method": "greedy",
-        "n_group": 1,
-        "topk_group": 1,
-    },
-    "deepseek_v3": {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "moe_intermediate_size": 24,
-        "num_key_value_heads": 4,
-        "n_routed_experts": 4,
-        "num_experts_per_tok": 2,
-        "n_shared_experts": 2,
-        "q_lora_rank": 16,
-        "kv_lora_rank": 12,
-        "qk_nope_head_dim": 8,
-        "qk_rope_head_dim": 4,
-        "v_head_dim": 6,
-        "first_k_dense_replace": 1,
-        "n_group": 2,
-        "topk_group": 1,
-    },
-    "olmoe": {
-        "hidden_size": 32,
-        "intermediate_size": 24,
-        "num_key_value_heads": 2,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-    },
-    "gpt_oss": {
-        "hidden_size": 32,
-        "intermediate_size": 24,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "num_local_experts": 4,
-        "num_experts_per_tok": 2,
-        "sliding_window": 4,
-        "layer_types": ["sliding_attention", "full_attention"],
-    },
-    "glm4_moe": {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "moe_intermediate_size": 24,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "n_routed_experts": 4,
-        "num_experts_per_tok": 2,
-        "n_shared_experts": 1,
-        "first_k_dense_replace": 1,
-        "n_group": 1,
-        "topk_group": 1,
-        "use_qk_norm": True,
-        "attention_bias": True,
-    },
-    "llama": {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_key_value_heads": 2,
-    },
-    "qwen3": {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "tie_word_embeddings": True,
-    },
-    "gemma": {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-    },
     "gemma2": {
         "hidden_size": 32,
         "intermediate_size": 48,
@@ -136,9 +24,6 @@ _OWN: dict[str, dict[str, Any]] = {
         "intermediate_size": 48,
         "num_key_value_heads": 2,
         "head_dim": 8,
-    },
-    "gpt2": {
-        "hidden_size": 32,
     },
     "phi": {
         "hidden_size": 32,
@@ -245,5 +130,8 @@ _OWN: dict[str, dict[str, Any]] = {
     },
 }
 
-#: model_type -> config
-FAMILIES: dict[str, dict[str, Any]] = {family: {"model_type": family, **_SIZES, **own} for family, own in _OWN.items()}
+#: model_type -> config: the families of the README's table, and others.
+FAMILIES: dict[str, dict[str, Any]] = {
+    **{family.config["model_type"]: dict(family.config) for family in families.FAMILIES},
+    **{family: {"model_type": family, **_SIZES, **own} for family, own in _OWN.items()},
+}

@@ -52,6 +52,7 @@ _COMMON = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+_GPT2 = {key: value for key, value in _COMMON.items() if key not in ("intermediate_size", "num_key_value_heads")}
 _EXPERTS = {"moe_intermediate_size": 24, "num_experts_per_tok": 2}
 _DEEPSEEK = {
     **_EXPERTS,
@@ -106,7 +107,7 @@ FAMILIES = (
     Family("Llama", {"model_type": "llama", **_COMMON}),
     Family("Qwen3", {"model_type": "qwen3", **_COMMON, "head_dim": 8, "tie_word_embeddings": True}),
     Family("Gemma", {"model_type": "gemma", **_COMMON, "head_dim": 8, "tie_word_embeddings": True}),
-    Family("GPT-2", {"model_type": "gpt2", **_COMMON, "tie_word_embeddings": True}),
+    Family("GPT-2", {"model_type": "gpt2", **_GPT2, "tie_word_embeddings": True}),
 )  # fmt: skip
 
 #: Widths that hang together, smallest set first: where heads hang on the hidden width, they have to grow along.
