@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ds_sparkling.axes import Role
-from ds_sparkling.check.resolve import find_axes
+from ds_sparkling.check.resolve import axes_to_grow, find_axes
 from ds_sparkling.errors import PlanError
+from ds_sparkling.strategy import Scaling, Strategy
 
 VOCABULARY, TOKENS = 40, 16
 
@@ -108,3 +109,32 @@ def test_without_a_growth_nothing_is_tried() -> None:
     found = find_axes(factory(layout="turns"), WIDTHS, [])
     assert not found.proof
     assert found.axes.keys() == dict(Model(8, 12, "turns", "", False).named_parameters()).keys()
+
+
+def test_only_axes_that_were_tried_count_as_known() -> None:
+    """Growing the width alone doesn't tell how gate and up lie; a later growth of the inner width has to find out."""
+    assert find_axes(factory(layout="turns"), WIDTHS, [("width",)]).tried == ("width",)
+    assert find_axes(factory(layout="turns"), WIDTHS, [("width",), ("inner",)]).tried == ("inner", "width")
+    assert find_axes(factory(layout="turns"), WIDTHS, []).tried == ()
+
+
+def test_a_growth_with_scaling_function_is_tried_at_its_own_ratio() -> None:
+    """The norm divides by the RMS of what isn't the width alone, which no rule sees: the MLP is as wide as it."""
+
+    class Square(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.tokens, self.norm, self.last = nn.Embedding(VOCABULARY, width), nn.RMSNorm(width), nn.RMSNorm(width)
+            self.up, self.down = nn.Linear(width, width, bias=False), nn.Linear(width, width, bias=False)
+            self.head = nn.Linear(width, VOCABULARY, bias=False)
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            x = self.tokens(input_ids)
+            x = x + self.down(nn.functional.silu(self.up(self.norm(x))))
+            logits: Tensor = self.head(self.last(x))
+            return logits
+
+    function = Strategy(scaling=Scaling.FUNCTION)
+    assert axes_to_grow(Square, {"width": 32}, [{"width": 64}], [], function).proof
+    with pytest.raises(PlanError, match="growing width would change the model's function: with scaling 'function'"):
+        axes_to_grow(Square, {"width": 32}, [{"width": 48}], [], function)
