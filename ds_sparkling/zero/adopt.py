@@ -6,7 +6,6 @@ import copy
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 from deepspeed.runtime.engine import DeepSpeedEngine
@@ -15,7 +14,7 @@ from torch import nn
 from ds_sparkling.config import sparkling_config
 from ds_sparkling.errors import ConfigError, GrowthError, PlanError, UnsupportedError
 from ds_sparkling.probe import BuildModel
-from ds_sparkling.record import find_checkpoint
+from ds_sparkling.record import GrowthRecord, find_checkpoint
 from ds_sparkling.zero import access
 from ds_sparkling.zero.carry import preserved_rng
 from ds_sparkling.zero.consensus import Consensus
@@ -75,24 +74,31 @@ def adopt(
     if unsaved and on_growth is None and engine.global_rank == 0:
         logger.warning("no checkpoint_dir is known, so no checkpoint is written before a growth")
     consensus = Consensus("adopting the engine")
-    with consensus, preserved_rng(), built_plainly():
-        _check_remade(engine, optimizer, lr_scheduler, model_parameters)
+
+    def starting() -> GrowthRecord:
         found = find_checkpoint(checkpoint, tag) if checkpoint is not None else None
         record = starting_record(build_model, block, found)
         if record.stages and engine.global_steps:
             raise GrowthError("adopt the engine before it loads a checkpoint, which knows about growths")
-        run = GrowingRun(
-            build_model,
-            ds_config,
-            block,
-            {"optimizer": optimizer, "lr_scheduler": lr_scheduler, "model_parameters": model_parameters},
-            record,
-            block.checkpoint_dir if block.checkpoint_before_growth else None,
-            on_growth=on_growth or (lambda _engine: None),
-        )
+        return record
+
+    with consensus:
+        _check_remade(engine, optimizer, lr_scheduler, model_parameters)
+    consensus.settle()
+    with preserved_rng():
+        record = agreed(starting, consensus)
+    run = GrowingRun(
+        build_model,
+        ds_config,
+        block,
+        {"optimizer": optimizer, "lr_scheduler": lr_scheduler, "model_parameters": model_parameters},
+        record,
+        block.checkpoint_dir if block.checkpoint_before_growth else None,
+        on_growth=on_growth or (lambda _engine: None),
+    )
+    with consensus, preserved_rng(), built_plainly():
         _check_widths(engine, run)
     consensus.settle()
-    run = replace(run, record=agreed(run.record))
     fit_out(engine, run)
     if block.stages:
         check_optimizer(engine, block.strategy)

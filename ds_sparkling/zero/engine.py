@@ -9,8 +9,10 @@ from __future__ import annotations
 import copy
 import logging
 import os
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,8 @@ from torch import nn
 
 from ds_sparkling.config import read_json, sparkling_config
 from ds_sparkling.errors import ConfigError, GrowthError, PlanError, UnsupportedError
-from ds_sparkling.probe import BuildModel, check_wide
-from ds_sparkling.record import find_checkpoint
+from ds_sparkling.probe import BuildModel, build_on_meta, check_wide
+from ds_sparkling.record import GrowthRecord, find_checkpoint
 from ds_sparkling.zero import access
 from ds_sparkling.zero.carry import Carried, preserved_rng
 from ds_sparkling.zero.checkpoints import hook_checkpoints
@@ -93,11 +95,14 @@ def initialize(
     if block.stages and block.checkpoint_before_growth and directory is None and dist.get_rank() == 0:
         logger.warning("no checkpoint directory is known, so none is written before a growth; pass checkpoint=DIR")
     consensus = Consensus("planning")
-    with consensus, preserved_rng(), built_plainly():
-        universal = bool((ds_config.get("checkpoint") or {}).get("load_universal"))
+    universal = bool((ds_config.get("checkpoint") or {}).get("load_universal"))
+
+    def starting() -> GrowthRecord:
         found = find_checkpoint(directory, tag, universal=universal) if directory is not None else None
-        record = starting_record(build_model, block, found)
-    consensus.settle()
+        return starting_record(build_model, block, found)
+
+    with preserved_rng():
+        record = agreed(starting, consensus)
     run = GrowingRun(
         build_model,
         ds_config,
@@ -108,7 +113,7 @@ def initialize(
             "lr_scheduler": lr_scheduler,
             "model_parameters": model_parameters,
         },
-        agreed(record),
+        record,
         directory if block.checkpoint_before_growth else None,
     )
     engine = _engine(run)
@@ -194,10 +199,8 @@ def _grow(
         )
     with preserved_rng():
         consensus = Consensus("planning the growth")
-        with consensus, built_plainly():
-            record = knowing(run.record, [widths] if widths else [], run.build_model, run.config)
-        consensus.settle()
-        run = replace(run, record=agreed(record))
+        growths = [widths] if widths else []
+        run = replace(run, record=agreed(partial(knowing, run.record, growths, run.build_model, run.config), consensus))
         with consensus, built_plainly():
             plan = plan_growth(engine, run, widths)
             check_wide(run.build_model, run.record.axes, run.widths, widths)
@@ -260,6 +263,10 @@ def _engine(run: GrowingRun, group: Any = None) -> DeepSpeedEngine:
         config_dict_or_path=copy.deepcopy(config),
         enabled=zero_stage(config) == 3,
     )
+    if "transformers" not in sys.modules:
+        # build_model may import it only when called, and it has to be there before weights_initialized looks at it.
+        with preserved_rng():
+            build_on_meta(run.build_model, run.widths)
     with weights_initialized(), partitioned:
         model = run.build_model(**run.widths)
     if isinstance(model, PipelineModule):

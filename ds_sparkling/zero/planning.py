@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from deepspeed import comm as dist
@@ -20,6 +21,8 @@ from ds_sparkling.probe import BuildModel, base_widths, build_on_meta, check_wid
 from ds_sparkling.record import GrowthRecord, read_record
 from ds_sparkling.routing import active_share
 from ds_sparkling.zero.access import full_shape
+from ds_sparkling.zero.consensus import Consensus
+from ds_sparkling.zero.huggingface import built_plainly
 from ds_sparkling.zero.naming import engine_axes, expert_slices
 from ds_sparkling.zero.run import GrowingRun
 
@@ -80,17 +83,24 @@ def knowing(
         proofs = [prove_function(build_model, record.axes, widths, growth, config.strategy) for growth in growths]
         doubts += [Found(record.axes, proof, record.tried).doubt for proof in proofs]
     for doubt in filter(None, doubts):
-        if dist.get_rank() == 0:
-            logger.warning("%s", doubt)
+        logger.warning("%s", doubt)
     return record
 
 
-def agreed(record: GrowthRecord) -> GrowthRecord:
-    """The first rank's record, on all ranks. Collective.
+def agreed(find: Callable[[], GrowthRecord], consensus: Consensus) -> GrowthRecord:
+    """The record that the first rank finds, on all ranks. Collective.
 
-    What a model is read as rests on comparing floats, which processors of different makes may see differently.
+    One rank is enough to try growths out, and what a model is read as rests on comparing floats, which processors of
+    different makes may see differently.
+
+    Raises:
+        SparklingError: on all ranks, what ``find`` raises on the first.
     """
-    box = [record.to_dict()]
+    box: list[Any] = [None]
+    with consensus, built_plainly():
+        if dist.get_rank() == 0:
+            box = [find().to_dict()]
+    consensus.settle()
     torch.distributed.broadcast_object_list(box, src=0)
     return GrowthRecord.from_dict(box[0])
 
