@@ -21,6 +21,7 @@ from ds_sparkling.strategy import (
     OptimizerState,
     Rewarmup,
     Scaling,
+    Split,
     Strategy,
 )
 
@@ -92,12 +93,14 @@ class SparklingConfig:
             },
         )
         init = _mapping(block.get("init", {}), f"{BLOCK}.init")
-        _check_keys(init, f"{BLOCK}.init", {"fan_out", "fan_in", "norm", "vocabulary"})
+        _check_keys(init, f"{BLOCK}.init", {"fan_out", "fan_in", "norm", "vocabulary", "split", "perturbation"})
         strategy = Strategy(
             fan_out=_choice(init, f"{BLOCK}.init", "fan_out", Init.COPY),
             fan_in=_choice(init, f"{BLOCK}.init", "fan_in", Init.COPY),
             norm=_choice(init, f"{BLOCK}.init", "norm", Init.COPY),
             vocabulary=_choice(init, f"{BLOCK}.init", "vocabulary", NewIndex.MEAN),
+            split=Split.parse(init.get("split", str(Strategy.split))),
+            perturbation=_number(init.get("perturbation", Strategy.perturbation), f"{BLOCK}.init.perturbation"),
             scaling=_choice(block, BLOCK, "scaling", Scaling.RMS),
             optimizer_state=_choice(block, BLOCK, "optimizer_state", OptimizerState.ASYMMETRIC_RESET),
             rewarmup=_rewarmup(block.get("rewarmup", {})),
@@ -243,12 +246,15 @@ def _boolean(block: Mapping[str, Any], key: str) -> bool:
 def _rewarmup(value: Any) -> Rewarmup:
     path = f"{BLOCK}.rewarmup"
     block = _mapping(value, path)
-    _check_keys(block, path, {"ratio", "steps", "scope", "curve"})
+    _check_keys(block, path, {"ratio", "steps", "scope", "curve", "faster_decay", "from_step"})
+    from_step = block.get("from_step")
     return Rewarmup(
         ratio=_number(block.get("ratio", Rewarmup.ratio), f"{path}.ratio"),
         steps=_integer(block.get("steps", Rewarmup.steps), f"{path}.steps"),
         scope=_choice(block, path, "scope", Rewarmup.scope),
         curve=_choice(block, path, "curve", Rewarmup.curve),
+        faster_decay=_number(block.get("faster_decay", Rewarmup.faster_decay), f"{path}.faster_decay"),
+        from_step=None if from_step is None else _integer(from_step, f"{path}.from_step"),
     )
 
 

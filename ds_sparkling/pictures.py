@@ -36,8 +36,8 @@ def check_picture_options(parser: argparse.ArgumentParser, args: argparse.Namesp
         parser.error(f"{args.output} exists; pass --force to overwrite it, or another --output FILE")
 
 
-def empty_picture(title: str, xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
-    """A figure of 800 x 400 pixels and its axes.
+def empty_figure(width: float, height: float) -> Figure:
+    """A figure of ``width`` x ``height`` hundred pixels.
 
     Raises:
         SparklingError: if matplotlib isn't installed.
@@ -48,7 +48,16 @@ def empty_picture(title: str, xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
         raise SparklingError(
             "drawing needs matplotlib: pip install 'ds-sparkling[plots]', or pass --no-picture for the text alone"
         ) from None
-    figure = Figure(figsize=(8, 4), dpi=100, layout="constrained")
+    return Figure(figsize=(width, height), dpi=100, layout="constrained")
+
+
+def empty_picture(title: str, xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
+    """A figure of 800 x 400 pixels and its axes.
+
+    Raises:
+        SparklingError: if matplotlib isn't installed.
+    """
+    figure = empty_figure(8, 4)
     return figure, figure.add_subplot(title=title, xlabel=xlabel, ylabel=ylabel)
 
 

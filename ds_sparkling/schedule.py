@@ -32,15 +32,35 @@ def warmup_cosine(t: float, *, warmup: int, total: int, start: float, peak: floa
 
 @dataclass(frozen=True)
 class CosineBase:
-    """What is left of a base schedule in its cosine phase.
+    """A base schedule in its cosine phase.
 
     Attributes:
         remaining: T - t_e, steps until it reaches its end.
         ends: eta_min of every parameter group.
+        total: T, steps from its start to its end.
+        warmup: T_w, those of them before the cosine.
     """
 
     remaining: int
     ends: tuple[float, ...]
+    total: int
+    warmup: int
+
+    def peak(self, group: int, start: float) -> float:
+        """eta_max of a group, by the rate ``start`` at which it now stands."""
+        done = (self.total - self.remaining - self.warmup) / (self.total - self.warmup)
+        end = self.ends[group]
+        return end + 2.0 * (start - end) / (1.0 + math.cos(math.pi * done))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, for a checkpoint."""
+        return {**vars(self), "ends": list(self.ends)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> CosineBase:
+        """What :meth:`to_dict` gave; without the last two keys, as earlier versions wrote it, too."""
+        remaining = data["remaining"]
+        return cls(remaining, tuple(data["ends"]), data.get("total", remaining), data.get("warmup", 0))
 
 
 @dataclass(frozen=True)
@@ -69,10 +89,23 @@ class Birth:
         """eta_new of parameter group ``group``, whose base rate is now ``base_rate``.
 
         With a cosine base, f(t - t_e; tau_w, T - t_e, eta_e, rho eta_e, eta_min) (Eq. 27-28) until the base's end, and
-        the base rate from there on. Otherwise the base rate times a factor that goes from 1 to rho in tau_w steps.
+        the base rate from there on; a faster decay has less than T - t_e steps for it. If it goes on from another step
+        t_s of the base schedule, f(t_s + t - t_e; T_w, T, 0, eta_max, eta_min), which may not come to its end by T.
+        Without a cosine base, the base rate times a factor that goes from 1 to rho in tau_w steps.
         """
         ratio, steps = self.rewarmup.ratio, self.rewarmup.steps
-        if self.rewarmup.scope is Scope.NONE or (self.base is not None and self.age >= self.base.remaining):
+        if self.rewarmup.scope is Scope.NONE:
+            return base_rate
+        if self.base is not None and self.rewarmup.from_step is not None:
+            return warmup_cosine(
+                self.rewarmup.from_step + self.age,
+                warmup=self.base.warmup,
+                total=self.base.total,
+                start=0.0,
+                peak=self.base.peak(group, self.starts[group]),
+                end=self.base.ends[group],
+            )
+        if self.base is not None and self.age >= self.base.remaining:
             return base_rate
         if self.base is None:
             return base_rate * (1.0 + (ratio - 1.0) * (self.age / steps if self.age < steps else 1.0))
@@ -80,7 +113,7 @@ class Birth:
         return warmup_cosine(
             self.age,
             warmup=steps,
-            total=self.base.remaining,
+            total=round(self.base.remaining * (1.0 - self.rewarmup.faster_decay)),
             start=start,
             peak=ratio * start,
             end=self.base.ends[group],
@@ -91,7 +124,7 @@ class Birth:
         return {
             "rewarmup": self.rewarmup.to_dict(),
             "starts": list(self.starts),
-            "base": None if self.base is None else {"remaining": self.base.remaining, "ends": list(self.base.ends)},
+            "base": None if self.base is None else self.base.to_dict(),
             "restart": self.restart,
             "age": self.age,
         }
@@ -102,7 +135,7 @@ class Birth:
         return cls(
             Rewarmup.from_dict(data["rewarmup"]),
             tuple(data["starts"]),
-            None if base is None else CosineBase(base["remaining"], tuple(base["ends"])),
+            None if base is None else CosineBase.from_dict(base),
             data["restart"],
             data["age"],
         )

@@ -38,20 +38,7 @@ def run(checkpoint: Path, out: Path, widths: Mapping[str, int] | None = None, **
 
 def block_of(strategy: Strategy, path: Path) -> Path:
     """A DeepSpeed config at ``path`` with the ``"sparkling"`` block of ``strategy``."""
-    block = {
-        "init": {
-            "fan_out": strategy.fan_out.value,
-            "fan_in": strategy.fan_in.value,
-            "norm": strategy.norm.value,
-            "vocabulary": strategy.vocabulary.value,
-        },
-        "scaling": strategy.scaling.value,
-        "optimizer_state": strategy.optimizer_state.value,
-        "rewarmup": strategy.rewarmup.to_dict(),
-        "bias_correction": strategy.bias_correction.value,
-        "seed": strategy.seed,
-    }
-    path.write_text(json.dumps({"sparkling": block}))
+    path.write_text(json.dumps({"sparkling": strategy.to_dict()}))
     return path
 
 

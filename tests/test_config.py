@@ -232,9 +232,9 @@ def test_a_wrong_value_is_named_by_its_path(block: dict[str, Any], path: str, mo
 @pytest.mark.parametrize(
     ("path", "wrap", "known"),
     [
-        ("sparkling.init.fan_out", lambda value: {"init": {"fan_out": value}}, "copy, random, zero"),
-        ("sparkling.init.fan_in", lambda value: {"init": {"fan_in": value}}, "copy, random, zero"),
-        ("sparkling.init.norm", lambda value: {"init": {"norm": value}}, "copy, random, zero"),
+        ("sparkling.init.fan_out", lambda value: {"init": {"fan_out": value}}, "cancel, copy, random, zero"),
+        ("sparkling.init.fan_in", lambda value: {"init": {"fan_in": value}}, "cancel, copy, random, zero"),
+        ("sparkling.init.norm", lambda value: {"init": {"norm": value}}, "cancel, copy, random, zero"),
         ("sparkling.init.vocabulary", lambda value: {"init": {"vocabulary": value}}, "mean, random"),
         ("sparkling.scaling", lambda value: {"scaling": value}, "function, none, rms"),
         ("sparkling.optimizer_state", lambda value: {"optimizer_state": value}, "asymmetric_reset, asymm"),
@@ -286,6 +286,7 @@ def test_only_the_papers_init_pairs_are_strategies() -> None:
 
 def test_a_zero_gain_is_refused() -> None:
     assert "init.norm" in refusal({"init": {"norm": "zero"}})
+    assert "init.norm" in refusal({"init": {"norm": "cancel"}})
 
 
 @pytest.mark.parametrize(
@@ -303,10 +304,78 @@ def test_function_scaling_is_refused_where_it_can_not_hold(init: dict[str, str],
     assert sparkling_config({"sparkling": {"init": init, "scaling": "rms"}}).strategy.scaling is Scaling.RMS
 
 
-@pytest.mark.parametrize("pair", [("copy", "copy"), ("zero", "copy"), ("random", "zero")])
+@pytest.mark.parametrize("pair", [("copy", "copy"), ("zero", "copy"), ("random", "zero"), ("random", "cancel")])
 def test_function_scaling_is_accepted_where_it_can_hold(pair: tuple[str, str]) -> None:
     block = {"init": {"fan_out": pair[0], "fan_in": pair[1]}, "scaling": "function"}
     assert sparkling_config({"sparkling": block}).strategy.scaling is Scaling.FUNCTION
+
+
+@pytest.mark.parametrize("init", [{"split": "1:2"}, {"split": "random"}, {"perturbation": 0.1}])
+@pytest.mark.parametrize("other", [{"fan_out": "zero"}, {"fan_out": "random", "fan_in": "cancel"}, {"norm": "random"}])
+def test_what_is_done_to_twins_needs_copies_on_all_sides(init: dict[str, Any], other: dict[str, str]) -> None:
+    assert "copied on all sides" in refusal({"init": {**init, **other}})
+    assert sparkling_config({"sparkling": {"init": init}}).strategy.all_copied
+
+
+@pytest.mark.parametrize("value", ["half", "1:", "1:2:3", "-1:2", "0:0", "inf:1", "nan:1", 0.5, None, [1, 2]])
+def test_a_split_that_makes_no_sense_is_named(value: Any) -> None:
+    text = refusal({"init": {"split": value}})
+    assert text.startswith("init.split must be")
+    assert repr(value) in text
+
+
+@pytest.mark.parametrize(
+    ("text", "shares", "name"),
+    [
+        ("1:2", (1.0, 2.0), "1:2"),
+        ("0.5:0.5", (0.5, 0.5), "0.5:0.5"),
+        ("1:0", (1.0, 0.0), "1:0"),
+        ("random", None, "random"),
+    ],
+)
+def test_a_split_is_read(text: str, shares: tuple[float, float] | None, name: str) -> None:
+    strategy = sparkling_config({"sparkling": {"init": {"split": text}}}).strategy
+    assert (strategy.split.shares, str(strategy.split)) == (shares, name)
+    assert Strategy.from_dict(json.loads(json.dumps(strategy.to_dict()))) == strategy
+    assert strategy.split.even == (text == "0.5:0.5")
+
+
+@pytest.mark.parametrize(
+    ("rewarmup", "named"),
+    [
+        ({"faster_decay": 1.0}, "faster_decay"),
+        ({"faster_decay": -0.1}, "faster_decay"),
+        ({"faster_decay": 0.25, "curve": "factor"}, "'factor'"),
+        ({"from_step": 10}, "ratio 1, steps 0"),
+        ({"from_step": -1, "ratio": 1, "steps": 0}, "from_step"),
+        ({"from_step": 10, "ratio": 1, "steps": 0, "curve": "factor"}, "'factor'"),
+        ({"from_step": 1.5, "ratio": 1, "steps": 0}, "integer"),
+        ({"faster_decay": "much"}, "number"),
+    ],
+)
+def test_a_decay_that_makes_no_sense_is_refused(rewarmup: dict[str, Any], named: str) -> None:
+    text = refusal({"rewarmup": rewarmup})
+    assert "rewarmup" in text
+    assert named in text
+
+
+@pytest.mark.parametrize(
+    "path", sorted(Path(__file__).parents[1].glob("configs/strategies/*.json")), ids=lambda p: p.stem
+)
+def test_the_recipes_are_strategies(path: Path) -> None:
+    block = json.loads(path.read_text())
+    strategy = sparkling_config({"sparkling": block}).strategy
+    assert strategy.units_meaning
+    assert strategy.rewarmup.meaning
+
+
+def test_strategies_of_checkpoints_from_before_they_had_these_keys_are_read() -> None:
+    data = Strategy().to_dict()
+    for key in ("split", "perturbation"):
+        del data["init"][key]
+    for key in ("faster_decay", "from_step"):
+        del data["rewarmup"][key]
+    assert Strategy.from_dict(data) == Strategy()
 
 
 # -- files ---------------------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ def birth(age: int, base: CosineBase | None, **rewarmup: object) -> Birth:
 
 
 def test_new_elements_follow_eq_27_and_28_in_every_group() -> None:
-    base = CosineBase(remaining=1000, ends=(0.001, 0.002))
+    base = CosineBase(remaining=1000, ends=(0.001, 0.002), total=2000, warmup=60)
     for age, group, expected in [
         (0, 0, 0.01),
         (125, 0, 0.01 * 1.15),
@@ -53,7 +53,7 @@ def test_new_elements_follow_eq_27_and_28_in_every_group() -> None:
 
 @pytest.mark.parametrize("age", [1000, 1001, 5000])
 def test_once_the_base_is_at_its_end_new_elements_are_on_it(age: int) -> None:
-    assert birth(age, CosineBase(1000, (0.001, 0.002))).rate(0, 0.00123) == 0.00123
+    assert birth(age, CosineBase(1000, (0.001, 0.002), 2000, 60)).rate(0, 0.00123) == 0.00123
 
 
 @pytest.mark.parametrize(("age", "factor"), [(0, 1.0), (1, 1.15), (2, 1.3), (3, 1.3), (10**6, 1.3)])
@@ -61,7 +61,7 @@ def test_without_a_cosine_the_base_rate_gets_a_factor(age: int, factor: float) -
     assert birth(age, None, ratio=1.3, steps=2).rate(1, 0.7) == pytest.approx(0.7 * factor, rel=1e-12)
 
 
-@pytest.mark.parametrize("base", [None, CosineBase(1000, (0.001, 0.002))])
+@pytest.mark.parametrize("base", [None, CosineBase(1000, (0.001, 0.002), 2000, 60)])
 def test_a_rewarmup_of_no_steps_starts_at_its_peak(base: CosineBase | None) -> None:
     assert birth(0, base, ratio=1.5, steps=0).rate(0, 0.01) == pytest.approx(0.015, rel=1e-12)
 
@@ -87,7 +87,10 @@ def test_scope_all_lifts_older_elements_and_none_lifts_nobody() -> None:
         Birth,
         st.builds(Rewarmup, st.floats(0.1, 10), st.integers(0, 10**6), st.sampled_from(Scope), st.sampled_from(Curve)),
         st.tuples(rates, rates),
-        st.none() | st.builds(CosineBase, st.integers(0, 10**6), st.tuples(rates, rates)),
+        st.none()
+        | st.builds(
+            CosineBase, st.integers(0, 10**6), st.tuples(rates, rates), st.integers(0, 10**6), st.integers(0, 9)
+        ),
         st.booleans(),
         st.integers(0, 10**6),
     )

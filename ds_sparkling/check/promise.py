@@ -50,21 +50,21 @@ def promise_of(plan: GrowthPlan, dtype: torch.dtype) -> Promise:
     """What the plan's strategy promises at its ratios, computed in ``dtype``.
 
     Copies at integer ratios, and scaling "function" at all ratios, keep the function. Scaling "rms" otherwise keeps
-    RMS, up to chance. Units that are zero on one side are rescaled like random ones (App. B), so they start out up to
-    ``sqrt(d/d')`` smaller per axis, and only whole layers are held to that. Scaling "none" promises nothing.
+    RMS, up to chance. Units that are zero on one side, or cancel each other, are rescaled like random ones (App. B), so
+    they start out up to ``sqrt(d/d')`` smaller per axis, and only whole layers are held to that. Scaling "none"
+    promises nothing.
     """
     strategy = plan.strategy
-    copies = {strategy.fan_out, strategy.fan_in, strategy.norm} == {Init.COPY}
     integer = all(growth.after % growth.before == 0 for growth in plan.growths)
     exact = tolerance(dtype)
-    if strategy.scaling is Scaling.FUNCTION or (copies and integer and strategy.scaling is Scaling.RMS):
+    if strategy.scaling is Scaling.FUNCTION or (strategy.all_copied and integer and strategy.scaling is Scaling.RMS):
         return Promise(f"the same function: logits differ by at most {exact:g} of the largest", exact, {})
     if strategy.scaling is Scaling.NONE:
         return Promise("nothing: scaling 'none' keeps neither the function nor RMS", None, {})
-    if Init.ZERO in (strategy.fan_out, strategy.fan_in):
+    if Init.ZERO in (strategy.fan_out, strategy.fan_in) or strategy.cancels:
         least = math.sqrt(math.prod(growth.before / growth.after for growth in plan.growths)) / LAYER_BAND
         return Promise(
-            f"RMS of a layer's output, with units that are zero at first: {least:.3g} to {LAYER_BAND:g} of before",
+            f"RMS of a layer's output, with units that add nothing at first: {least:.3g} to {LAYER_BAND:g} of before",
             None,
             {Place.LAYER: (least, LAYER_BAND)},
         )

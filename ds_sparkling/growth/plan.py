@@ -73,7 +73,7 @@ class GrowthPlan:
 
     def scales(self) -> dict[str, UnitScales]:
         """The :class:`UnitScales` of every grown axis."""
-        return {growth.axis: unit_scales(growth, self.strategy) for growth in self.growths}
+        return {growth.axis: unit_scales(growth, self.strategy, self.stage) for growth in self.growths}
 
     def parameters(self, *, active: bool = False) -> tuple[int, int]:
         """Total (or active per token) parameters before and after.
@@ -139,10 +139,7 @@ class GrowthPlan:
             lines.append(
                 f"  compute saved     {self.compute_saved(fraction):.1%} of training the wide model throughout"
             )
-        lines.append(
-            f"  new units         {self.strategy.pair}; norm gains {self.strategy.norm.value}; "
-            f"tokens {self.strategy.vocabulary.value}"
-        )
+        lines.append(f"  new units         {self.strategy.units_meaning}")
         lines.append(f"  rescaled by       {self.strategy.scaling.value}: the factors below")
         lines.append(
             f"  optimizer state   {self.strategy.optimizer_state.value}: {self.strategy.optimizer_state.meaning}"

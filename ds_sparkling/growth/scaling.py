@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ds_sparkling.axes import Dim, Role
 from ds_sparkling.errors import PlanError
-from ds_sparkling.growth.units import check_widths, multiplicities
+from ds_sparkling.growth.random import stream_key, uniform
+from ds_sparkling.growth.units import check_widths, multiplicities, old_units, source_units
 from ds_sparkling.strategy import Init, Scaling, Strategy
 
 
@@ -100,8 +101,25 @@ class UnitScales:
         return torch.ones_like(self.gain)
 
 
-def unit_scales(growth: AxisGrowth, strategy: Strategy) -> UnitScales:
-    """The factors of every unit of one grown axis.
+def consumed_shares(growth: AxisGrowth, strategy: Strategy, stage: int) -> Tensor:
+    """What share of its even one each unit keeps of the columns that consume its twins; float64 of shape [d'].
+
+    Over the twins of a unit they are 1 in the mean. Random ones are uniform on the simplex.
+    """
+    sizes = growth.before, growth.after, growth.groups
+    source, m = source_units(*sizes), multiplicities(*sizes).double()
+    if strategy.split.shares is None:
+        units = torch.arange(growth.after)
+        parts = -uniform(stream_key(strategy.seed, stage, f"split/{growth.axis}"), units).log()
+    else:
+        old, copy = strategy.split.shares
+        parts = torch.where(old_units(*sizes), old, copy).double()
+    totals = torch.zeros(growth.before, dtype=torch.float64).index_add_(0, source, parts)[source]
+    return torch.where(m > 1, m * parts / totals, 1.0)
+
+
+def unit_scales(growth: AxisGrowth, strategy: Strategy, stage: int = 1) -> UnitScales:
+    """The factors of every unit of one grown axis at growth ``stage``.
 
     ``function`` with copies divides each consuming column by its source's multiplicity. On a normed axis whose ratio
     isn't an integer that alone would change the RMS that RMSNorm divides by, so unit ``j`` is also produced
@@ -114,6 +132,7 @@ def unit_scales(growth: AxisGrowth, strategy: Strategy) -> UnitScales:
     d, d_new = growth.before, growth.after
     ones = torch.ones(d_new, dtype=torch.float64)
     m = multiplicities(d, d_new, growth.groups).double()
+    shares = ones if strategy.split.even else consumed_shares(growth, strategy, stage)
     if strategy.scaling is Scaling.FUNCTION and growth.rigid:
         if strategy.fan_out is not Init.COPY:
             raise PlanError(
@@ -129,12 +148,12 @@ def unit_scales(growth: AxisGrowth, strategy: Strategy) -> UnitScales:
         a = (d_new / d / m).sqrt() if growth.normed else ones
         return UnitScales(
             fan_out=a,
-            fan_in=1 / (m * a),
+            fan_in=shares / (m * a),
             gain=ones,
-            head_gain=ones * (d / d_new),
-            fan_out_gradient=1 / (m * a),
+            head_gain=shares * (d / d_new),
+            fan_out_gradient=shares / (m * a),
             fan_in_gradient=a,
-            gain_gradient=1 / m,
+            gain_gradient=shares / m,
             head_gain_gradient=a * a,
             stretch=d_new / d,
         )
@@ -152,7 +171,7 @@ def unit_scales(growth: AxisGrowth, strategy: Strategy) -> UnitScales:
         factor = 1.0
     # Zero units don't add to the RMS that RMSNorm divides by, so old units come out of it this much larger.
     louder = math.sqrt(d_new / d) if growth.normed and strategy.fan_out is Init.ZERO else 1.0
-    scaled = ones * factor
+    scaled = shares * factor
     return UnitScales(
         fan_out=ones,
         fan_in=scaled,

@@ -62,6 +62,35 @@ def multiplicities(before: int, after: int, groups: tuple[int, int] = (1, 1)) ->
     return torch.bincount(source, minlength=before)[source]
 
 
+def twin_units(before: int, after: int, groups: tuple[int, int] = (1, 1)) -> Tensor:
+    """All units with the same source as each unit, itself included; int64 of shape [most twins, after], -1 for none."""
+    source = source_units(before, after, groups)
+    order = source.argsort(stable=True)
+    counts = torch.bincount(source, minlength=before)
+    first = counts.cumsum(0) - counts
+    twins = []
+    for place in range(int(counts.max())):
+        found = order[(first[source] + place).clamp(max=after - 1)]
+        twins.append(torch.where(place < counts[source], found, -1))
+    return torch.stack(twins)
+
+
+def paired_units(before: int, after: int, groups: tuple[int, int] = (1, 1)) -> tuple[Tensor, Tensor]:
+    """The new units in pairs: the first half of them with the second, in order.
+
+    Returns:
+        The first of its pair for every unit (itself for an old one), int64 of shape [after]; and a sign of the same
+        shape, 1, or -1 for the second of a pair, or 0 for a new unit that is left over.
+    """
+    new = (~old_units(before, after, groups)).nonzero().flatten()
+    half = len(new) // 2
+    first, sign = torch.arange(after), torch.ones(after, dtype=torch.float64)
+    first[new[half : 2 * half]] = new[:half]
+    sign[new[half:]] = -1.0
+    sign[new[2 * half :]] = 0.0
+    return first, sign
+
+
 def birth_of_units(widths: Sequence[int], groups: Sequence[int] | int = 1) -> Tensor:
     """Birth stage of every unit of an axis that went through ``widths``; uint8 of shape [widths[-1]].
 

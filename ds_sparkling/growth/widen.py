@@ -20,15 +20,19 @@ from torch import Tensor
 
 from ds_sparkling.axes import FIXED, Dim, Role
 from ds_sparkling.errors import PlanError
+from ds_sparkling.growth.noise import ZeroSumNoise
 from ds_sparkling.growth.plan import GrowthPlan, ParamPlan
 from ds_sparkling.growth.random import standard_normal, stream_key
 from ds_sparkling.growth.scaling import AxisGrowth, UnitScales
 from ds_sparkling.growth.spread import Spread, column_mean, row_mean, spread
-from ds_sparkling.growth.units import old_units, source_units
+from ds_sparkling.growth.units import old_units, paired_units, source_units
 from ds_sparkling.strategy import Init, NewIndex, OptimizerState, Strategy
 
 #: Elements drawn at a time; bounds the temporaries of random initialisation.
 _DRAW_CHUNK = 1 << 16
+
+#: Elements of a perturbed weight that are made at a time.
+_NOISE_CHUNK = 1 << 20
 
 #: A factor: the same for all indices, or float64 per index.
 Scale = float | Tensor
@@ -41,7 +45,7 @@ STATE_DEGREES = {"exp_avg": 1, "momentum_buffer": 1, "exp_avg_sq": 2, "max_exp_a
 
 # What the entries of an index of a dimension are. Of two dimensions, the larger value decides for the element.
 _OLD, _COPY, _MEAN, _RANDOM, _ZERO = range(5)
-_KIND = {Init.COPY: _COPY, Init.RANDOM: _RANDOM, Init.ZERO: _ZERO}
+_KIND = {Init.COPY: _COPY, Init.RANDOM: _RANDOM, Init.ZERO: _ZERO, Init.CANCEL: _RANDOM}
 _INDEX_KIND = {NewIndex.MEAN: _MEAN, NewIndex.RANDOM: _RANDOM}
 
 
@@ -61,10 +65,19 @@ class Statistics:
 
 @dataclass(frozen=True)
 class _DimMap:
-    """Source index and kind of every index of a dimension, int64 and uint8 of shape [size after]."""
+    """What every index of a dimension is, by tensors of shape [size after].
+
+    Attributes:
+        source: the old index that it is or comes from, int64.
+        kind: one of the kinds above, uint8.
+        drawn_as: the index whose random entries it has, int64: its own, or that of the first of its pair.
+        sign: what random entries are multiplied with, float64; None for 1.
+    """
 
     source: Tensor
     kind: Tensor
+    drawn_as: Tensor
+    sign: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -92,6 +105,7 @@ class Widener:
     def __init__(self, plan: GrowthPlan, name: str, experts: tuple[int, int] | None = None) -> None:
         self.param: ParamPlan = plan.param(name)
         self.strategy: Strategy = plan.strategy
+        self._stage = plan.stage
         self._key = stream_key(plan.strategy.seed, plan.stage, name)
         if experts is not None and not self.param.axes.stacked_experts:
             raise PlanError(f"{name} isn't a tensor of stacked experts, so it has no slice {experts}")
@@ -103,6 +117,7 @@ class Widener:
             self.after = (last - first, *self.param.after[1:])
         else:
             self.before, self.after = self.param.before, self.param.after
+        self._first_expert = first
         self._first_element = first * math.prod(self.param.after[1:])
         self._dims = self.param.axes.dims
         self._growths: dict[str | None, AxisGrowth] = {growth.axis: growth for growth in plan.growths}
@@ -134,7 +149,17 @@ class Widener:
         if statistics is None:
             statistics = self.statistics(elements)
         actions = {_OLD: "copy", _COPY: "copy", _MEAN: "mean", _RANDOM: "draw", _ZERO: "zero"}
-        self._fill(elements, out, start, actions, self._weight_scales, statistics, self.param.axes.offset)
+        offset = self.param.axes.offset
+        if self._noise is None:
+            self._fill(elements, out, start, actions, self._weight_scales, statistics, offset)
+            return
+        wide = torch.float32 if out.itemsize < 4 else out.dtype
+        for first in range(0, out.numel(), _NOISE_CHUNK):
+            piece = out[first : first + _NOISE_CHUNK]
+            exact = torch.empty_like(piece, dtype=wide)
+            self._fill(elements, exact, start + first, actions, self._weight_scales, statistics, offset)
+            self._noise.add(exact, start + first, statistics.spreads)
+            piece.copy_(exact)
 
     def statistics(self, old: Tensor | Elements) -> Statistics:
         """What the new entries need to know of all of ``old``.
@@ -144,7 +169,7 @@ class Widener:
         """
         elements, numel = self._elements(old), math.prod(self.before)
         spreads: tuple[Spread, ...] = ()
-        if self._has(_RANDOM):
+        if self._has(_RANDOM) or self._noise is not None:
             size = numel // self._matrices
             spreads = tuple(spread(elements, matrix * size, (matrix + 1) * size) for matrix in range(self._matrices))
         if not self._has(_MEAN):
@@ -163,14 +188,15 @@ class Widener:
         actions = dict.fromkeys((_OLD, _COPY, _MEAN, _RANDOM, _ZERO), "zero")
         if mode is not OptimizerState.DROP:
             actions[_OLD] = "copy"
-        if mode is OptimizerState.COPY:
+        if mode.copies:
             actions[_COPY] = "copy"
         scales: list[Scale] = [1.0] * len(self._dims)
-        if mode is OptimizerState.ASYMMETRIC_RESET_SCALED:
+        if mode.rescales:
             if key not in STATE_DEGREES:
+                plain = "copy" if mode.copies else "asymmetric_reset"
                 raise PlanError(
-                    f"optimizer state {key!r} has no known degree in the gradient, so 'asymmetric_reset_scaled' can't "
-                    f"rescale it (known: {', '.join(STATE_DEGREES)}); use 'asymmetric_reset'"
+                    f"optimizer state {key!r} has no known degree in the gradient, so {mode.value!r} can't rescale it "
+                    f"(known: {', '.join(STATE_DEGREES)}); use {plain!r}"
                 )
             scales = [scale ** STATE_DEGREES[key] for scale in self._gradient_scales]
         self._fill(self._elements(old), out, start, actions, scales, Statistics(), 0.0)
@@ -205,12 +231,19 @@ class Widener:
     def _dim_map(self, dim: Dim, size: int) -> _DimMap:
         growth = self._growths.get(dim.axis)
         if growth is None:
-            return _DimMap(torch.arange(size), torch.full((size,), _OLD, dtype=torch.uint8))
+            unmoved = torch.arange(size)
+            return _DimMap(unmoved, torch.full((size,), _OLD, dtype=torch.uint8), unmoved)
         sizes = growth.before, growth.after, growth.groups
         new = torch.tensor([self._new_kind(dim, segment) for segment in range(dim.segments)], dtype=torch.uint8)
         old = old_units(*sizes)[dim.units(growth.after)]
         kind = torch.where(old, _OLD, new[dim.segment(growth.after)])
-        return _DimMap(dim.sources(source_units(*sizes), growth.before), kind)
+        if not self.strategy.cancels:
+            return _DimMap(dim.sources(source_units(*sizes), growth.before), kind, torch.arange(size))
+        # Copies that belong to a pair of units (biases of a convolution, say) must be the same for both.
+        first, sign = paired_units(*sizes)
+        source = dim.sources(source_units(*sizes)[first], growth.before)
+        drawn_as = dim.sources(first, growth.after)
+        return _DimMap(source, kind, drawn_as, sign[dim.units(growth.after)] if dim.role is Role.FAN_IN else None)
 
     def _new_kind(self, dim: Dim, segment: int) -> int:
         if dim.role is Role.GAIN:
@@ -232,6 +265,24 @@ class Widener:
     def _index_is_last(self) -> bool:
         """Whether the columns of a matrix are indices, as of an unembedding that is stored as [width, tokens]."""
         return len(self._dims) > 1 and self._dims[-1].role is Role.INDEX
+
+    @cached_property
+    def _noise(self) -> ZeroSumNoise | None:
+        """What perturbs the columns that consume twins, if anything does."""
+        grown = [place for place, dim in enumerate(self._dims) if dim.role is Role.FAN_IN and dim.axis in self._scales]
+        if not grown or not self.strategy.perturbation:
+            return None
+        place = grown[-1]
+        return ZeroSumNoise(
+            key=stream_key(self.strategy.seed, self._stage, f"perturbation/{self.param.name}"),
+            dim=self._dims[place],
+            place=place,
+            growth=self._growths[self._dims[place].axis],
+            sources=tuple(dim_map.source for dim_map in self._maps),
+            first=self._first_expert,
+            strength=self.strategy.perturbation,
+            matrices=self._matrices,
+        )
 
     @cached_property
     def _matrices(self) -> int:
@@ -272,6 +323,19 @@ class Widener:
             product = product * (scale[rest % after] if isinstance(scale, Tensor) else scale)
             rest = rest // after
         return product
+
+    def _drawn_as(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows whose random entries ``rows`` have, and the signs of those."""
+        rest, stride = rows, 1
+        drawn_as, sign = torch.zeros_like(rows), torch.ones(len(rows), dtype=torch.float64)
+        for dim_map, after in reversed(list(zip(self._maps, self.after, strict=True))[:-1]):
+            index = rest % after
+            rest = rest // after
+            drawn_as += dim_map.drawn_as[index] * stride
+            if dim_map.sign is not None:
+                sign *= dim_map.sign[index]
+            stride *= after
+        return drawn_as, sign
 
     # -- filling ------------------------------------------------------------------------------------------------
 
@@ -364,7 +428,11 @@ class Widener:
         for chunk_start in range(rows.start, rows.stop, per_chunk):
             chunk_stop = min(chunk_start + per_chunk, rows.stop)
             row_index = torch.arange(chunk_start, chunk_stop)
-            normal = standard_normal(self._key, self._first_element + row_index[:, None] * width + column_index)
+            drawn_as, sign = self._drawn_as(row_index)
+            place = drawn_as[:, None] * width + self._maps[-1].drawn_as[column_index]
+            normal = standard_normal(self._key, self._first_element + place) * sign[:, None]
+            if self._maps[-1].sign is not None:
+                normal *= self._maps[-1].sign[column_index]
             matrix = row_index // rows_per_matrix
             drawn[chunk_start - rows.start : chunk_stop - rows.start] = normal * std[matrix, None] + mean[matrix, None]
         return drawn

@@ -136,12 +136,14 @@ def birth(strategy: Strategy, starts: Sequence[float], now: Phase | None, kind: 
             why = f"a {kind} doesn't tell where a cosine ends"
         elif now.warming:
             why = "the base schedule is still warming up"
-        elif now.left.remaining <= rewarmup.steps:
-            why = f"the base schedule ends in {now.left.remaining} steps, before the re-warm-up does"
+        elif (left := round(now.left.remaining * (1 - rewarmup.faster_decay))) <= rewarmup.steps:
+            why = f"the base schedule ends in {left} steps, before the re-warm-up does"
         else:
             why, base = "", now.left
         if base is None and rewarmup.curve is Curve.COSINE:
             raise ConfigError(f"rewarmup.curve is 'cosine', but {why}; use 'auto' or 'factor'")
+        if base is None and rewarmup.needs_cosine:
+            raise ConfigError(f"rewarmup.faster_decay and from_step change a cosine, but {why}; leave them out")
     # Copied moments are as old as their source's; only empty ones can start anew.
     restart = strategy.bias_correction is BiasCorrection.RESTART and strategy.optimizer_state.resets_new
     return Birth(rewarmup, tuple(starts), base, restart)
@@ -159,13 +161,15 @@ def phase(scheduler: Any, groups: int) -> Phase | None:
         last = scheduler.last_batch_iteration
         remaining = scheduler.total_num_steps - 1 - last
         ends = tuple(float(lr) * scheduler.cos_min_ratio for lr in scheduler.org_lrs)
-        return Phase(last < scheduler.warmup_num_steps, CosineBase(remaining, ends))
+        base = CosineBase(remaining, ends, scheduler.total_num_steps, scheduler.warmup_num_steps)
+        return Phase(last < scheduler.warmup_num_steps, base)
     start = 0
     last = getattr(scheduler, "last_epoch", 0)
     if isinstance(scheduler, SequentialLR):
         start, scheduler = scheduler._milestones[-1], scheduler._schedulers[-1]
     if isinstance(scheduler, CosineAnnealingLR):
-        return Phase(last < start, CosineBase(start + scheduler.T_max - last, (float(scheduler.eta_min),) * groups))
+        total = start + scheduler.T_max
+        return Phase(last < start, CosineBase(total - last, (float(scheduler.eta_min),) * groups, total, start))
     return None
 
 
@@ -199,7 +203,7 @@ def grown_state(
     known = own.get("phase")
     now = None
     if known is not None:
-        now = Phase(known["warming"], CosineBase(known["remaining"], tuple(known["ends"])))
+        now = Phase(known["warming"], CosineBase.from_dict(known))
     born = birth(strategy, [float(group["lr"]) for group in groups], now, config.get("type", "client's schedule"))
     return {**state, _KEY: {**own, "births": [*own["births"], born.to_dict()]}}
 
@@ -242,7 +246,8 @@ def _configured_phase(
     if "T_max" in cosine and "eta_min" in cosine:
         last = state["last_epoch"]
         ends = (float(cosine["eta_min"]),) * len(groups)
-        return Phase(last < start, CosineBase(start + cosine["T_max"] - last, ends))
+        total = start + cosine["T_max"]
+        return Phase(last < start, CosineBase(total - last, ends, total, start))
     if config.get("type") != "WarmupCosineLR" or "last_batch_iteration" not in state:
         return None
     params = config.get("params") or {}
@@ -251,13 +256,13 @@ def _configured_phase(
     progress = min(1.0, (last - warmup + 1) / max(1, total - warmup))
     ratio = least + (1.0 - least) * (1.0 + math.cos(math.pi * progress)) / 2
     ends = tuple(float(group["lr"]) / ratio * least if ratio else 0.0 for group in groups)
-    return Phase(last < warmup, CosineBase(total - 1 - last, ends))
+    return Phase(last < warmup, CosineBase(total - 1 - last, ends, total, warmup))
 
 
 def _own_state(births: Sequence[Birth], groups: list[dict[str, Any]], now: Phase | None) -> dict[str, Any]:
     known = None
     if now is not None:
-        known = {"warming": now.warming, "remaining": now.left.remaining, "ends": list(now.left.ends)}
+        known = {"warming": now.warming, **now.left.to_dict()}
     return {"births": [birth.to_dict() for birth in births], "groups": groups, "phase": known}
 
 

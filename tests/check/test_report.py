@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,9 +16,10 @@ from torch import nn
 import ds_sparkling
 from ds_sparkling.check.modules import Place
 from ds_sparkling.check.promise import BLOCK_BAND, LAYER_BAND
+from ds_sparkling.config import sparkling_config
 from ds_sparkling.errors import ConfigError, PlanError
 from ds_sparkling.models.olmoe import OlmoeConfig, OlmoeForCausalLM
-from ds_sparkling.strategy import INIT_PAIRS, Init, Scaling, Strategy
+from ds_sparkling.strategy import INIT_PAIRS, Init, Scaling, Split, Strategy
 
 H, I = "hidden_size", "moe_intermediate_size"  # noqa: E741 - the paper's letters
 
@@ -54,8 +56,8 @@ def test_the_reference_model_keeps_what_every_strategy_promises(pair: tuple[Init
         assert scaling is Scaling.FUNCTION  # random units change the function, which the strategy itself refuses
         return
     for axes, ratio in itertools.product(AXES, (1.5, 2, 3)):
-        if pair == (Init.RANDOM, Init.ZERO) and scaling is Scaling.FUNCTION and H in axes:
-            with pytest.raises(PlanError, match="random-zero"):
+        if pair[0] is Init.RANDOM and scaling is Scaling.FUNCTION and H in axes:
+            with pytest.raises(PlanError, match=strategy.pair):
                 ds_sparkling.check_growth(build, None, grown(axes, ratio), strategy)
             continue
         report = ds_sparkling.check_growth(build, None, grown(axes, ratio), strategy)
@@ -67,6 +69,30 @@ def test_the_reference_model_keeps_what_every_strategy_promises(pair: tuple[Init
         assert (report.promise.bands == {}) == (exact or scaling is Scaling.NONE)
         if exact:
             assert report.difference < 1e-5
+
+
+@pytest.mark.parametrize(
+    "twins", [{"split": Split.parse("1:2")}, {"split": Split.parse("random")}, {"perturbation": 0.5}]
+)
+@pytest.mark.parametrize(("scaling", "ratio"), [(Scaling.RMS, 2), (Scaling.RMS, 3), (Scaling.FUNCTION, 1.5)])
+@pytest.mark.parametrize("axes", AXES, ids="-".join)
+def test_what_is_done_to_the_consumers_of_twins_keeps_the_function(
+    axes: tuple[str, ...], scaling: Scaling, ratio: float, twins: dict[str, Any]
+) -> None:
+    report = ds_sparkling.check_growth(build, None, grown(axes, ratio), Strategy(scaling=scaling, **twins))
+    assert report.kept, report.describe()
+    assert report.promise.difference is not None
+    assert report.difference < 1e-5
+
+
+RECIPES = sorted(Path(__file__).parents[2].glob("configs/strategies/*.json"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.stem))
+def test_all_recipes_but_one_keep_the_function_along_the_inner_width(path: Path) -> None:
+    strategy = sparkling_config({"sparkling": json.loads(path.read_text())}).strategy
+    report = ds_sparkling.check_growth(build, None, {I: 64}, strategy)
+    assert (report.difference < 1e-5) == (path.stem != "naive"), report.describe()
 
 
 def test_integer_copies_are_exact_to_rounding() -> None:

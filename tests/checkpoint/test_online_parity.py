@@ -22,6 +22,7 @@ from ds_sparkling.strategy import (
     Rewarmup,
     Scaling,
     Scope,
+    Split,
     Strategy,
 )
 
@@ -29,8 +30,13 @@ INNER, HIDDEN = "moe_intermediate_size", "hidden_size"
 
 #: Growths one after the other: every init pair, scaling, treatment of states and re-warm-up, at all kinds of ratios.
 GROWTHS = (
-    ({INNER: 10}, Strategy(*INIT_PAIRS[0])),
-    ({HIDDEN: 12}, Strategy(*INIT_PAIRS[0], optimizer_state=OptimizerState.COPY, rewarmup=Rewarmup(steps=5))),
+    ({INNER: 10}, Strategy(*INIT_PAIRS[0], split=Split.parse("random"))),
+    (
+        {HIDDEN: 12},
+        Strategy(
+            *INIT_PAIRS[0], optimizer_state=OptimizerState.COPY_SCALED, rewarmup=Rewarmup(steps=5), perturbation=0.2
+        ),
+    ),
     (
         {HIDDEN: 19, INNER: 21},
         Strategy(
@@ -49,7 +55,17 @@ GROWTHS = (
         {HIDDEN: 29, INNER: 51},
         Strategy(*INIT_PAIRS[3], rewarmup=Rewarmup(1.5, 3, Scope.ALL, Curve.FACTOR), seed=5),
     ),
-    ({HIDDEN: 31}, Strategy(*INIT_PAIRS[4], scaling=Scaling.FUNCTION, rewarmup=Rewarmup(scope=Scope.NONE), seed=6)),
+    (
+        {HIDDEN: 31},
+        Strategy(
+            *INIT_PAIRS[4],
+            scaling=Scaling.FUNCTION,
+            optimizer_state=OptimizerState.COPY,
+            rewarmup=Rewarmup(scope=Scope.NONE),
+            seed=6,
+        ),
+    ),
+    ({INNER: 60}, Strategy(*INIT_PAIRS[5], scaling=Scaling.FUNCTION, seed=7)),
 )
 
 

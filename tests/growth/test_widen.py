@@ -25,7 +25,7 @@ from ds_sparkling.axes import FIXED, Dim, Norm, ParamAxes, Role
 from ds_sparkling.errors import PlanError
 from ds_sparkling.growth import GrowthPlan, Widener, make_plan
 from ds_sparkling.growth.spread import spread
-from ds_sparkling.strategy import INIT_PAIRS, Init, NewIndex, OptimizerState, Scaling, Strategy
+from ds_sparkling.strategy import INIT_PAIRS, Init, NewIndex, OptimizerState, Scaling, Split, Strategy
 
 Shape = tuple[int, ...]
 COPY_COPY = (Init.COPY, Init.COPY)
@@ -149,6 +149,7 @@ def cases(
     states: tuple[OptimizerState, ...] = tuple(OptimizerState),
     kinds: tuple[str, ...] = KINDS,
     new_indices: tuple[NewIndex, ...] = tuple(NewIndex),
+    perturbations: tuple[float, ...] = (0.0,),
 ) -> Case:
     groups, widths, wide = draw(growths())
     axes = draw(parameters(groups, kinds))
@@ -160,6 +161,7 @@ def cases(
     if scaling is Scaling.FUNCTION and (rigid or pair not in (COPY_COPY, ZERO_COPY)):
         scaling = Scaling.RMS
     norm = draw(st.sampled_from(norms)) if scaling is not Scaling.FUNCTION else Init.COPY
+    copied = pair == COPY_COPY and norm is Init.COPY
     strategy = Strategy(
         *pair,
         norm,
@@ -167,6 +169,8 @@ def cases(
         draw(st.sampled_from(states)),
         seed=draw(st.integers(0, 3)),
         vocabulary=draw(st.sampled_from(new_indices)),
+        split=Split.parse(draw(st.sampled_from(["1:1", "1:2", "1:0", "0:3"]))) if copied else Split(),
+        perturbation=draw(st.sampled_from(perturbations)) if copied else 0.0,
     )
     return Case(axes, widths, wide, normed, strategy, draw(st.integers(0, 99)), groups)
 
@@ -196,9 +200,38 @@ def locate(case: Case, dim: Dim, index: int) -> tuple[int, Unit, int]:
     """(segment, unit, source index) of an index of a dimension that grows."""
     assert dim.axis is not None
     entry = listed(dim, case.wide[dim.axis])[index]
-    unit = case.units(dim.axis)[entry.unit]
+    units = case.units(dim.axis)
+    unit = units[entry.unit]
+    if case.strategy.cancels:
+        unit = replace(unit, source=units[first_of_pair(units, entry.unit)].source)
     source = listed(dim, case.widths[dim.axis]).index(replace(entry, unit=unit.source))
     return entry.segment, unit, source
+
+
+def first_of_pair(units: list[Unit], unit: int) -> int:
+    """The first unit of a new one's pair; itself for any other."""
+    new = [place for place, found in enumerate(units) if not found.old]
+    pairs = dict(zip(new[len(new) // 2 : len(new) // 2 * 2], new, strict=False))
+    return pairs.get(unit, unit)
+
+
+def shares(case: Case, axis: str) -> list[float]:
+    """What every unit keeps of the columns that consume its twins, over its even share."""
+    units = case.units(axis)
+    assert case.strategy.split.shares is not None
+    parts = [case.strategy.split.shares[0 if unit.old else 1] for unit in units]
+    found = []
+    for unit, part in zip(units, parts, strict=True):
+        twins = [other for other, candidate in zip(parts, units, strict=True) if candidate.source == unit.source]
+        found.append(part * len(twins) / sum(twins) if len(twins) > 1 else 1.0)
+    return found
+
+
+def first_copy(case: Case, dim: Dim, index: int) -> int:
+    """The first index of a grown dimension that comes from the same old one."""
+    assert dim.axis is not None
+    source = locate(case, dim, index)[2]
+    return next(i for i in range(case.wide[dim.axis] * dim.block * dim.segments) if locate(case, dim, i)[2] == source)
 
 
 def multiplicities(case: Case, axis: str) -> list[int]:
@@ -217,10 +250,17 @@ def weight_factors(case: Case, dim: Dim) -> list[float]:
 
 def role_factors(case: Case, dim: Dim) -> list[float]:
     """The method's factor of every unit by the dimension's role, from its definition."""
+    consumes = dim.role is Role.FAN_IN or (dim.role is Role.GAIN and case.axes.head_gain)
+    factors = even_factors(case, dim, consumes)
+    assert dim.axis is not None
+    return [a * b for a, b in zip(factors, shares(case, dim.axis), strict=True)] if consumes else factors
+
+
+def even_factors(case: Case, dim: Dim, consumes: bool) -> list[float]:
+    """The same where twins are consumed alike."""
     assert dim.axis is not None
     d, d_new = case.widths[dim.axis], case.wide[dim.axis]
     normed, strategy = dim.axis in case.normed, case.strategy
-    consumes = dim.role is Role.FAN_IN or (dim.role is Role.GAIN and case.axes.head_gain)
     if strategy.scaling is Scaling.NONE or dim.role in (Role.INDEX, Role.PER_UNIT):
         return [1.0] * d_new
     if strategy.scaling is Scaling.RMS:
@@ -261,7 +301,8 @@ def role_gradient_factors(case: Case, dim: Dim) -> list[float]:
     if case.axes.head_gain:
         return [x * x for x in produced]
     if case.strategy.scaling is Scaling.FUNCTION:
-        return [1 / count for count in multiplicities(case, dim.axis)]
+        counts = multiplicities(case, dim.axis)
+        return [share / count for share, count in zip(shares(case, dim.axis), counts, strict=True)]
     return consumed
 
 
@@ -301,6 +342,8 @@ def new_entries(case: Case, dim: Dim, segment: int) -> str:
     sides = {Role.GAIN: strategy.norm, Role.FAN_OUT: strategy.fan_out, Role.FAN_IN: strategy.fan_in}
     assert dim.role is not None
     chosen = sides[dim.role]
+    if chosen is Init.CANCEL:
+        return "random"
     return "copy" if chosen is Init.ZERO and segment in dim.alive else chosen.value
 
 
@@ -313,7 +356,8 @@ def reference(case: Case, old: Tensor, *, state: str | None = None) -> Tensor:
     mode = case.strategy.optimizer_state
     dtype = np.float64 if old.dtype is torch.float64 else np.float32
     factors_of = weight_factors if state is None else gradient_factors
-    scaled = state is None or mode is OptimizerState.ASYMMETRIC_RESET_SCALED
+    scaled = state is None or mode in (OptimizerState.ASYMMETRIC_RESET_SCALED, OptimizerState.COPY_SCALED)
+    copied = mode in (OptimizerState.COPY, OptimizerState.COPY_SCALED)
     power = {None: 1, "exp_avg": 1, "momentum_buffer": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}[state]
     after = {**case.widths, **case.wide}
     out = torch.empty(case.shape(after), dtype=torch.float64)
@@ -341,7 +385,7 @@ def reference(case: Case, old: Tensor, *, state: str | None = None) -> Tensor:
                 value = mean_over_index(case, old, place)
             value = element(value, [part[2] for part in parts], dtype, case.axes.offset)
             value = 0.0 if "zero" in kinds else math.nan if "random" in kinds else value
-        elif mode is OptimizerState.DROP or (kinds and not (mode is OptimizerState.COPY and kinds == {"copy"})):
+        elif mode is OptimizerState.DROP or (kinds and not (copied and kinds == {"copy"})):
             value = 0.0
         else:
             value = element(value, [part[2] for part in parts], dtype)
@@ -371,7 +415,7 @@ def test_copies_means_and_zeros_are_the_references_bit_for_bit(kind: str, data: 
 @given(st.data())
 @settings(max_examples=30)
 def test_random_entries_are_where_they_belong_and_the_rest_is_the_references(kind: str, data: st.DataObject) -> None:
-    case = data.draw(cases(norms=(Init.COPY, Init.RANDOM), kinds=(kind,)))
+    case = data.draw(cases(pairs=INIT_PAIRS[:5], norms=(Init.COPY, Init.RANDOM), kinds=(kind,)))
     expected = reference(case, case.old())
     found = whole(case).view(expected.shape)
     drawn = expected.isnan()
@@ -382,6 +426,90 @@ def test_random_entries_are_where_they_belong_and_the_rest_is_the_references(kin
     if case.old().numel() > 1:
         count = int(drawn.sum())
         assert len(set(found[drawn].tolist())) >= 0.99 * count - 2
+
+
+@given(st.integers(1, 7), st.integers(2, 9), st.booleans(), st.booleans())
+def test_units_that_cancel_come_in_pairs(before: int, more: int, joint: bool, experts: bool) -> None:
+    """Alike in the rows that produce them, opposite in the columns that consume them; one left over is not consumed."""
+    after = before + more
+    producer, consumer = Dim("i", Role.FAN_OUT, 2), Dim("i", Role.FAN_IN, 2)
+    hidden_in, hidden_out = (Dim("h", Role.FAN_IN), Dim("h", Role.FAN_OUT)) if joint else (FIXED, FIXED)
+    stack = (FIXED,) if experts else ()
+    axes = {
+        "up": ParamAxes((*stack, producer, hidden_in), stacked_experts=experts),
+        "down": ParamAxes((*stack, hidden_out, consumer), stacked_experts=experts),
+    }
+    lead = (3,) if experts else ()
+    shapes: dict[str, Shape] = {"up": (*lead, 2 * before, 4), "down": (*lead, 4, 2 * before)}
+    strategy = Strategy(Init.RANDOM, Init.CANCEL, scaling=Scaling.NONE)
+    wide = {"i": after, "h": 8} if joint else {"i": after}
+    plan = make_plan(shapes, axes, {"i": before, "h": 4}, wide, strategy, stage=1)
+    old = {name: torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()}
+    up = drawn(plan, "up", old["up"]).unflatten(-2, (after, 2))
+    down = drawn(plan, "down", old["down"]).unflatten(-1, (after, 2))
+    first, second = slice(before, before + more // 2), slice(before + more // 2, before + more // 2 * 2)
+    assert torch.equal(up[..., first, :, :], up[..., second, :, :])
+    assert torch.equal(down[..., first, :], -down[..., second, :])
+    assert not down[..., before + more // 2 * 2 :, :].any()
+    assert bool((up[..., before:, :, :] != 0).all())
+    assert bool((down[..., first, :] != 0).all())
+
+
+@given(cases(pairs=(COPY_COPY,), kinds=("matrix", "experts"), perturbations=(1.0,)))
+@settings(max_examples=60)
+def test_a_perturbation_is_not_seen_by_what_consumes_twins(case: Case) -> None:
+    """It sums to zero over the twins of a unit, is the same for copies on other dimensions, and spares single units."""
+    plain = replace(case, strategy=replace(case.strategy, perturbation=0.0))
+    noise = (whole(case, torch.float64) - whole(plain, torch.float64)).view(case.plan.param("w").after)
+    grown = [place for place, dim in enumerate(case.axes.dims) if dim.axis in case.wide and dim.role is Role.FAN_IN]
+    if not grown:
+        assert not noise.any()
+        return
+    place = grown[-1]
+    dim = case.axes.dims[place]
+    sources = [locate(case, dim, index)[2] for index in range(noise.shape[place])]
+    along = noise.movedim(place, 0)
+    for source in set(sources):
+        twins = [index for index, found in enumerate(sources) if found == source]
+        assert float(along[twins].sum(0).abs().max()) < 1e-12
+        assert bool((along[twins] != 0).all()) == (len(twins) > 1)
+    for other, dim in enumerate(case.axes.dims):
+        if other != place and dim.axis in case.wide:
+            across = noise.movedim(other, 0)
+            for index in range(len(across)):
+                assert torch.allclose(across[index], across[first_copy(case, dim, index)], rtol=0, atol=1e-12)
+
+
+def test_a_perturbation_has_the_size_that_was_asked_for() -> None:
+    axes = {"w": ParamAxes((FIXED, Dim("i", Role.FAN_IN)))}
+    old = 0.3 * torch.randn(400, 50, generator=torch.Generator().manual_seed(0))
+    for wide, share in ((100, 0.5), (150, 1 / 3)):
+        plans = [
+            make_plan({"w": (400, 50)}, axes, {"i": 50}, {"i": wide}, Strategy(perturbation=strength), stage=1)
+            for strength in (0.2, 0.0)
+        ]
+        noise = drawn(plans[0], "w", old) - drawn(plans[1], "w", old)
+        expected = 0.2 * share * float(old.square().mean().sqrt())
+        assert float(noise.square().mean().sqrt()) == pytest.approx(expected, rel=0.02)
+
+
+@given(st.integers(1, 6), st.integers(1, 14), st.integers(0, 5), st.sampled_from(Scaling))
+def test_a_random_split_shares_what_an_even_one_gives(before: int, more: int, seed: int, scaling: Scaling) -> None:
+    """Over the twins of a unit the columns add up to the even ones', and twins differ."""
+    after = before + more
+    axes = {"w": ParamAxes((FIXED, Dim("i", Role.FAN_IN))), "v": ParamAxes((FIXED, Dim("i", Role.FAN_IN)))}
+    shapes: dict[str, Shape] = {"w": (3, before), "v": (3, before)}
+    old = torch.ones(3, before, dtype=torch.float64)
+    even, split = (
+        make_plan(shapes, axes, {"i": before}, {"i": after}, Strategy(scaling=scaling, split=how, seed=seed), stage=2)
+        for how in (Split(), Split.parse("random"))
+    )
+    found, expected = drawn(split, "w", old), drawn(even, "w", old)
+    for source in range(before):
+        twins = slice(source, None, before)
+        torch.testing.assert_close(found[:, twins].sum(1), expected[:, twins].sum(1))
+        assert len(set(found[0, twins].tolist())) == len(range(source, after, before))
+    assert torch.equal(found, drawn(split, "v", old))
 
 
 def test_a_doubled_matrix_by_hand() -> None:
@@ -528,7 +656,7 @@ def test_a_growth_takes_the_models_own_multiplier_out(power: float, factor: floa
 # -- any piece, in any order, of any experts -----------------------------------------------------------------------
 
 dtypes = st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16])
-all_cases = cases(norms=(Init.COPY, Init.RANDOM))
+all_cases = cases(norms=(Init.COPY, Init.RANDOM), perturbations=(0.0, 0.5))
 
 
 @given(all_cases, dtypes, st.data())
@@ -547,7 +675,7 @@ def test_any_pieces_in_any_order_make_the_whole(case: Case, dtype: torch.dtype, 
     assert torch.equal(found, expected)
 
 
-@given(cases(norms=(Init.COPY, Init.RANDOM), kinds=("experts",)), dtypes, st.data())
+@given(cases(norms=(Init.COPY, Init.RANDOM), kinds=("experts",), perturbations=(0.0, 0.5)), dtypes, st.data())
 @settings(max_examples=100)
 def test_a_slice_of_the_experts_is_that_slice_of_the_whole(case: Case, dtype: torch.dtype, data: st.DataObject) -> None:
     old, experts = case.old(dtype), case.shape(case.widths)[0]
@@ -793,7 +921,7 @@ def test_states_of_units_that_are_not_copies_start_at_zero(case: Case, key: str)
     assert torch.equal(whole_state(case, key, old).view(expected.shape), expected)
 
 
-def test_the_four_modes_by_hand() -> None:
+def test_all_modes_by_hand() -> None:
     """Doubled rows with a doubled consumer: old rows' gradients halve, so their second moment quarters."""
     axes = {"w": ParamAxes((Dim("h", Role.FAN_OUT),))}
     old = torch.tensor([4.0, 8.0])
@@ -801,6 +929,7 @@ def test_the_four_modes_by_hand() -> None:
         OptimizerState.ASYMMETRIC_RESET: ([4.0, 8.0, 0.0, 0.0], [4.0, 8.0, 0.0, 0.0]),
         OptimizerState.ASYMMETRIC_RESET_SCALED: ([2.0, 4.0, 0.0, 0.0], [1.0, 2.0, 0.0, 0.0]),
         OptimizerState.COPY: ([4.0, 8.0, 4.0, 8.0], [4.0, 8.0, 4.0, 8.0]),
+        OptimizerState.COPY_SCALED: ([2.0, 4.0, 2.0, 4.0], [1.0, 2.0, 1.0, 2.0]),
         OptimizerState.DROP: ([0.0] * 4, [0.0] * 4),
     }
     assert expected.keys() == set(OptimizerState)
@@ -812,11 +941,15 @@ def test_the_four_modes_by_hand() -> None:
             assert out.tolist() == values, (mode, key)
 
 
-def test_a_state_of_unknown_degree_can_not_be_rescaled() -> None:
+@pytest.mark.parametrize(
+    ("mode", "instead"),
+    [(OptimizerState.ASYMMETRIC_RESET_SCALED, "asymmetric_reset"), (OptimizerState.COPY_SCALED, "copy")],
+)
+def test_a_state_of_unknown_degree_can_not_be_rescaled(mode: OptimizerState, instead: str) -> None:
     axes = {"w": ParamAxes((Dim("h", Role.FAN_OUT),))}
-    strategy = Strategy(optimizer_state=OptimizerState.ASYMMETRIC_RESET_SCALED)
+    strategy = Strategy(optimizer_state=mode)
     plan = make_plan({"w": (2,)}, axes, {"h": 2}, {"h": 4}, strategy, stage=1)
-    with pytest.raises(PlanError, match=r"'prodigy_s'.*exp_avg.*use 'asymmetric_reset'"):
+    with pytest.raises(PlanError, match=rf"'prodigy_s'.*{mode.value}.*exp_avg.*use '{instead}'"):
         Widener(plan, "w").state("prodigy_s", torch.ones(2), torch.empty(4))
 
 

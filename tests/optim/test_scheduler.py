@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from typing import Any
@@ -113,6 +114,49 @@ def test_on_a_cosine_new_elements_follow_the_papers_curve_to_its_end(name: str) 
             assert rates[t][group][1] == expected
     for groups in rates[remaining:]:
         assert all(old == new for old, new in groups)
+
+
+@pytest.mark.parametrize("name", COSINES)
+@pytest.mark.parametrize("scope", [Scope.NEW, Scope.ALL])
+def test_a_faster_decay_comes_to_its_end_sooner_and_stays_there(name: str, scope: Scope) -> None:
+    scheduler = make(COSINES[name])
+    run(scheduler, 12)
+    scheduler.born(Strategy(rewarmup=Rewarmup(ratio=1.0, steps=0, scope=scope, faster_decay=0.25)))
+    rates = run(scheduler, 40)
+    remaining = scheduler.births[0].base.remaining  # type: ignore[union-attr]
+    ends = [1e-3, 1e-4] if name == "WarmupCosineLR" else [1e-4, 1e-4]
+    for group in (0, 1):
+        new = [groups[group][1] for groups in rates]
+        assert new[0] == pytest.approx(rates[0][group][0] if scope is Scope.NEW else new[0])
+        assert all(later < sooner for sooner, later in itertools.pairwise(new[: round(0.75 * remaining)]))
+        assert new[round(0.75 * remaining) : remaining] == [ends[group]] * (remaining - round(0.75 * remaining))
+        if scope is Scope.ALL:
+            assert [groups[group][0] for groups in rates] == new
+
+
+@pytest.mark.parametrize("name", COSINES)
+@pytest.mark.parametrize("grown_at", [6, 12, 30])
+def test_going_on_from_another_step_is_the_base_schedule_from_there(name: str, grown_at: int) -> None:
+    whole = base_rates(COSINES[name], 60)
+    for from_step in (grown_at, 7, 20):
+        scheduler = make(COSINES[name])
+        run(scheduler, grown_at)
+        strategy = Strategy(rewarmup=Rewarmup(ratio=1.0, steps=0, scope=Scope.ALL, from_step=from_step))
+        scheduler.born(strategy)
+        found = run(scheduler, 10)  # to where the last of them is at its end
+        expected = whole[from_step : from_step + 10]
+        for groups, rates in zip(found, expected, strict=True):
+            for group in (0, 1):
+                assert groups[group] == pytest.approx([rates[group]] * 2, rel=1e-9)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("rewarmup", [Rewarmup(faster_decay=0.5, steps=0), Rewarmup(1.0, 0, from_step=3)])
+def test_what_changes_a_cosine_needs_one(name: str, rewarmup: Rewarmup) -> None:
+    scheduler = make(OTHERS[name])
+    run(scheduler, 8)
+    with pytest.raises(ConfigError, match="change a cosine, but"):
+        scheduler.check(Strategy(rewarmup=rewarmup))
 
 
 @pytest.mark.parametrize("name", [*COSINES, *OTHERS])

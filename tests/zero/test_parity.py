@@ -14,18 +14,28 @@ from distributed import Workers
 from tiny import Case
 
 from ds_sparkling.growth import GrowthPlan
-from ds_sparkling.strategy import INIT_PAIRS, Init, OptimizerState, Scaling, Strategy
+from ds_sparkling.strategy import INIT_PAIRS, Init, OptimizerState, Scaling, Split, Strategy
 
 #: Growths one after the other: inner, hidden and joint at integer ratios, where copy-copy keeps the function exactly;
 #: then every other init pair, at ratios that aren't integers.
 GROWTHS = (
-    ({"moe_intermediate_size": 10}, INIT_PAIRS[0], OptimizerState.ASYMMETRIC_RESET),
-    ({"hidden_size": 12}, INIT_PAIRS[0], OptimizerState.COPY),
-    ({"hidden_size": 24, "moe_intermediate_size": 20}, INIT_PAIRS[0], OptimizerState.ASYMMETRIC_RESET_SCALED),
-    ({"hidden_size": 31}, INIT_PAIRS[1], OptimizerState.ASYMMETRIC_RESET),
-    ({"moe_intermediate_size": 23}, INIT_PAIRS[2], OptimizerState.DROP),
-    ({"hidden_size": 37, "moe_intermediate_size": 51}, INIT_PAIRS[3], OptimizerState.ASYMMETRIC_RESET),
-    ({"hidden_size": 40}, INIT_PAIRS[4], OptimizerState.COPY),
+    ({"moe_intermediate_size": 10}, Strategy(*INIT_PAIRS[0], split=Split.parse("1:2"))),
+    ({"hidden_size": 12}, Strategy(*INIT_PAIRS[0], optimizer_state=OptimizerState.COPY, perturbation=0.5, seed=1)),
+    (
+        {"hidden_size": 24, "moe_intermediate_size": 20},
+        Strategy(
+            *INIT_PAIRS[0],
+            optimizer_state=OptimizerState.ASYMMETRIC_RESET_SCALED,
+            split=Split.parse("random"),
+            perturbation=0.1,
+            seed=2,
+        ),
+    ),
+    ({"hidden_size": 31}, Strategy(*INIT_PAIRS[1], Init.RANDOM, seed=3)),
+    ({"moe_intermediate_size": 23}, Strategy(*INIT_PAIRS[2], Init.RANDOM, optimizer_state=OptimizerState.DROP, seed=4)),
+    ({"hidden_size": 37, "moe_intermediate_size": 51}, Strategy(*INIT_PAIRS[3], Init.RANDOM, seed=5)),
+    ({"hidden_size": 40}, Strategy(*INIT_PAIRS[4], optimizer_state=OptimizerState.COPY_SCALED, seed=6)),
+    ({"moe_intermediate_size": 60}, Strategy(*INIT_PAIRS[5], scaling=Scaling.NONE, seed=7)),
 )
 INTEGER_COPIES = 3
 
@@ -68,10 +78,9 @@ def chain(case: Case) -> list[Growth]:
 
     engine = tiny.initialize(case)
     seen = []
-    for number, (widths, (fan_out, fan_in), state) in enumerate(GROWTHS):
+    for widths, strategy in GROWTHS:
         tiny.train(engine, engine.global_steps + 1)
-        norm = Init.RANDOM if fan_out is Init.RANDOM else Init.COPY
-        tiny.with_strategy(engine, Strategy(fan_out, fan_in, norm, Scaling.RMS, state, seed=number))
+        tiny.with_strategy(engine, strategy)
         before, counters, loss = tiny.local_state(engine), steps(engine), tiny.evaluate(engine)
         engine = ds_sparkling.grow(engine, widths)
         plan = json.dumps(engine.sparkling.plan.to_dict())
@@ -99,7 +108,7 @@ def test_grown_engine_equals_reference(case: Case, workers: Callable[[int], Work
         for name, tensors in expected.items():
             for key, tensor in tensors.items():
                 assert torch.equal(found[name][key], tensor), f"growth {number}: {key} of {name}"
-        dropped = GROWTHS[number][2] is OptimizerState.DROP
+        dropped = GROWTHS[number][1].optimizer_state is OptimizerState.DROP
         for growth in ranks:
             assert growth.counters[1] == ("[0.0]" if dropped else growth.counters[0])
             if number < INTEGER_COPIES and not case.bf16:
