@@ -55,6 +55,12 @@ def _check_families(arguments: Sequence[str]) -> None:
     check(arguments)
 
 
+def _reproduce(arguments: Sequence[str]) -> None:
+    from ds_sparkling.reproduce.command import main as reproduce
+
+    reproduce(arguments)
+
+
 def _bench_step(arguments: Sequence[str]) -> None:
     from ds_sparkling.benchmarks.step import main as bench
 
@@ -84,6 +90,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "bench-regrow": (_bench_regrow, "time and memory of a live growth against other ways"),
     "bench-step": (_bench_step, "time and memory of an optimizer step after a growth"),
     "bench-expand": (_bench_expand, "time and memory of widening and reshaping a checkpoint"),
+    "reproduce": (_reproduce, "train the paper's experiments in small, with all rivals, and write the results page"),
 }
 
 

@@ -1,0 +1,117 @@
+"""The paper's experiments in small, on one machine, against every alternative that the paper names.
+
+    python tools/reproduce.py                        # all experiments at the scale "small": some hours on two cores
+    python tools/reproduce.py state ablation         # these alone
+    python tools/reproduce.py --scale tiny           # all in ten minutes, to see that they run
+
+Finished runs are kept, so a second call goes on where the first was stopped, and experiments share the runs that they
+have in common. Tables, plots and the page are written after every call, from what is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from ds_sparkling.errors import SparklingError
+from ds_sparkling.reproduce.experiments import EXPERIMENTS, Experiment, Lab
+from ds_sparkling.reproduce.page import write_page
+from ds_sparkling.reproduce.queue import Queue
+from ds_sparkling.reproduce.results import Seeds, tables_of
+from ds_sparkling.reproduce.runs import Run
+from ds_sparkling.reproduce.scales import SCALES
+from ds_sparkling.reproduce.store import Store
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    names = "\n".join(
+        f"  {experiment.name:<17} {experiment.title} ({experiment.source})" for experiment in EXPERIMENTS.values()
+    )
+    parser = argparse.ArgumentParser(
+        prog="reproduce.py",
+        description=__doc__,
+        epilog=f"experiments:\n{names}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help="which ones; all by default")
+    parser.add_argument("--scale", choices=list(SCALES), default="small", help="how large (default: small)")
+    parser.add_argument("--seeds", type=int, metavar="N", help="seeds per variant (default: the scale's)")
+    parser.add_argument("--jobs", type=int, metavar="K", help="runs at a time (default: one per core)")
+    parser.add_argument(
+        "--data",
+        default="",
+        metavar="PATH",
+        help="text to train on, as for train.py (default: the standard library's sources)",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("docs/results"),
+        metavar="DIR",
+        help="where DIR/SCALE/ is written (default: docs/results)",
+    )
+    parser.add_argument(
+        "--snapshots",
+        type=Path,
+        default=Path("runs/reproduce"),
+        metavar="DIR",
+        help="where trunks are kept meanwhile (default: runs/reproduce)",
+    )
+    parser.add_argument(
+        "--page-only", action="store_true", help="train nothing; write tables, plots and page from what is there"
+    )
+    args = parser.parse_args(argv)
+    unknown = [name for name in args.experiments if name not in EXPERIMENTS]
+    if unknown:
+        parser.error(f"there is no experiment {unknown[0]!r}; known: {', '.join(EXPERIMENTS)}")
+    for option in ("seeds", "jobs"):
+        if getattr(args, option) is not None and getattr(args, option) < 1:
+            parser.error(f"--{option} must be at least 1")
+    return args
+
+
+def wanted_runs(experiments: Sequence[Experiment], lab: Lab, seeds: int) -> Iterator[Run]:
+    """All runs that the experiments need, as far as they are known, one experiment after the other."""
+    for experiment in experiments:
+        for seed in range(seeds):
+            for variant in experiment.variants(lab):
+                if seed == 0 or not variant.once:
+                    yield replace(variant.run, seed=seed)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    args = _parse(argv)
+    scale = SCALES[args.scale]
+    seeds = args.seeds or scale.seeds
+    chosen = [EXPERIMENTS[name] for name in args.experiments] or list(EXPERIMENTS.values())
+    output = args.output / scale.name
+    try:
+        store = Store(output / "runs.jsonl")
+        lab = Lab(scale, args.data, store.outcomes)
+        failures: dict[str, str] = {}
+        if not args.page_only:
+            queue = Queue(store, args.snapshots / scale.name, args.jobs or os.cpu_count() or 1)
+            queue.finish(lambda: wanted_runs(chosen, lab, seeds))
+            failures = queue.failures
+        # The page has all experiments, whichever were asked for now.
+        page = write_page(output, scale, [tables_of(e, lab, Seeds(seeds)) for e in EXPERIMENTS.values()])
+    except SparklingError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        # Not sys.exit, which would wait for the runs under way.
+        sys.stderr.write(f"\nstopped; {len(store.outcomes)} finished runs are kept, and the same command goes on\n")
+        os._exit(130)
+    sys.stdout.write(f"{len(store.outcomes)} runs are finished; the results are in {page}\n")
+    for key, reason in failures.items():
+        sys.stderr.write(f"run {key} failed: {reason}\n")
+    if failures:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,553 @@
+"""The experiments: which variants each compares, and which orderings the paper reports for them.
+
+Strategies are the files in ``configs/strategies``, or changes to one of them, so what is measured here is what a user's
+JSON holds. Variants that depend on results (the best learning rate of a model trained from scratch, the step at which
+it reaches a loss) come up once those are known.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ds_sparkling.errors import SparklingError
+from ds_sparkling.reproduce.loop import active_parameters
+from ds_sparkling.reproduce.runs import HIDDEN, INNER, Outcome, Run, Stage, block_text, widths_of
+from ds_sparkling.reproduce.scales import Scale
+from ds_sparkling.strategy import INIT_PAIRS, OptimizerState
+
+STRATEGIES = Path(__file__).parents[2] / "configs" / "strategies"
+
+Block = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One line of an experiment's table.
+
+    Attributes:
+        name: of the line.
+        run: its run with the first seed.
+        reference: the line that it is compared with, seed by seed; none for that line itself.
+        once: whether one seed is enough, as in a sweep.
+        series, x: where the experiment is a curve over a quantity, which one it is on, and where.
+    """
+
+    name: str
+    run: Run
+    reference: str = ""
+    once: bool = False
+    series: str = ""
+    x: float | None = None
+
+
+@dataclass(frozen=True)
+class Claim:
+    """An ordering that the paper reports (or that we do): ``better`` ends at a lower loss than ``worse``."""
+
+    better: str
+    worse: str
+    source: str = "the paper"
+
+
+class Lab:
+    """What experiments are made of: a scale, a corpus, and the outcomes so far."""
+
+    def __init__(self, scale: Scale, data: str, outcomes: Mapping[str, Outcome]) -> None:
+        self.scale = scale
+        self.data = data
+        self.outcomes = outcomes
+
+    @property
+    def narrow(self) -> Run:
+        return self.scale.base(self.data)
+
+    def wide(self, axis: str, base: Run | None = None, factor: float = 2) -> dict[str, int]:
+        """The widths of ``axis`` ("inner", "hidden" or "joint") grown by ``factor``."""
+        axes = {"inner": [INNER], "hidden": [HIDDEN], "joint": [HIDDEN, INNER]}[axis]
+        widths = dict((base or self.narrow).widths)
+        return {name: round(widths[name] * factor) for name in axes}
+
+    def grown(self, axis: str, block: Block, base: Run | None = None, share: float = 0.5, factor: float = 2) -> Run:
+        """``base`` (the narrow run) with a growth after ``share`` of its steps."""
+        base = base or self.narrow
+        stage = Stage(round(share * base.steps), widths_of(**self.wide(axis, base, factor)))
+        return replace(base, stages=(stage,), block=block_text(block))
+
+    def scratch(self, axis: str, base: Run | None = None, factor: float = 2) -> Run:
+        """The wide model trained throughout, at the narrow one's learning rate."""
+        base = base or self.narrow
+        return replace(base, widths=widths_of(**{**dict(base.widths), **self.wide(axis, base, factor)}))
+
+    def sweep(self, run: Run) -> list[Run]:
+        """A run at the learning rates of the sweep."""
+        return [replace(run, lr=run.lr * factor) for factor in self.scale.lr_factors]
+
+    def tuned(self, run: Run) -> Run | None:
+        """A run at the learning rate that ends lowest with the first seed; None until the sweep is done."""
+        losses = {candidate: self.outcomes.get(candidate.key) for candidate in self.sweep(run)}
+        if any(outcome is None for outcome in losses.values()):
+            return None
+        return min(losses, key=lambda candidate: losses[candidate].loss)  # type: ignore[union-attr]
+
+    def from_scratch(self, name: str, run: Run, reference: str = "") -> Iterator[Variant]:
+        """The sweep over a run's learning rate, and the run at the best one."""
+        for candidate, factor in zip(self.sweep(run), self.scale.lr_factors, strict=True):
+            yield Variant(f"{name}, lr x{factor:g}", candidate, once=True)
+        best = self.tuned(run)
+        if best is not None:
+            yield Variant(name, best, reference)
+
+    def recipe(self, name: str, **changes: Any) -> Block:
+        """A strategy of ``configs/strategies``, with the scale's re-warm-up steps and ``changes`` merged in.
+
+        Raises:
+            SparklingError: if there is no such file.
+        """
+        path = STRATEGIES / f"{name}.json"
+        try:
+            block: Block = json.loads(path.read_text())
+        except OSError as error:
+            raise SparklingError(f"{path} can't be read ({error.strerror}): run this from a checkout") from None
+        if block["rewarmup"].get("steps"):
+            block["rewarmup"]["steps"] = self.scale.rewarmup_steps
+        for key, value in changes.items():
+            block[key] = {**block[key], **value} if isinstance(value, dict) else value
+        return block
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A question, the variants that answer it, and what the paper says.
+
+    Attributes:
+        name: what the command calls it.
+        title: of its section.
+        source: figure or table of the paper.
+        question: in one sentence.
+        variants: its lines.
+        claims: orderings to be checked.
+        xlabel: of the quantity that variants are a curve over, if they are.
+    """
+
+    name: str
+    title: str
+    source: str
+    question: str
+    variants: Callable[[Lab], Iterator[Variant]]
+    claims: tuple[Claim, ...] = ()
+    xlabel: str = ""
+
+
+NO_REWARMUP = {"scope": "none"}
+AXES = ("inner", "hidden", "joint")
+
+
+def _init(lab: Lab) -> Iterator[Variant]:
+    for axis in ("inner", "hidden"):
+        reference = f"{axis}: copy-copy, rms"
+        for fan_out, fan_in in INIT_PAIRS[:5]:
+            for scaling in ("rms", "none"):
+                name = f"{axis}: {fan_out.value}-{fan_in.value}, {scaling}"
+                init = {"fan_out": fan_out.value, "fan_in": fan_in.value}
+                run = lab.grown(axis, lab.recipe("sparkling", init=init, scaling=scaling))
+                yield Variant(name, run, "" if name == reference else reference)
+
+
+def _state(lab: Lab) -> Iterator[Variant]:
+    reference = OptimizerState.ASYMMETRIC_RESET.value
+    for state in OptimizerState:
+        block = lab.recipe("sparkling", optimizer_state=state.value, rewarmup=NO_REWARMUP)
+        yield Variant(state.value, lab.grown("inner", block), "" if state.value == reference else reference)
+
+
+def _rewarmup(lab: Lab) -> Iterator[Variant]:
+    for axis in AXES:
+        reference = f"{axis}: new elements (SPARKLING)"
+        yield Variant(reference, lab.grown(axis, lab.recipe("sparkling")))
+        yield Variant(f"{axis}: none", lab.grown(axis, lab.recipe("sparkling", rewarmup=NO_REWARMUP)), reference)
+        yield Variant(f"{axis}: all elements", lab.grown(axis, lab.recipe("rewarmup-all")), reference)
+
+
+def _search(lab: Lab) -> Iterator[Variant]:
+    steps = lab.scale.rewarmup_steps
+    reference = f"ratio 1.3, {steps} steps"
+    tried = [(ratio, steps) for ratio in (1.0, 1.1, 1.25, 1.3, 1.5, 2.0, 3.0)]
+    tried += [(1.3, round(steps * factor)) for factor in (0, 1 / 3, 3, 10)]
+    for ratio, length in tried:
+        name = f"ratio {ratio:g}, {length} steps"
+        block = lab.recipe("sparkling", rewarmup={"ratio": ratio, "steps": length})
+        yield Variant(
+            name,
+            lab.grown("inner", block),
+            "" if name == reference else reference,
+            series="ratio" if length == steps else "",
+            x=ratio if length == steps else None,
+        )
+
+
+def _ablation(lab: Lab) -> Iterator[Variant]:
+    dynamics = {
+        "neither": ("none", "copy", NO_REWARMUP),
+        "RMS only": ("rms", "copy", NO_REWARMUP),
+        "asymmetry only": ("none", "asymmetric_reset", {}),
+        "both": ("rms", "asymmetric_reset", {}),
+    }
+    for pair in ("copy-copy", "zero-copy", "random-copy"):
+        fan_out, fan_in = pair.split("-")
+        for name, (scaling, state, rewarmup) in dynamics.items():
+            block = lab.recipe(
+                "sparkling",
+                init={"fan_out": fan_out, "fan_in": fan_in},
+                scaling=scaling,
+                optimizer_state=state,
+                rewarmup=rewarmup,
+            )
+            yield Variant(f"{pair}: {name}", lab.grown("inner", block), "" if name == "both" else f"{pair}: both")
+
+
+def _init_rivals(lab: Lab) -> Iterator[Variant]:
+    reference = "SPARKLING"
+    yield Variant(reference, lab.grown("inner", lab.recipe("sparkling")))
+    for name in (
+        "naive",
+        "function-preserving",
+        "perturbation",
+        "random-split",
+        "uneven-split",
+        "function-preserving-random",
+    ):
+        yield Variant(name, lab.grown("inner", lab.recipe(name)), reference)
+    for text, init in (("1:2 split", {"split": "1:2"}), ("+-0.1 perturbation", {"perturbation": 0.1})):
+        yield Variant(f"SPARKLING + {text}", lab.grown("inner", lab.recipe("sparkling", init=init)), reference)
+
+
+def _dynamics_rivals(lab: Lab) -> Iterator[Variant]:
+    reference = "SPARKLING"
+    sparkling = lab.grown("inner", lab.recipe("sparkling"))
+    yield Variant(reference, sparkling)
+    yield Variant("re-warm-up of all", lab.grown("inner", lab.recipe("rewarmup-all")), reference)
+    yield Variant("uneven split, 25% faster decay", lab.grown("inner", lab.recipe("lemon")), reference)
+    faster = lab.recipe("lemon", rewarmup={"faster_decay": 0.5})
+    yield Variant("uneven split, 50% faster decay", lab.grown("inner", faster), reference)
+    yield from lab.from_scratch("from scratch", lab.scratch("inner"), reference)
+    step = _step_at_loss(lab, sparkling)
+    if step is not None:
+        staged = lab.recipe("staged-training", rewarmup={"from_step": step})
+        yield Variant("scaled state, remapped lr", lab.grown("inner", staged), reference)
+
+
+def _step_at_loss(lab: Lab, grown: Run) -> int | None:
+    """The step at which the model trained from scratch (first seed) has the loss that ``grown`` has at its growth."""
+    growth, best = lab.outcomes.get(grown.key), lab.tuned(lab.scratch("inner"))
+    if growth is None or growth.after is None or best is None:
+        return None
+    curve = lab.outcomes[best.key].curve
+    target = growth.after
+    before = None
+    for point in curve:
+        if point.loss <= target:
+            if before is None:
+                return point.step
+            share = (before.loss - target) / (before.loss - point.loss)
+            return round(before.step + share * (point.step - before.step))
+        before = point
+    return curve[-1].step
+
+
+def _muon(lab: Lab) -> Iterator[Variant]:
+    base = replace(lab.narrow, optimizer="muon")
+    reference = "SPARKLING"
+    yield Variant(reference, lab.grown("inner", lab.recipe("sparkling"), base))
+    yield Variant(
+        "momentum reset, no re-warm-up",
+        lab.grown("inner", lab.recipe("sparkling", rewarmup=NO_REWARMUP), base),
+        reference,
+    )
+    yield Variant("momentum copied", lab.grown("inner", lab.recipe("function-preserving"), base), reference)
+    dropped = lab.recipe("function-preserving", optimizer_state="drop")
+    yield Variant("momentum dropped", lab.grown("inner", dropped, base), reference)
+    yield Variant("narrow, never grown", base, reference)
+    yield Variant("from scratch", lab.scratch("inner", base), reference)
+
+
+def _dense(lab: Lab) -> Iterator[Variant]:
+    base = lab.scale.base(lab.data, dense=True)
+    reference = "SPARKLING"
+    yield Variant(reference, lab.grown("inner", lab.recipe("sparkling"), base))
+    yield Variant("function-preserving", lab.grown("inner", lab.recipe("function-preserving"), base), reference)
+    yield Variant("narrow, never grown", base, reference)
+    yield from lab.from_scratch("from scratch", lab.scratch("inner", base), reference)
+
+
+def _two_stage(lab: Lab) -> Iterator[Variant]:
+    base, reference = lab.narrow, "from scratch, 4x inner"
+    inner = dict(base.widths)[INNER]
+    first = Stage(base.steps // 4, widths_of(**{INNER: 2 * inner}))
+    second = Stage(base.steps // 2, widths_of(**{INNER: 4 * inner}))
+    for text, recipe in (("SPARKLING", "sparkling"), ("function-preserving", "function-preserving")):
+        block = block_text(lab.recipe(recipe))
+        yield Variant(f"two stages, {text}", replace(base, stages=(first, second), block=block), reference)
+    yield Variant("one stage, SPARKLING", lab.grown("inner", lab.recipe("sparkling"), factor=4), reference)
+    yield from lab.from_scratch(reference, lab.scratch("inner", factor=4))
+
+
+def _iso_compute(lab: Lab) -> Iterator[Variant]:
+    base = lab.narrow
+    for axis in AXES:
+        scratch, reference = lab.scratch(axis), f"{axis}: SPARKLING"
+        yield Variant(reference, lab.grown(axis, lab.recipe("sparkling")))
+        yield Variant(f"{axis}: function-preserving", lab.grown(axis, lab.recipe("function-preserving")), reference)
+        yield from lab.from_scratch(f"{axis}: from scratch, same tokens", scratch, reference)
+        best = lab.tuned(scratch)
+        if best is not None:
+            narrow, wide = (active_parameters(base.shape, dict(run.widths)) for run in (base, scratch))
+            steps = round(base.steps * (1 + narrow / wide) / 2)
+            yield Variant(f"{axis}: from scratch, same compute", replace(best, steps=steps), reference)
+    yield Variant("narrow, never grown", base, "inner: SPARKLING")
+
+
+def _savings(lab: Lab) -> Iterator[Variant]:
+    for axis in AXES:
+        reference = f"{axis}: from scratch"
+        yield from lab.from_scratch(reference, lab.scratch(axis))
+        yield Variant(f"{axis}: SPARKLING", lab.grown(axis, lab.recipe("sparkling")), reference)
+
+
+#: Strategies that keep the function and part twins sooner, as changes to SPARKLING.
+CANDIDATES: dict[str, Block] = {
+    "SPARKLING": {},
+    "ratio 2": {"rewarmup": {"ratio": 2.0}},
+    "ratio 3": {"rewarmup": {"ratio": 3.0}},
+    "ratio 5": {"rewarmup": {"ratio": 5.0}},
+    "all elements, ratio 3": {"rewarmup": {"ratio": 3.0, "scope": "all"}},
+    "split 1:0": {"init": {"split": "1:0"}},
+    "split 1:0, ratio 3": {"init": {"split": "1:0"}, "rewarmup": {"ratio": 3.0}},
+    "perturbation 1": {"init": {"perturbation": 1.0}},
+    "perturbation 1, ratio 2": {"init": {"perturbation": 1.0}, "rewarmup": {"ratio": 2.0}},
+    "perturbation 1, ratio 3": {"init": {"perturbation": 1.0}, "rewarmup": {"ratio": 3.0}},
+    "cancelling random": {"init": {"fan_in": "cancel", "fan_out": "random"}, "scaling": "none"},
+    "cancelling random, ratio 3": {
+        "init": {"fan_in": "cancel", "fan_out": "random"},
+        "scaling": "none",
+        "rewarmup": {"ratio": 3.0},
+    },
+}
+
+
+def _parting(lab: Lab) -> Iterator[Variant]:
+    for axis in ("inner", "hidden"):
+        for name, changes in CANDIDATES.items():
+            if axis == "hidden" and "random" in name:
+                continue  # random units change what the norms on the hidden width divide by
+            block = lab.recipe("sparkling", **changes)
+            reference = f"{axis}: SPARKLING"
+            yield Variant(f"{axis}: {name}", lab.grown(axis, block), "" if name == "SPARKLING" else reference)
+
+
+def _horizons(lab: Lab) -> Iterator[Variant]:
+    for horizon in lab.scale.horizons:
+        base = lab.scale.horizon_base(lab.data, horizon)
+        reference = f"{horizon} steps: SPARKLING"
+        for name, changes in CANDIDATES.items():
+            run = lab.grown("inner", lab.recipe("sparkling", **changes), base)
+            yield Variant(
+                f"{horizon} steps: {name}", run, "" if name == "SPARKLING" else reference, series=name, x=horizon
+            )
+        scratch = lab.scratch("inner", base)
+        yield Variant(f"{horizon} steps: from scratch", scratch, reference, series="from scratch", x=horizon)
+
+
+def _bias_correction(lab: Lab) -> Iterator[Variant]:
+    for beta2 in (0.95, 0.999):
+        base = replace(lab.narrow, beta2=beta2)
+        for mode in ("restart", "inherit"):
+            block = lab.recipe("sparkling", bias_correction=mode)
+            reference = "" if mode == "restart" else f"beta2 {beta2:g}: restart"
+            yield Variant(f"beta2 {beta2:g}: {mode}", lab.grown("inner", block, base), reference)
+
+
+def _ratio(lab: Lab) -> Iterator[Variant]:
+    for axis in ("inner", "hidden"):
+        for scaling in ("rms", "function", "none"):
+            block = lab.recipe("sparkling", scaling=scaling)
+            reference = "" if scaling == "rms" else f"{axis} 1.5x: rms"
+            yield Variant(f"{axis} 1.5x: {scaling}", lab.grown(axis, block, factor=1.5), reference)
+
+
+def _when(lab: Lab) -> Iterator[Variant]:
+    reference = "50%"
+    for percent in (10, 25, 50, 75, 90):
+        run = lab.grown("inner", lab.recipe("sparkling"), share=percent / 100)
+        yield Variant(f"{percent}%", run, "" if percent == 50 else reference, series="SPARKLING", x=percent)
+    yield from lab.from_scratch("from scratch", lab.scratch("inner"), reference)
+
+
+EXPERIMENTS = {
+    experiment.name: experiment
+    for experiment in (
+        Experiment(
+            "init",
+            "RMS scaling and init pairs",
+            "Fig. 1, Fig. 6",
+            "Does RMS scaling help, whatever new units start from?",
+            _init,
+            tuple(
+                Claim(f"{axis}: {pair}, rms", f"{axis}: {pair}, none")
+                for axis in ("inner", "hidden")
+                for pair in ("copy-copy", "random-random", "random-zero", "random-copy", "zero-copy")
+            ),
+        ),
+        Experiment(
+            "state",
+            "Optimizer state at the growth",
+            "Fig. 2",
+            "Which treatment of AdamW's moments lets copies part from their sources?",
+            _state,
+            (
+                Claim("asymmetric_reset", "copy"),
+                Claim("asymmetric_reset", "drop"),
+            ),
+        ),
+        Experiment(
+            "rewarmup",
+            "Re-warm-up after the growth",
+            "Fig. 3",
+            "Does a learning-rate re-warm-up help, and is it to be for new elements alone?",
+            _rewarmup,
+            tuple(
+                Claim(f"{axis}: new elements (SPARKLING)", f"{axis}: {other}")
+                for axis in AXES
+                for other in ("none", "all elements")
+            ),
+        ),
+        Experiment(
+            "search",
+            "Ratio and steps of the re-warm-up",
+            "Fig. 9",
+            "How high and how quick should the re-warm-up be?",
+            _search,
+            (),
+            "ratio",
+        ),
+        Experiment(
+            "ablation",
+            "Ablation",
+            "Table 6",
+            "What do RMS scaling and the asymmetric dynamics add, alone and together?",
+            _ablation,
+            tuple(
+                Claim(f"{pair}: both", f"{pair}: {other}")
+                for pair in ("copy-copy", "zero-copy", "random-copy")
+                for other in ("neither", "RMS only", "asymmetry only")
+            ),
+        ),
+        Experiment(
+            "init-rivals",
+            "Other function-preserving inits",
+            "Fig. 10, App. J",
+            "Is SPARKLING better than inits that break the symmetry by themselves?",
+            _init_rivals,
+            tuple(
+                Claim("SPARKLING", other)
+                for other in ("naive", "function-preserving", "perturbation", "random-split", "uneven-split")
+            ),
+        ),
+        Experiment(
+            "dynamics-rivals",
+            "Other training dynamics",
+            "Fig. 11, App. K",
+            "Is SPARKLING better than other schedules and treatments of state?",
+            _dynamics_rivals,
+            tuple(
+                Claim("SPARKLING", other)
+                for other in (
+                    "re-warm-up of all",
+                    "uneven split, 25% faster decay",
+                    "scaled state, remapped lr",
+                )
+            ),
+        ),
+        Experiment(
+            "muon",
+            "Muon",
+            "Fig. 12",
+            "Does it hold for an optimizer that orthogonalises whole matrices?",
+            _muon,
+            (Claim("SPARKLING", "momentum copied"), Claim("SPARKLING", "momentum dropped")),
+        ),
+        Experiment(
+            "dense",
+            "A dense model",
+            "Table 8",
+            "Does it hold without experts?",
+            _dense,
+            (Claim("SPARKLING", "function-preserving"), Claim("SPARKLING", "narrow, never grown")),
+        ),
+        Experiment(
+            "two-stage",
+            "Growing twice",
+            "Fig. 13, App. O",
+            "Does growing twice (at a quarter and at half of the steps) still work?",
+            _two_stage,
+            (Claim("two stages, SPARKLING", "two stages, function-preserving"),),
+        ),
+        Experiment(
+            "iso-compute",
+            "Against training from scratch",
+            "Fig. 14-16",
+            "At the same compute, and at the same tokens, which ends lower?",
+            _iso_compute,
+            tuple(Claim(f"{axis}: SPARKLING", f"{axis}: from scratch, same compute") for axis in AXES),
+        ),
+        Experiment(
+            "savings",
+            "Compute and time saved",
+            "Table 2",
+            "What does growing at half of the tokens save?",
+            _savings,
+        ),
+        Experiment(
+            "parting",
+            "Beyond the paper: parting twins sooner",
+            "ours",
+            "At a short horizon, which changes part the twins and lower the loss without changing the function?",
+            _parting,
+        ),
+        Experiment(
+            "horizons",
+            "Beyond the paper: the horizon",
+            "ours",
+            "How many steps after the growth does each strategy need?",
+            _horizons,
+            (),
+            "steps after the growth",
+        ),
+        Experiment(
+            "bias-correction",
+            "Beyond the paper: bias correction",
+            "ours",
+            "Should Adam's bias correction restart for new elements?",
+            _bias_correction,
+        ),
+        Experiment(
+            "ratio",
+            "Beyond the paper: ratio 1.5",
+            "ours",
+            "Where Eq. 16 doesn't keep the function, is keeping it better than keeping RMS?",
+            _ratio,
+        ),
+        Experiment(
+            "when",
+            "Beyond the paper: when to grow",
+            "ours",
+            "At which share of the budget?",
+            _when,
+            (),
+            "growth at % of the steps",
+        ),
+    )
+}

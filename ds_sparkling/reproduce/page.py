@@ -1,0 +1,141 @@
+"""The page of results: a section per experiment with its table, its plot, and what of the paper's orderings shows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from ds_sparkling.reproduce.pictures import draw
+from ds_sparkling.reproduce.results import Row, Table
+from ds_sparkling.reproduce.runs import Shape
+from ds_sparkling.reproduce.scales import Scale
+
+
+def write_page(output: Path, scale: Scale, tables: Sequence[Table]) -> Path:
+    """Write CSV files, plots and ``README.md`` into ``output``; of experiments of which nothing is there, only a line.
+
+    Returns:
+        The page.
+
+    Raises:
+        SparklingError: if matplotlib isn't installed or a plot can't be written.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    for table in tables:
+        if any(row.loss for row in table.rows):
+            table.write_csv(output / f"{table.experiment.name}.csv")
+            draw(table, output / f"{table.experiment.name}.png")
+    page = output / "README.md"
+    part = page.with_name("README.md.part")
+    part.write_text("\n".join(_lines(scale, tables)) + "\n")
+    part.replace(page)
+    return page
+
+
+def _lines(scale: Scale, tables: Sequence[Table]) -> Iterator[str]:
+    yield f"# The paper's experiments at scale `{scale.name}`"
+    yield ""
+    command = f"python tools/reproduce.py --scale {scale.name}"
+    yield f"Made by `{command}`. `runs.jsonl` has every run whole, the CSV files one line for each."
+    yield ""
+    yield from _setup(scale)
+    yield ""
+    yield from _summary(tables)
+    for table in tables:
+        yield ""
+        yield from _section(table)
+
+
+def _setup(scale: Scale) -> Iterator[str]:
+    shape = scale.shape
+    factors = ", ".join(f"{factor:g}" for factor in scale.lr_factors)
+    yield (
+        f"Byte-level text, {_model(shape)}, narrow widths hidden {scale.hidden} and inner {scale.inner}, doubled by a "
+        f"growth after half of {scale.steps} steps of {shape.batch} x {shape.length} bytes. AdamW (0.9, 0.95), weight "
+        f"decay 0.1, peak learning rate {scale.lr:g} for narrow and grown models, 3% warm-up, cosine to 1%; re-warm-up "
+        f"in {scale.rewarmup_steps} steps. Models trained from scratch get the best of {factors} times that rate, by "
+        "the first seed."
+    )
+    yield ""
+    yield (
+        f"Losses are nats per byte over the same {shape.windows * shape.length:,} held-out bytes. A seed fixes initial "
+        "weights and data order; all variants of a seed branch off the same narrow run and read the same batches, so "
+        "differences are paired by seed. ± is the 95% confidence interval of the mean over seeds (Student's t). Jump "
+        "is the change of the validation loss at the growth, shock the most that it is above its value before the "
+        "growth at any later point; twins, the mean cosine between copied units and their sources at the end, over the "
+        "rows that produce them; drift, RMS(out)/RMS(in) of the blocks right after the growth over that before; time, "
+        "that of the processor in training steps."
+    )
+
+
+def _model(shape: Shape) -> str:
+    return f"{shape.layers} layers, {shape.heads} heads, {shape.experts} experts of which {shape.top_k} per token"
+
+
+def _summary(tables: Sequence[Table]) -> Iterator[str]:
+    yield "| experiment | paper | orderings that hold | not resolved | the other way round |"
+    yield "|---|---|---|---|---|"
+    for table in tables:
+        title, name = table.experiment.title, table.experiment.name
+        if not any(row.loss for row in table.rows):
+            yield f"| {title} | {table.experiment.source} | not run: `python tools/reproduce.py {name}` | | |"
+            continue
+        texts = [verdict.text for verdict in table.verdicts]
+        counts = [sum(text.startswith(start) for text in texts) for start in ("holds", "not resolved", "does NOT")]
+        cells = [str(count) if texts else "" for count in counts]
+        state = "" if table.finished else " (unfinished)"
+        yield f"| [{title}](#{_anchor(title)}){state} | {table.experiment.source} | {' | '.join(cells)} |"
+
+
+def _anchor(title: str) -> str:
+    kept = "".join(c for c in title.lower() if c.isalnum() or c in " -")
+    return kept.replace(" ", "-")
+
+
+def _section(table: Table) -> Iterator[str]:
+    experiment = table.experiment
+    yield f"## {experiment.title}"
+    yield ""
+    yield f"{experiment.question} ({experiment.source}; `python tools/reproduce.py {experiment.name}`)"
+    yield ""
+    if not any(row.loss for row in table.rows):
+        yield "Not run yet."
+        return
+    yield "| variant | seeds | loss | against the reference | jump | shock | twins | drift | compute, FLOPs | time, s |"
+    yield "|---|---|---|---|---|---|---|---|---|---|"
+    for row in table.rows:
+        yield _line(row)
+    if table.verdicts:
+        yield ""
+        yield "| claimed to be lower | than | difference | |"
+        yield "|---|---|---|---|"
+        for verdict in table.verdicts:
+            difference = verdict.difference.text(signed=True) if verdict.difference else ""
+            yield f"| {verdict.claim.better} | {verdict.claim.worse} | {difference} | {verdict.text} |"
+    yield ""
+    yield f"![{experiment.title}]({experiment.name}.png)"
+
+
+def _line(row: Row) -> str:
+    variant = row.variant
+    finished = sum(outcome is not None for outcome in row.outcomes)
+    jump, shock, twins, drift, compute, seconds = (
+        row.mean(name) for name in ("jump", "shock", "twins", "drift", "flops", "seconds")
+    )
+    cells = [
+        variant.name if variant.reference or variant.once else f"**{variant.name}**",
+        f"{finished}/{len(row.outcomes)}",
+        row.loss.text() if row.loss else "",
+        f"{row.difference.text(signed=True)}" if row.difference else "",
+        _number(jump, "+.4f"),
+        _number(shock, "+.4f"),
+        _number(twins, ".3f"),
+        _number(drift, ".3f"),
+        _number(compute, ".3g"),
+        _number(seconds, ".0f"),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _number(value: float | None, how: str) -> str:
+    return "" if value is None else format(value, how)

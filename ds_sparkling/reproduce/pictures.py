@@ -1,0 +1,87 @@
+"""A plot per experiment: differences to the reference with their intervals, or curves over a quantity; and losses."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ds_sparkling.pictures import empty_figure, save_picture
+from ds_sparkling.reproduce.results import Row, Table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+#: Inches of a line in the left half.
+_LINE = 0.26
+
+
+def draw(table: Table, path: Path) -> None:
+    """Draw a table into a PNG.
+
+    Raises:
+        SparklingError: if matplotlib isn't installed or the file can't be written.
+    """
+    rows = [row for row in table.rows if row.loss is not None and not row.variant.once]
+    curved = any(row.variant.x is not None for row in rows)
+    figure = empty_figure(11, max(3.6, 1.4 + _LINE * len(rows)))
+    left, right = figure.subplots(1, 2, width_ratios=(1.2, 1))
+    figure.suptitle(f"{table.experiment.title} ({table.experiment.source})")
+    if curved:
+        _lines(left, rows, table.experiment.xlabel)
+    else:
+        _dots(left, rows)
+    _curves(right, rows)
+    save_picture(figure, path)
+
+
+def _dots(axes: Axes, rows: list[Row]) -> None:
+    """The difference of every row to its reference."""
+    shown = [row for row in rows if row.difference is not None]
+    for place, row in enumerate(shown):
+        assert row.difference is not None
+        axes.errorbar(row.difference.mean, place, xerr=row.difference.half or 0, fmt="o", capsize=3, color="C0")
+    axes.set_yticks(range(len(shown)), [row.variant.name for row in shown], fontsize=8)
+    axes.invert_yaxis()
+    axes.axvline(0, color="0.4", linewidth=0.8)
+    axes.set_xlabel("final loss against the reference, nats per byte (lower is better)", fontsize=8)
+    axes.grid(alpha=0.3, axis="x")
+
+
+def _lines(axes: Axes, rows: list[Row], xlabel: str) -> None:
+    """The difference of every series to the reference, over what it varies; the reference itself is zero."""
+    series: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
+    for row in rows:
+        if row.variant.x is not None:
+            mean, half = (row.difference.mean, row.difference.half or 0.0) if row.difference else (0.0, 0.0)
+            series[row.variant.series].append((row.variant.x, mean, half))
+    for name, points in series.items():
+        points.sort()
+        x, y, halves = ([point[place] for point in points] for place in range(3))
+        axes.errorbar(x, y, yerr=halves, marker="o", capsize=3, label=name)
+    values = [x for points in series.values() for x, _, _ in points]
+    if min(values) > 0 and max(values) / min(values) > 10:
+        axes.set_xscale("log")
+    axes.axhline(0, color="0.4", linewidth=0.8)
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel("final loss against the reference", fontsize=8)
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+
+
+def _curves(axes: Axes, rows: list[Row]) -> None:
+    """Validation loss over training compute, mean over seeds."""
+    for row in rows:
+        outcomes = [outcome for outcome in row.outcomes if outcome is not None]
+        length = min(len(outcome.curve) for outcome in outcomes)
+        x = [outcomes[0].curve[place].flops for place in range(length)]
+        y = [statistics.fmean(outcome.curve[place].loss for outcome in outcomes) for place in range(length)]
+        axes.plot(x, y, linewidth=1, label=row.variant.name)
+    axes.set_xlabel("training compute, FLOPs", fontsize=8)
+    axes.set_ylabel("validation loss", fontsize=8)
+    lowest = min(row.loss.mean for row in rows if row.loss is not None)
+    axes.set_ylim(lowest * 0.99, lowest * 1.2)
+    if len(rows) <= 10:
+        axes.legend(fontsize=7)
+    axes.grid(alpha=0.3)

@@ -1,0 +1,139 @@
+"""Runs in processes of their own, several at a time: trunks first, then what branches off them."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from ds_sparkling.errors import SparklingError
+from ds_sparkling.reproduce.loop import train
+from ds_sparkling.reproduce.runs import Outcome, Run
+from ds_sparkling.reproduce.store import Store
+
+#: Counts the steps of all processes; set in each.
+_counter: Any = None
+
+
+@dataclass
+class _Job:
+    """A run, and the steps at which others want it kept."""
+
+    run: Run
+    keep: set[int] = field(default_factory=set)
+    wanted: bool = False
+
+
+class Queue:
+    """Trains runs that the store doesn't have yet.
+
+    Args:
+        store: gets every outcome as soon as it is there.
+        snapshots: where trunks are kept meanwhile.
+        jobs: processes at a time.
+    """
+
+    def __init__(self, store: Store, snapshots: Path, jobs: int) -> None:
+        self.store = store
+        self.snapshots = snapshots
+        self.jobs = jobs
+        self.failures: dict[str, str] = {}
+
+    def finish(self, wanted: Callable[[], Iterable[Run]]) -> None:
+        """Train until ``wanted``, which may come to name more as outcomes come in, names none that is missing."""
+        context = multiprocessing.get_context("spawn")
+        counter = context.Value("q", 0)
+        threads = max(1, (os.cpu_count() or 1) // self.jobs)
+        with (
+            ProcessPoolExecutor(self.jobs, context, initializer=_start, initargs=(counter, threads)) as pool,
+            tqdm(total=0, unit="step", smoothing=0.05) as bar,
+        ):
+            running: dict[Future[Outcome | None], _Job] = {}
+            finished = 0
+            while True:
+                jobs = self._open(wanted(), [job.run.key for job in running.values()])
+                bar.total = finished + sum(_steps(job) for job in [*jobs, *running.values()])
+                for job in jobs:
+                    # No more than can run, so that those named later can still come first.
+                    if len(running) < self.jobs and self._ready(job):
+                        running[pool.submit(_train, job.run, self.snapshots, tuple(sorted(job.keep)), job.wanted)] = job
+                if not running:
+                    return
+                done, _ = wait(running, timeout=1.0, return_when=FIRST_COMPLETED)
+                bar.set_postfix(finished=len(self.store.outcomes), left=len(jobs), refresh=False)
+                bar.update(counter.value - bar.n)
+                for future in done:
+                    job = running.pop(future)
+                    finished += _steps(job)
+                    self._collect(job, future)
+
+    def _open(self, wanted: Iterable[Run], running: list[str]) -> list[_Job]:
+        """What is to be trained still, trunks first."""
+        trunks: dict[str, _Job] = {}
+        jobs: dict[str, _Job] = {}
+        for run in wanted:
+            if run.key in self.store.outcomes or run.key in self.failures:
+                continue
+            if run.first_growth is None:
+                trunks.setdefault(run.key, _Job(run)).wanted = True
+                continue
+            jobs.setdefault(run.key, _Job(run, wanted=True))
+            if not self._snapshot(run).exists() and run.trunk.key not in self.failures:
+                trunks.setdefault(run.trunk.key, _Job(run.trunk)).keep.add(run.first_growth)
+        # Those that others wait for come first.
+        ordered = sorted(trunks.values(), key=lambda job: not job.keep)
+        return [job for job in [*ordered, *jobs.values()] if job.run.key not in running]
+
+    def _ready(self, job: _Job) -> bool:
+        run = job.run
+        return not run.stages or self._snapshot(run).exists() or run.trunk.key in self.failures
+
+    def _snapshot(self, run: Run) -> Path:
+        return self.snapshots / f"{run.trunk.key}-{run.first_growth}.pt"
+
+    def _collect(self, job: _Job, future: Future[Outcome | None]) -> None:
+        try:
+            outcome = future.result()
+        except SparklingError as error:
+            self.failures[job.run.key] = str(error)
+            return
+        if outcome is not None:
+            self.store.add(job.run, outcome)
+
+
+def _steps(job: _Job) -> int:
+    """Steps that a job takes."""
+    run = job.run
+    if run.stages:
+        return run.steps - (run.first_growth or 0)
+    return run.steps if job.wanted else max(job.keep)
+
+
+def _start(counter: Any, threads: int) -> None:
+    """Set up a process. Ctrl-C is for the parent, with which it ends."""
+    global _counter
+    _counter = counter
+    torch.set_num_threads(threads)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _train(run: Run, snapshots: Path, keep: tuple[int, ...], wanted: bool) -> Outcome | None:
+    """One job; of a trunk whose outcome nobody wants, only up to where the last branch begins."""
+
+    parent = multiprocessing.parent_process()
+
+    def report() -> None:
+        if parent is None or not parent.is_alive():
+            os._exit(1)
+        with _counter.get_lock():
+            _counter.value += 1
+
+    return train(run, snapshots, keep, None if wanted else max(keep), report)

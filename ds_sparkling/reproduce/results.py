@@ -1,0 +1,152 @@
+"""From outcomes to tables: means and paired differences over seeds, with confidence intervals, and what holds."""
+
+from __future__ import annotations
+
+import csv
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ds_sparkling.reproduce.experiments import Claim, Experiment, Lab, Variant
+from ds_sparkling.reproduce.runs import Outcome
+
+#: Student's t for a two-sided interval of 95%, by degrees of freedom from 1 on; the normal's beyond.
+_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+_NORMAL95 = 1.960
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds and the half-width of its 95% confidence interval; None where one seed gives none."""
+
+    mean: float
+    half: float | None
+    count: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Estimate | None:
+        """None if there are no values."""
+        if not values:
+            return None
+        mean = statistics.fmean(values)
+        if len(values) < 2:
+            return cls(mean, None, 1)
+        freedom = len(values) - 1
+        t = _T95[freedom - 1] if freedom <= len(_T95) else _NORMAL95
+        return cls(mean, t * statistics.stdev(values) / math.sqrt(len(values)), len(values))
+
+    def text(self, *, signed: bool = False) -> str:
+        """Like ``1.2345 +-0.0012``."""
+        number = f"{self.mean:+.4f}" if signed else f"{self.mean:.4f}"
+        return number if self.half is None else f"{number} ±{self.half:.4f}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One variant's line.
+
+    Attributes:
+        variant: which.
+        outcomes: by seed; None where the run isn't finished.
+        loss: final validation loss.
+        difference: of the final loss to the reference's, paired by seed; None for the reference itself.
+    """
+
+    variant: Variant
+    outcomes: tuple[Outcome | None, ...]
+    loss: Estimate | None
+    difference: Estimate | None
+
+    def mean(self, name: str) -> float | None:
+        """Mean of an outcome's attribute, or property, over the seeds that have it."""
+        found = [getattr(outcome, name) for outcome in self.outcomes if outcome is not None]
+        values = [value for value in found if value is not None]
+        return statistics.fmean(values) if values else None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether an ordering shows: the paired difference of the losses, better minus worse."""
+
+    claim: Claim
+    difference: Estimate | None
+
+    @property
+    def text(self) -> str:
+        """In a few words."""
+        if self.difference is None:
+            return "not run"
+        mean, half = self.difference.mean, self.difference.half
+        if half is None:
+            return ("as claimed" if mean < 0 else "the other way round") + " on one seed, which proves nothing"
+        if abs(mean) <= half:
+            return "not resolved: the interval includes zero"
+        return "holds" if mean < 0 else "does NOT hold: the other way round"
+
+
+@dataclass(frozen=True)
+class Table:
+    """An experiment's results."""
+
+    experiment: Experiment
+    rows: tuple[Row, ...]
+    verdicts: tuple[Verdict, ...]
+
+    @property
+    def finished(self) -> bool:
+        return all(outcome is not None for row in self.rows for outcome in row.outcomes)
+
+    def write_csv(self, path: Path) -> None:
+        """One line per run: variant, seed, and what came out."""
+        names = ("loss", "before", "after", "shock", "twins", "drift", "flops", "seconds")
+        part = path.with_name(f"{path.name}.part")
+        with part.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["variant", "reference", "seed", "run", "lr", "steps", *names])
+            for row in self.rows:
+                for seed, outcome in enumerate(row.outcomes):
+                    if outcome is None:
+                        continue
+                    run = replace(row.variant.run, seed=seed)
+                    values = [getattr(outcome, name) for name in names]
+                    cells = ["" if value is None else f"{value:.6g}" for value in values]
+                    writer.writerow(
+                        [row.variant.name, row.variant.reference, seed, run.key, f"{run.lr:g}", run.steps, *cells]
+                    )
+        part.replace(path)
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """How many seeds a variant is run with."""
+
+    count: int
+
+    def outcomes(self, variant: Variant, lab: Lab) -> tuple[Outcome | None, ...]:
+        """A variant's outcomes by seed."""
+        seeds = 1 if variant.once else self.count
+        return tuple(lab.outcomes.get(replace(variant.run, seed=seed).key) for seed in range(seeds))
+
+
+def tables_of(experiment: Experiment, lab: Lab, seeds: Seeds) -> Table:
+    """An experiment's results, as far as there are any."""
+    variants = {variant.name: variant for variant in experiment.variants(lab)}
+    outcomes = {name: seeds.outcomes(variant, lab) for name, variant in variants.items()}
+
+    def paired(first: str, second: str) -> Estimate | None:
+        pairs = zip(outcomes.get(first, ()), outcomes.get(second, ()), strict=False)
+        return Estimate.of([a.loss - b.loss for a, b in pairs if a is not None and b is not None])
+
+    rows = [
+        Row(
+            variant,
+            outcomes[name],
+            Estimate.of([outcome.loss for outcome in outcomes[name] if outcome is not None]),
+            paired(name, variant.reference) if variant.reference else None,
+        )
+        for name, variant in variants.items()
+    ]
+    verdicts = [Verdict(claim, paired(claim.better, claim.worse)) for claim in experiment.claims]
+    return Table(experiment, tuple(rows), tuple(verdicts))

@@ -1,0 +1,94 @@
+"""Means, intervals and verdicts, counted by hand."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from ds_sparkling.reproduce.experiments import Claim, Experiment, Lab, Variant
+from ds_sparkling.reproduce.results import Estimate, Seeds, tables_of
+from ds_sparkling.reproduce.runs import Outcome, Point
+from ds_sparkling.reproduce.scales import SCALES
+
+
+def test_an_interval_is_students() -> None:
+    estimate = Estimate.of([1.0, 2.0, 6.0])
+    assert estimate is not None
+    assert estimate.mean == 3.0
+    assert estimate.half == pytest.approx(4.303 * math.sqrt(7.0 / 3.0))
+    assert Estimate.of([]) is None
+    assert Estimate.of([0.5]) == Estimate(0.5, None, 1)
+    many = Estimate.of([0.0, 1.0] * 50)
+    assert many is not None
+    assert many.half == pytest.approx(1.96 * math.sqrt(25 / 99) / 10, rel=1e-3)
+
+
+def lab_of(losses: dict[str, list[float | None]]) -> tuple[Experiment, Lab]:
+    """An experiment with these losses by seed; runs differ in their rate alone."""
+    base = SCALES["tiny"].base("")
+    runs = {name: replace(base, lr=number + 1.0) for number, name in enumerate(losses)}
+    first = next(iter(losses))
+
+    def variants(_: Lab) -> Iterator[Variant]:
+        for name, run in runs.items():
+            yield Variant(name, run, "" if name == first else first)
+
+    claims = tuple(Claim(first, name) for name in losses if name != first)
+    outcomes = {
+        replace(runs[name], seed=seed).key: Outcome(loss, 1e9, 2.0, before=1.0, after=1.25, curve=(Point(1, 1.0, 1.0),))
+        for name, values in losses.items()
+        for seed, loss in enumerate(values)
+        if loss is not None
+    }
+    return Experiment("e", "E", "Fig. 0", "?", variants, claims), Lab(SCALES["tiny"], "", outcomes)
+
+
+def test_differences_are_paired_by_seed() -> None:
+    """The spread between seeds is far larger than the difference, which is the same for each."""
+    experiment, lab = lab_of({"ours": [1.0, 2.0, 3.0], "theirs": [1.1, 2.1, 3.1], "late": [None, 1.5, 2.5]})
+    table = tables_of(experiment, lab, Seeds(3))
+    ours, theirs, late = table.rows
+    assert (ours.difference, ours.mean("jump")) == (None, 0.25)
+    assert ours.loss is not None
+    assert ours.loss.half is not None
+    assert ours.loss.half > 2
+    assert theirs.difference is not None
+    assert theirs.difference.mean == pytest.approx(0.1)
+    assert theirs.difference.half == pytest.approx(0.0, abs=1e-12)
+    assert late.difference is not None
+    assert late.difference.count == 2
+    assert late.difference.mean == pytest.approx(-0.5)
+    assert [verdict.text for verdict in table.verdicts] == ["holds", "does NOT hold: the other way round"]
+    assert not table.finished
+
+
+@pytest.mark.parametrize(
+    ("theirs", "text"),
+    [
+        ([1.2, 1.9, 3.1], "not resolved: the interval includes zero"),
+        ([1.2, None, None], "as claimed on one seed, which proves nothing"),
+        ([0.9, None, None], "the other way round on one seed, which proves nothing"),
+        ([None, None, None], "not run"),
+    ],
+)
+def test_a_verdict_says_no_more_than_the_numbers(theirs: list[float | None], text: str) -> None:
+    experiment, lab = lab_of({"ours": [1.0, 2.0, 3.0], "theirs": theirs})
+    (verdict,) = tables_of(experiment, lab, Seeds(3)).verdicts
+    assert verdict.text == text
+
+
+def test_the_csv_has_a_line_per_run(tmp_path: Path) -> None:
+    experiment, lab = lab_of({"ours": [1.0, 2.0], "theirs": [1.5, None]})
+    tables_of(experiment, lab, Seeds(2)).write_csv(tmp_path / "e.csv")
+    rows = list(csv.DictReader((tmp_path / "e.csv").open()))
+    assert [(row["variant"], row["seed"], row["loss"]) for row in rows] == [
+        ("ours", "0", "1"),
+        ("ours", "1", "2"),
+        ("theirs", "0", "1.5"),
+    ]
+    assert list(tmp_path.iterdir()) == [tmp_path / "e.csv"]
