@@ -56,6 +56,12 @@ def _plan_growth(arguments: Sequence[str]) -> None:
     plan(arguments)
 
 
+def _report(arguments: Sequence[str]) -> None:
+    from ds_sparkling.report.command import main as report
+
+    report(arguments)
+
+
 def _check_families(arguments: Sequence[str]) -> None:
     from ds_sparkling.benchmarks.families import main as check
 
@@ -84,6 +90,7 @@ def _bench_expand(arguments: Sequence[str]) -> None:
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "train": (_train, "train a mixture-of-experts language model and widen it mid-way"),
     "compare": (_compare, "train a config three ways: grown, the wide model from scratch, and never grown"),
+    "report": (_report, "compare runs on one page: curves, figures and a verdict"),
     "expand-zero-ckpt": (_expand_zero_ckpt, "widen, reshape or export a ZeRO checkpoint offline"),
     "check-growth": (_check_growth, "grow a small instance of a model and see whether that keeps what it promises"),
     "check-families": (_check_families, "grow tiny models of Hugging Face's families along every axis, in every room"),

@@ -68,9 +68,9 @@ def read_summary(directory: Path) -> RunSummary | None:
     except (OSError, ValueError) as error:
         raise SparklingError(f"{path} can't be read: {error}") from None
     wanted = {entry.name: entry.type for entry in fields(RunSummary)}
-    numbers = {"int": int, "float": (int, float), "str": str}
+    kinds: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,)}
     fits = isinstance(found, dict) and found.keys() == wanted.keys()
-    if not fits or not all(isinstance(found[name], numbers[str(kind)]) for name, kind in wanted.items()):
+    if not fits or not all(isinstance(found[name], kinds[str(kind)]) for name, kind in wanted.items()):
         raise SparklingError(
             f"{path} isn't a run's summary: it must hold {', '.join(wanted)}; finish the run anew, or remove the file"
         )

@@ -240,7 +240,9 @@ def _read(file: Path) -> tuple[float, EventFile]:
     try:
         events.Reload()
     except Exception as error:  # whatever the parser meets in a file that isn't one
-        raise SparklingError(f"{file} can't be read as an event file ({error}); take it out of the directory") from error
+        raise SparklingError(
+            f"{file} can't be read as an event file ({error}); take it out of the directory"
+        ) from error
     tags = events.Tags()
     scalars = {
         tag: [Event(event.wall_time, event.step, event.value) for event in events.Scalars(tag)]
