@@ -22,7 +22,7 @@ from pathlib import Path
 from ds_sparkling.errors import SparklingError
 from ds_sparkling.report.events import Run, read_runs
 from ds_sparkling.report.page import HEADER, page, rows
-from ds_sparkling.report.pictures import SECTIONS, drawn_sections, style_of
+from ds_sparkling.report.pictures import SECTIONS, draw, style_of
 from ds_sparkling.report.verdict import Finding, verdict
 
 
@@ -39,8 +39,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         style = style_of(runs, args.smooth)
         findings = verdict(runs)
         if target is not None:
-            figures = list(drawn_sections(runs, style))
-            pictures = {section.name: png for section, png, _ in figures if png is not None}
+            figures = [(section, draw(section, runs, style)) for section in SECTIONS]
+            pictures = {section.name: png for section, png in figures if png is not None}
             target.write(page(runs, findings, figures, style), pictures)
         sys.stdout.write(text(runs, findings) + "\n")
         if target is not None:

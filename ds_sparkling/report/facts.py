@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -146,12 +146,11 @@ def at_growth(curve: Curve, growth: Growth) -> float | None:
     return float(after[0] / before[-1])
 
 
-def relative(curve: Curve, growth: Growth | None) -> FloatArray | None:
-    """A curve over its last value before a growth; over its first value if there was none."""
-    reference = curve.values[:1] if growth is None else curve.values[curve.stages < growth.stage][-1:]
-    if not len(reference) or reference[0] == 0:
-        return None
-    return curve.values / reference[0]
+def relative(curve: Curve, growth: Growth | None) -> Curve | None:
+    """A curve over its last value before a growth; over its first value if there is none before one."""
+    before = curve.values[:0] if growth is None else curve.values[curve.stages < growth.stage]
+    reference = before[-1] if len(before) else curve.values[0]
+    return None if reference == 0 else replace(curve, values=curve.values / reference)
 
 
 def dead_blocks(run: Run) -> list[str]:

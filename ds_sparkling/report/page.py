@@ -26,7 +26,7 @@ def rows(runs: Sequence[Run]) -> list[tuple[str, ...]]:
 def page(
     runs: Sequence[Run],
     findings: Sequence[Finding],
-    figures: Sequence[tuple[Section, bytes | None, list[str]]],
+    figures: Sequence[tuple[Section, bytes | None]],
     style: Style,
 ) -> str:
     """The HTML text.
@@ -34,7 +34,7 @@ def page(
     Args:
         runs: in the order of the table.
         findings: the verdict.
-        figures: of every section its PNG, and the runs that have nothing in it.
+        figures: of every section its PNG, if there is one.
         style: the runs' colours.
     """
     names = ", ".join(run.name for run in runs)
@@ -43,7 +43,7 @@ def page(
         findings="\n".join(_finding(finding) for finding in findings),
         header="".join(f"<th>{escape(cell)}</th>" for cell in HEADER),
         rows="\n".join(_html_row(run, style) for run in runs),
-        figures="\n".join(_figure(section, png, without) for section, png, without in figures),
+        figures="\n".join(_figure(section, png, section.missing(runs)) for section, png in figures),
         plans="\n".join(_plans(run) for run in runs),
         sources="\n".join(f"<li>{escape(run.name)}: <code>{escape(str(run.path))}</code></li>" for run in runs),
     )
@@ -83,18 +83,15 @@ def _html_row(run: Run, style: Style) -> str:
     return f"<tr><th>{chip}{escape(name)}</th>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"
 
 
-def _figure(section: Section, png: bytes | None, without: Sequence[str]) -> str:
-    if png is None:
-        body = f'<p class="none">No run has recorded {escape(section.tags)}. To have it: {escape(section.switch)}.</p>'
-    else:
+def _figure(section: Section, png: bytes | None, missing: Sequence[str]) -> str:
+    body = ""
+    if png is not None:
         data = base64.b64encode(png).decode("ascii")
         body = f'<img alt="{escape(section.title)}" src="data:image/png;base64,{data}">'
-        if without:
-            body += f'<p class="none">Nothing of this recorded by {escape(", ".join(without))}.</p>'
-    return (
-        f'<figure id="{section.name}"><h3>{escape(section.title)}</h3>{body}'
-        f"<figcaption>{escape(section.caption)}</figcaption></figure>"
-    )
+    body += f"<figcaption>{escape(section.caption)}</figcaption>"
+    if missing:
+        body += f'<p class="none">{escape("; ".join(missing))}. To have it, {escape(section.switch)}.</p>'
+    return f'<figure id="{section.name}"><h3>{escape(section.title)}</h3>{body}</figure>'
 
 
 def _plans(run: Run) -> str:

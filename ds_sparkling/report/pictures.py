@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,6 +23,9 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#
 MOST_RUNS = len(_COLOURS)
 #: Of birth stages: the old elements, then the growths'.
 _STYLES = ("-", "--", ":", "-.")
+_DOTS = (0, (1, 3))
+#: Curves of fewer points have them marked.
+_MARKED = 40
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,26 @@ class Style:
 
 
 @dataclass(frozen=True)
+class Panel:
+    """One part of a figure.
+
+    Attributes:
+        tags: what it shows of a run; the beginnings of families of tags end in "/".
+        label: of its vertical axis.
+        draw: adds a run's curves.
+    """
+
+    tags: tuple[str, ...]
+    label: str
+    draw: Callable[[Axes, Run, Style], None]
+
+    def shows(self, run: Run) -> bool:
+        """Whether the run has recorded any of it."""
+        families = tuple(tag for tag in self.tags if tag.endswith("/"))
+        return any(tag in self.tags or (families and tag.startswith(families)) for tag in run.curves)
+
+
+@dataclass(frozen=True)
 class Section:
     """A figure with what is said about it.
 
@@ -48,21 +71,33 @@ class Section:
         name: of the PNG.
         title: above it.
         caption: how to read it.
-        tags: what it shows, for when that is missing.
-        switch: how to have that recorded.
-        panels: what draws each of its parts; each returns whether it drew anything for a run.
-        labels: of the panels' vertical axes.
+        switch: how to have what it shows recorded.
+        panels: its parts, one above the other; those that no run has recorded are left out.
+        log: whether the vertical axes are logarithmic.
+        horizontal: label of the horizontal axis, if it isn't tokens or samples.
     """
 
     name: str
     title: str
     caption: str
-    tags: str
     switch: str
-    panels: tuple[Callable[[Axes, Run, Style], bool], ...]
-    labels: tuple[str, ...]
+    panels: tuple[Panel, ...]
     log: bool = False
     horizontal: str = ""
+
+    def missing(self, runs: Sequence[Run]) -> list[str]:
+        """What isn't recorded, and by whom: by no run, or by some."""
+        lines = []
+        for panel in self.panels:
+            without = [run.name for run in runs if not panel.shows(run)]
+            if without:
+                whose = "no run" if len(without) == len(runs) else ", ".join(without)
+                lines.append(f"{' or '.join(_pattern(tag) for tag in panel.tags)}: not recorded by {whose}")
+        return lines
+
+
+def _pattern(tag: str) -> str:
+    return f"{tag}NAME" if tag.endswith("/") else tag
 
 
 def style_of(runs: Sequence[Run], smooth: int | None = None) -> Style:
@@ -77,8 +112,8 @@ def style_of(runs: Sequence[Run], smooth: int | None = None) -> Style:
     return Style(colours, smooth, all(run.curve(facts.TOKENS) is not None for run in runs))
 
 
-def draw(section: Section, runs: Sequence[Run], style: Style) -> tuple[bytes | None, list[str]]:
-    """A section's figure as a PNG, None if no run has anything to show; and the runs that have nothing.
+def draw(section: Section, runs: Sequence[Run], style: Style) -> bytes | None:
+    """A section's figure as a PNG; None if no run has recorded anything of it.
 
     Raises:
         SparklingError: if matplotlib isn't installed.
@@ -89,36 +124,24 @@ def draw(section: Section, runs: Sequence[Run], style: Style) -> tuple[bytes | N
         raise SparklingError(
             "a report draws with matplotlib: pip install 'ds-sparkling[plots]', or pass --text for the words alone"
         ) from None
-    figure = Figure(figsize=(7, 0.9 + 3.1 * len(section.panels)), dpi=110, layout="constrained")
-    shown: set[str] = set()
-    used = []
-    for axes, panel, label in zip(
-        figure.subplots(len(section.panels), 1, squeeze=False)[:, 0], section.panels, section.labels, strict=True
-    ):
-        drawn = [run.name for run in runs if panel(axes, run, style)]
-        shown |= {*drawn}
-        _finish(axes, section, label, style, empty=not drawn)
-        used += [run for run in runs if run.name in drawn and run not in used]
-    if not shown:
-        return None, [run.name for run in runs]
-    _legend(figure, used, style)
-    return _png(figure), [run.name for run in runs if run.name not in shown]
-
-
-def _finish(axes: Axes, section: Section, label: str, style: Style, *, empty: bool) -> None:
-    axes.set_ylabel(label)
-    axes.set_xlabel(section.horizontal or ("tokens" if style.by_tokens else "samples"))
-    axes.set_xlim(left=0)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    if empty:
-        axes.text(0.5, 0.5, "not recorded", transform=axes.transAxes, ha="center", va="center", color="0.5")
-    elif section.log:
-        axes.set_yscale("log")
-    else:
-        axes.ticklabel_format(axis="y", useOffset=False)
-    if axes.get_legend_handles_labels()[1]:
-        axes.legend(fontsize="small", frameon=False)
+    panels = [panel for panel in section.panels if any(panel.shows(run) for run in runs)]
+    if not panels:
+        return None
+    figure = Figure(figsize=(7, 0.9 + 3.1 * len(panels)), dpi=110, layout="constrained")
+    for axes, panel in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True):
+        for run in runs:
+            if panel.shows(run):
+                panel.draw(axes, run, style)
+        axes.set(ylabel=panel.label, xlabel=section.horizontal or ("tokens" if style.by_tokens else "samples"))
+        axes.set_xlim(left=0)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        if section.log:
+            axes.set_yscale("log")
+        else:
+            axes.ticklabel_format(axis="y", useOffset=False)
+    _legend(figure, [run for run in runs if any(panel.shows(run) for panel in panels)], style)
+    return _png(figure)
 
 
 def _legend(figure: Figure, runs: Sequence[Run], style: Style) -> None:
@@ -146,64 +169,63 @@ def _over(run: Run, samples: FloatArray, style: Style) -> FloatArray:
 def _mark_growths(axes: Axes, run: Run, style: Style) -> None:
     for growth in run.growths:
         (where,) = _over(run, np.array([float(growth.samples)]), style)
-        axes.axvline(where, color=style.colours[run.name], linewidth=0.8, linestyle=(0, (1, 3)))
+        axes.axvline(where, color=style.colours[run.name], linewidth=0.8, linestyle=_DOTS)
 
 
-def _line(axes: Axes, run: Run, curve: Curve | None, style: Style, linestyle: str = "-") -> bool:
-    """One curve of a run; a line that ends at a growth and begins anew if there is a jump."""
-    if curve is None:
-        return False
-    colour = style.colours[run.name]
-    marker = "." if len(curve) < 40 else ""
-    axes.plot(_over(run, curve.samples, style), curve.values, color=colour, linestyle=linestyle, marker=marker)
-    _mark_growths(axes, run, style)
-    return True
+def _line(axes: Axes, run: Run, curve: Curve | None, style: Style, linestyle: str = "-") -> None:
+    """One curve of a run, if it is there."""
+    if curve is not None:
+        marker = "." if len(curve) < _MARKED else ""
+        x = _over(run, curve.samples, style)
+        axes.plot(x, curve.values, color=style.colours[run.name], linestyle=linestyle, marker=marker)
+        _mark_growths(axes, run, style)
 
 
-def _band(axes: Axes, run: Run, curves: Sequence[Curve], values: Sequence[FloatArray], style: Style) -> bool:
+def _band(axes: Axes, run: Run, curves: Sequence[Curve], style: Style) -> None:
     """The median over blocks or parameters, and between the least and the largest a shade."""
-    if not curves:
-        return False
+    if curves:
+        samples, table = _table(curves)
+        _line(axes, run, Curve(samples, np.median(table, axis=0), np.zeros_like(samples)), style)
+        x, colour = _over(run, samples, style), style.colours[run.name]
+        axes.fill_between(x, table.min(axis=0), table.max(axis=0), color=colour, alpha=0.15, linewidth=0)
+
+
+def _table(curves: Sequence[Curve]) -> tuple[FloatArray, FloatArray]:
+    """Curves at each other's samples: those [points], and the values [curves, points]."""
     samples = np.unique(np.concatenate([curve.samples for curve in curves]))
-    table = np.array([np.interp(samples, curve.samples, y) for curve, y in zip(curves, values, strict=True)])
-    x, colour = _over(run, samples, style), style.colours[run.name]
-    axes.plot(x, np.median(table, axis=0), color=colour, marker="." if len(samples) < 40 else "")
-    axes.fill_between(x, table.min(axis=0), table.max(axis=0), color=colour, alpha=0.15, linewidth=0)
-    _mark_growths(axes, run, style)
-    return True
+    return samples, np.array([np.interp(samples, curve.samples, curve.values) for curve in curves])
 
 
 # -- the panels -------------------------------------------------------------------------------------------------
 
 
-def _loss(axes: Axes, run: Run, style: Style) -> bool:
-    return _losses(axes, run, style, lambda samples: _over(run, samples, style))
+def _loss(axes: Axes, run: Run, style: Style) -> None:
+    _losses(axes, run, style, lambda samples: _over(run, samples, style))
 
 
-def _loss_by_compute(axes: Axes, run: Run, style: Style) -> bool:
-    return run.curve(facts.COMPUTE) is not None and _losses(
-        axes, run, style, lambda samples: run.spent(facts.COMPUTE, samples)
-    )
+def _loss_by_compute(axes: Axes, run: Run, style: Style) -> None:
+    def compute(samples: FloatArray) -> FloatArray:
+        spent = run.spent(facts.COMPUTE, samples)
+        assert spent is not None
+        return spent
+
+    _losses(axes, run, style, compute)
 
 
-def _losses(axes: Axes, run: Run, style: Style, over: Callable[[FloatArray], FloatArray | None]) -> bool:
+def _losses(axes: Axes, run: Run, style: Style, over: Callable[[FloatArray], FloatArray]) -> None:
     """Training losses as a running mean over the raw points, validation losses with marks."""
     training, validation = run.curve(*facts.TRAINING), run.curve(facts.VALIDATION)
     colour = style.colours[run.name]
-    if training is not None and (x := over(training.samples)) is not None:
-        window = style.smooth or max(1, len(training) // 50)
-        axes.plot(x, training.values, color=colour, alpha=0.18, linewidth=0.7)
-        axes.plot(x, running_mean(training.values, window), color=colour, alpha=0.55, linewidth=1)
-    if validation is not None and (x := over(validation.samples)) is not None:
-        axes.plot(x, validation.values, color=colour, marker="o", markersize=3.5)
-    if training is None and validation is None:
-        return False
+    if training is not None:
+        x, window = over(training.samples), style.smooth or max(1, len(training) // 50)
+        axes.plot(x, training.values, color=colour, alpha=0.15, linewidth=0.7)
+        axes.plot(x, running_mean(training.values, window), color=colour, alpha=0.5, linewidth=1)
+    if validation is not None:
+        axes.plot(over(validation.samples), validation.values, color=colour, marker="o", markersize=3.5)
     for growth in run.growths:
-        where = over(np.array([float(growth.samples)]))
-        if where is not None:
-            axes.axvline(where[0], color=colour, linewidth=0.8, linestyle=(0, (1, 3)))
+        (where,) = over(np.array([float(growth.samples)]))
+        axes.axvline(where, color=colour, linewidth=0.8, linestyle=_DOTS)
     _look_at_the_end(axes)
-    return True
 
 
 def _look_at_the_end(axes: Axes) -> None:
@@ -226,157 +248,132 @@ def running_mean(values: FloatArray, window: int) -> FloatArray:
     return (sums[ends] - sums[starts]) / (ends - starts)
 
 
-def _rms(axes: Axes, run: Run, style: Style) -> bool:
+def _rms(axes: Axes, run: Run, style: Style) -> None:
     """RMS over that before the first growth, or over the first measured."""
     growth = run.growths[0] if run.growths else None
-    curves = list(run.family("activation_rms").values())
-    scaled = [(curve, values) for curve in curves if (values := facts.relative(curve, growth)) is not None]
-    return _band(axes, run, [curve for curve, _ in scaled], [values for _, values in scaled], style)
+    curves = [facts.relative(curve, growth) for curve in run.family("activation_rms").values()]
+    _band(axes, run, [curve for curve in curves if curve is not None], style)
 
 
-def _twins(axes: Axes, run: Run, style: Style) -> bool:
+def _drift(axes: Axes, run: Run, style: Style) -> None:
+    _band(axes, run, list(run.family("activation_drift").values()), style)
+
+
+def _twins(axes: Axes, run: Run, style: Style) -> None:
     _line(axes, run, run.curve("twins/cosine_max"), style, ":")
-    return _line(axes, run, run.curve("twins/cosine"), style)
+    _line(axes, run, run.curve("twins/cosine"), style)
 
 
-def _twin_gradients(axes: Axes, run: Run, style: Style) -> bool:
-    return _line(axes, run, run.curve("twins/gradient_cosine"), style)
+def _twin_gradients(axes: Axes, run: Run, style: Style) -> None:
+    _line(axes, run, run.curve("twins/gradient_cosine"), style)
 
 
-def _rates(axes: Axes, run: Run, style: Style) -> bool:
-    """The base schedule and the curve of each birth stage; only the base schedule where nothing has grown."""
-    stages = sorted(
-        (int(number), curve)
-        for name, curve in run.family("lr").items()
-        if (number := name.removeprefix("stage_")).isdigit()
-    )
-    if stages:
-        drawn = [_line(axes, run, curve, style, _STYLES[stage % len(_STYLES)]) for stage, curve in stages]
-    else:
-        new = run.curve("lr/new")
-        drawn = [new is not None and _line(axes, run, new, style, _STYLES[1])]
-    base = _line(axes, run, run.curve("Train/Samples/lr", "lr/old"), style)
-    return any((*drawn, base))
+def _rates(axes: Axes, run: Run, style: Style) -> None:
+    """The base schedule, and the curve of each birth stage if they are told apart, else of the latest."""
+    stages = {name.removeprefix("stage_"): curve for name, curve in run.family("lr").items()}
+    numbered = {int(name): curve for name, curve in stages.items() if name.isdigit()}
+    for stage, curve in sorted(numbered.items()):
+        _line(axes, run, curve, style, _STYLES[stage % len(_STYLES)])
+    if not numbered:
+        _line(axes, run, run.curve("lr/new"), style, _STYLES[1])
+    _line(axes, run, run.curve("Train/Samples/lr", "lr/old"), style)
 
 
-def _updates(axes: Axes, run: Run, style: Style) -> bool:
-    drawn = [
-        _line(axes, run, run.curve(f"update_rms/{which}"), style, line)
-        for which, line in zip(("old", "new"), _STYLES, strict=False)
-    ]
-    return any(drawn)
+def _updates(axes: Axes, run: Run, style: Style) -> None:
+    for which, linestyle in zip(("old", "new"), _STYLES, strict=False):
+        _line(axes, run, run.curve(f"update_rms/{which}"), style, linestyle)
 
 
-def _rank(axes: Axes, run: Run, style: Style) -> bool:
-    curves = list(run.family("effective_rank").values())
-    return _band(axes, run, curves, [curve.values for curve in curves], style)
+def _rank(axes: Axes, run: Run, style: Style) -> None:
+    _band(axes, run, list(run.family("effective_rank").values()), style)
 
 
-def _entropy(axes: Axes, run: Run, style: Style) -> bool:
-    curves = list(run.family("router/entropy").values())
-    return _band(axes, run, curves, [curve.values for curve in curves], style)
+def _entropy(axes: Axes, run: Run, style: Style) -> None:
+    _band(axes, run, list(run.family("router/entropy").values()), style)
 
 
-def _load(axes: Axes, run: Run, style: Style) -> bool:
+def _load(axes: Axes, run: Run, style: Style) -> None:
     """Of the most and of the least loaded expert, over all blocks."""
-    drawn = [_extreme(axes, run, which, style) for which in ("max", "min")]
-    return any(drawn)
+    for which, extreme, linestyle in (("max", np.max, "-"), ("min", np.min, "--")):
+        curves = list(run.family(f"router/load_{which}").values())
+        if curves:
+            samples, table = _table(curves)
+            _line(axes, run, Curve(samples, extreme(table, axis=0), np.zeros_like(samples)), style, linestyle)
 
 
-def _extreme(axes: Axes, run: Run, which: str, style: Style) -> bool:
-    curves = list(run.family(f"router/load_{which}").values())
-    if not curves:
-        return False
-    samples = np.unique(np.concatenate([curve.samples for curve in curves]))
-    table = np.array([np.interp(samples, curve.samples, curve.values) for curve in curves])
-    extreme = table.max(axis=0) if which == "max" else table.min(axis=0)
-    return _line(axes, run, Curve(samples, extreme, np.zeros_like(samples)), style, _STYLES[which == "min"])
-
-
-_DIAGNOSTICS = 'see "In TensorBoard" in the README'
+_DIAGNOSE_EVERY = 'set "diagnose_every" in the "sparkling" block and enable a monitor'
+_AS_THE_JOB = "write it at x = engine.global_samples, as ds_sparkling/train.py does"
+_LOG_EVERY = 'set "log_every" in the "sparkling" block and enable a monitor'
 SECTIONS = (
     Section(
         "loss-by-tokens",
         "Loss by tokens",
         "Validation loss with marks, training loss faint. Dotted lines: growths.",
-        "Train/loss, Validation/loss",
-        "write them at x = engine.global_samples, as ds_sparkling/train.py does",
-        (_loss,),
-        ("loss",),
+        _AS_THE_JOB,
+        (Panel((*facts.TRAINING, facts.VALIDATION), "loss", _loss),),
     ),
     Section(
         "loss-by-compute",
         "Loss by compute",
         "The same over 6 x active parameters x tokens. The lower curve at a given compute is the better buy there.",
-        "Train/compute_flops",
-        "write it at x = engine.global_samples, as ds_sparkling/train.py does",
-        (_loss_by_compute,),
-        ("loss",),
+        _AS_THE_JOB,
+        (Panel((facts.COMPUTE,), "loss", _loss_by_compute),),
         horizontal="training compute [FLOPs]",
     ),
     Section(
         "activation-drift",
         "Activation RMS",
-        "Each block's RMS over what it was before the first growth (over the first measured, if nothing grew): "
-        "the median, and a shade from the least to the largest. A growth should leave it where it was.",
-        "activation_rms/BLOCK",
-        _DIAGNOSTICS,
-        (_rms,),
-        ("RMS, relative",),
+        "RMS of what comes out of each block, over that before the first growth (or the first measured); and its ratio "
+        "to what goes in, over that before the latest growth. The median, and a shade from the least to the largest. "
+        "A growth should leave both where they were.",
+        _DIAGNOSE_EVERY,
+        (
+            Panel(("activation_rms/",), "RMS, relative", _rms),
+            Panel(("activation_drift/",), "RMS out / in, relative", _drift),
+        ),
     ),
     Section(
         "symmetry",
         "Symmetry of copied units",
         "Mean cosine between copied units and their sources, in weights (dotted: the closest pair) and in gradients. "
         "At 1 they are locked.",
-        "twins/cosine, twins/gradient_cosine",
-        "call ds_sparkling.zero.monitoring.log_twin_cosine(engine) at validations, as ds_sparkling/train.py does; "
-        "only growths that copy units have any",
-        (_twins, _twin_gradients),
-        ("cosine, weights", "cosine, gradients"),
+        f"{_DIAGNOSE_EVERY}; only growths that copy units have any",
+        (
+            Panel(("twins/cosine",), "cosine, weights", _twins),
+            Panel(("twins/gradient_cosine",), "cosine, gradients", _twin_gradients),
+        ),
     ),
     Section(
         "learning-rates",
         "Learning rates",
-        "By birth stage: solid for old elements, broken for those of growths.",
-        "Train/Samples/lr, lr/stage_K (or lr/old and lr/new)",
-        'set "log_every" in the "sparkling" block and enable a monitor',
-        (_rates,),
-        ("learning rate",),
+        "By birth stage: solid for old elements, broken for those of growths. Of equal curves one hides the others.",
+        _LOG_EVERY,
+        (Panel(("Train/Samples/lr", "lr/"), "learning rate", _rates),),
     ),
     Section(
         "updates",
         "Size of updates",
         "RMS of an optimizer step: solid for old elements, broken for those of the latest growth.",
-        "update_rms/old, update_rms/new",
-        'set "log_every" in the "sparkling" block and enable a monitor; they begin with the first growth',
-        (_updates,),
-        ("RMS of the update",),
+        f"{_LOG_EVERY}; they begin with the first growth",
+        (Panel(("update_rms/",), "RMS of the update", _updates),),
         log=True,
     ),
     Section(
         "effective-rank",
         "Effective rank",
         "Of the weights that are watched: the median, and a shade from the least to the largest.",
-        "effective_rank/PARAMETER",
-        _DIAGNOSTICS,
-        (_rank,),
-        ("effective rank",),
+        _DIAGNOSE_EVERY,
+        (Panel(("effective_rank/",), "effective rank", _rank),),
     ),
     Section(
         "routing",
         "Routing",
         "Entropy of the routers (median and range over blocks), and the load of the most (solid) and least (broken) "
         "loaded expert of any block; 1 is even, 0 is dead.",
-        "router/entropy/BLOCK, router/load_max/BLOCK, router/load_min/BLOCK",
-        _DIAGNOSTICS,
-        (_entropy, _load),
-        ("entropy [nats]", "load over even load"),
+        _DIAGNOSE_EVERY,
+        (
+            Panel(("router/entropy/",), "entropy [nats]", _entropy),
+            Panel(("router/load_max/", "router/load_min/"), "load over even load", _load),
+        ),
     ),
 )
-
-
-def drawn_sections(runs: Sequence[Run], style: Style) -> Iterator[tuple[Section, bytes | None, list[str]]]:
-    """Every section with its PNG, if any, and the runs missing from it."""
-    for section in SECTIONS:
-        yield (section, *draw(section, runs, style))

@@ -15,7 +15,8 @@ PAGE = Template("""\
 :root { color-scheme: light dark; --text: #1c1c1e; --dim: #63636b; --ground: #f6f6f7; --card: #fff; --line: #dcdce0;
         --good: #00694c; --watch: #a33c00; }
 @media (prefers-color-scheme: dark) {
-  :root { --text: #ececee; --dim: #a2a2ab; --ground: #17171a; --card: #212125; --line: #3a3a40; --good: #5bd0a8; --watch: #ff9a57; }
+  :root { --text: #ececee; --dim: #a2a2ab; --ground: #17171a; --card: #212125; --line: #3a3a40;
+          --good: #5bd0a8; --watch: #ff9a57; }
 }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 78rem; padding: 1.5rem; background: var(--ground); color: var(--text);
@@ -23,7 +24,8 @@ body { margin: 0 auto; max-width: 78rem; padding: 1.5rem; background: var(--grou
 h1 { font-size: 1.6rem; margin: 0 0 1rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.2rem; margin: 2.2rem 0 .6rem; }
 h3 { font-size: 1rem; margin: 0 0 .5rem; overflow-wrap: anywhere; }
-ul.verdict { list-style: none; margin: 0; padding: .3rem 1rem; background: var(--card); border: 1px solid var(--line); border-radius: 8px; }
+ul.verdict { list-style: none; margin: 0; padding: .3rem 1rem; background: var(--card);
+             border: 1px solid var(--line); border-radius: 8px; }
 ul.verdict li { padding: .35rem 0 .35rem 1.6rem; text-indent: -1.6rem; overflow-wrap: anywhere; }
 .mark { display: inline-block; width: 1.3rem; text-indent: 0; font-weight: 700; color: var(--dim); }
 .good .mark { color: var(--good); }
@@ -35,8 +37,10 @@ th, td { padding: .45rem .8rem; text-align: right; white-space: nowrap; border-b
 th:first-child { text-align: left; }
 thead th { color: var(--dim); font-weight: 600; font-size: .85rem; }
 tbody tr:last-child > * { border-bottom: 0; }
-.chip { display: inline-block; width: .8rem; height: .8rem; border-radius: 3px; margin-right: .5rem; border: 1px solid var(--line); }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap: 1rem; align-items: start; }
+.chip { display: inline-block; width: .8rem; height: .8rem; border-radius: 3px; margin-right: .5rem;
+        border: 1px solid var(--line); }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr));
+           gap: 1rem; align-items: start; }
 figure { margin: 0; padding: 1rem; background: var(--card); border: 1px solid var(--line); border-radius: 8px; }
 img { display: block; width: 100%; height: auto; background: #fff; border-radius: 4px; }
 figcaption { margin-top: .6rem; color: var(--dim); font-size: .88rem; }

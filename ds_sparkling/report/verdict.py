@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -13,7 +13,7 @@ from ds_sparkling.report.events import Growth, Run
 #: A growth whose validation loss moves by less kept the function, as far as a loss can tell.
 _KEPT = 1e-3
 #: Twins whose cosine stays above are locked.
-_LOCKED = 0.999
+_LOCKED = 0.99
 #: Activation RMS within this share of what it was before the growth is the same, measured on different batches.
 _SAME_RMS = 0.05
 #: Differences are beyond noise from twice their standard deviation on.
@@ -193,20 +193,35 @@ def _updates(run: Run) -> Iterator[Finding]:
 
 
 def _activations(run: Run) -> Iterator[Finding]:
-    blocks = run.family("activation_rms")
+    """Of each block the RMS that comes out over the RMS that goes in; without that, what comes out alone."""
+    measure = "out over in" if run.family("activation_ratio") else "out"
+    blocks = run.family("activation_ratio") or run.family("activation_rms")
     for growth in run.growths:
         ratios = {block: ratio for block, curve in blocks.items() if (ratio := facts.at_growth(curve, growth))}
         if not ratios:
+            yield Finding(
+                Kind.MISSING, f"{run.name}, {_growth(growth)}: activation RMS wasn't recorded both before and after it."
+            )
             continue
-        low, high = min(ratios.values()), max(ratios.values())
         worst = max(ratios, key=lambda block: abs(ratios[block] - 1))
-        told = f"{low:.3f} to {high:.3f} times what it was, over {len(ratios)} blocks"
+        told = f"RMS {measure} of {len(ratios)} blocks became {_range(ratios.values())} times what it was"
         if abs(ratios[worst] - 1) <= _SAME_RMS:
-            yield Finding(Kind.GOOD, f"{run.name}, {_growth(growth)}: activation RMS was kept, {told}.")
+            yield Finding(Kind.GOOD, f"{run.name}, {_growth(growth)} kept the activations: {told}.")
         else:
-            yield Finding(Kind.WATCH, f"{run.name}, {_growth(growth)}: activation RMS moved, {told}, most in {worst}.")
-    if run.growths and not blocks:
-        yield Finding(Kind.MISSING, f"{run.name}: no activation RMS, so whether it drifted isn't known.")
+            yield Finding(
+                Kind.WATCH, f"{run.name}, {_growth(growth)} moved the activations: {told}, furthest in {worst}."
+            )
+    drift = facts.last_values(run, "activation_drift")
+    if drift:
+        yield Finding(
+            Kind.PLAIN,
+            f"{run.name}: in the end RMS out over in is {_range(drift.values())} times what it was before the last "
+            "growth; training moves it, too.",
+        )
+
+
+def _range(values: Collection[float]) -> str:
+    return f"{min(values):.3f} to {max(values):.3f}"
 
 
 def _experts(run: Run) -> Iterator[Finding]:
