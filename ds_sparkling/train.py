@@ -272,7 +272,7 @@ def _say(text: str) -> None:
         sys.stdout.flush()
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="ds_sparkling/train.py",
         description="Train a mixture-of-experts language model with DeepSpeed and widen it mid-way.",
@@ -301,7 +301,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point, once per rank."""
-    args = _parse(argv)
+    args = parse(argv)
     logging.basicConfig(format="%(message)s")
     deepspeed.utils.logger.setLevel(logging.WARNING)
     # DeepSpeed calls collectives by names that torch has deprecated.

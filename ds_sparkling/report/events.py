@@ -2,7 +2,8 @@
 
 A growth opens a new file, and so does a resumption, which may go back behind the end of the file before it. A point's
 place in a run is its sample count and, as a validation before a growth and one after it share that, the growth stage in
-force. What a later file begins with replaces everything at and behind that place in earlier ones.
+force. Where a later file begins, everything behind that place in earlier ones is dropped; at the same place its points
+replace theirs.
 """
 
 from __future__ import annotations
@@ -165,7 +166,7 @@ def merge(files: Sequence[EventFile]) -> dict[str, Curve]:
             continue
         placed = _placed(file, points.get(_STAGE, {}))
         begin = min(place for tag in placed.values() for place in tag)
-        points = {tag: {place: v for place, v in known.items() if place < begin} for tag, known in points.items()}
+        points = {tag: {place: v for place, v in known.items() if place <= begin} for tag, known in points.items()}
         for tag, more in placed.items():
             points.setdefault(tag, {}).update(more)
     return {tag: _curve(known) for tag, known in points.items() if known}
