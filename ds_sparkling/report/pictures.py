@@ -86,12 +86,12 @@ class Section:
     horizontal: str = ""
 
     def missing(self, runs: Sequence[Run]) -> list[str]:
-        """What isn't recorded, and by whom: by no run, or by some."""
+        """What isn't recorded, and by whom."""
         lines = []
         for panel in self.panels:
             without = [run.name for run in runs if not panel.shows(run)]
             if without:
-                whose = "no run" if len(without) == len(runs) else ", ".join(without)
+                whose = "any run" if len(without) == len(runs) else ", ".join(without)
                 lines.append(f"{' or '.join(_pattern(tag) for tag in panel.tags)}: not recorded by {whose}")
         return lines
 

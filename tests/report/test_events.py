@@ -152,7 +152,7 @@ def test_names() -> None:
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SparklingError, match=r"absent doesn't exist; pass a run's directory"):
         read_run(tmp_path / "absent", "run")
-    with pytest.raises(SparklingError, match='no TensorBoard event files below it.*enable "tensorboard"'):
+    with pytest.raises(SparklingError, match=r'no TensorBoard event files below it.*enable "tensorboard"'):
         read_run(tmp_path, "run")
     (tmp_path / "file").write_text("")
     with pytest.raises(SparklingError, match="is a file; pass a run's directory"):
