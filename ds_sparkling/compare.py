@@ -97,7 +97,7 @@ def describe(summaries: Mapping[Variant, RunSummary]) -> str:
             f"grown against {variant.value}: loss {grown.validation_loss - other.validation_loss:+.4f}, "
             f"{grown.flops / other.flops:.2f} of the compute, {grown.seconds / other.seconds:.2f} of the time"
         )
-    return "\n".join([*lines, "one run each: other seeds give other differences"])
+    return "\n".join([*lines, "one run each: other seeds give other differences, and a busy machine other times"])
 
 
 def _output_directory(args: argparse.Namespace) -> Path:

@@ -18,6 +18,8 @@ _LOCKED = 0.99
 _SAME_RMS = 0.05
 #: Differences are beyond noise from twice their standard deviation on.
 _SIGMAS = 2.0
+#: Of more runs than these not every pair is compared at the same compute, but each with the best.
+_ALL_PAIRS = 3
 
 
 class Kind(Enum):
@@ -69,7 +71,8 @@ def _comparison(runs: Sequence[Run]) -> Iterator[Finding]:
     for other in others:
         yield _against(best, end, other, ends[other.name])
     for cheap, dear in itertools.permutations(ranked, 2):
-        yield from _same_compute(cheap, ends[cheap.name], dear, ends[dear.name])
+        if len(ranked) <= _ALL_PAIRS or best in (cheap, dear):
+            yield from _same_compute(cheap, ends[cheap.name], dear, ends[dear.name])
     yield Finding(
         Kind.PLAIN,
         "Noise here is how the last validations scatter. How much other seeds would change, one run of each can't say.",
