@@ -118,6 +118,37 @@ def jumps(run: Run) -> list[Jump]:
     return found
 
 
+@dataclass(frozen=True)
+class Bump:
+    """A rise of the validation loss after a growth, up to the next growth.
+
+    Attributes:
+        peak: the highest validation loss after it.
+        tokens: from the growth to the first validation that isn't above the loss before the growth again; None if
+            there is none, or tokens aren't recorded.
+        back: whether there is one.
+    """
+
+    peak: float
+    tokens: float | None
+    back: bool
+
+
+def bump(run: Run, jump: Jump) -> Bump | None:
+    """How the validation loss went on after a growth; None if it wasn't taken before it, or not any more after it."""
+    losses = run.curve(VALIDATION)
+    if losses is None or jump.before is None:
+        return None
+    later = (losses.stages == jump.growth.stage) & (losses.samples > jump.growth.samples)
+    values, samples = losses.values[later], losses.samples[later]
+    if not len(values):
+        return None
+    high = int(values.argmax())
+    back = samples[high:][values[high:] <= jump.before]
+    tokens = run.spent(TOKENS, np.array([jump.growth.samples, back[0]])) if len(back) else None
+    return Bump(float(values[high]), None if tokens is None else float(tokens[1] - tokens[0]), bool(len(back)))
+
+
 def loss_at(run: Run, compute: float) -> float | None:
     """Validation loss when so much compute was spent, between two validations; None beyond them."""
     losses = run.curve(VALIDATION)

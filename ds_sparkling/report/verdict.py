@@ -70,9 +70,15 @@ def _comparison(runs: Sequence[Run]) -> Iterator[Finding]:
     yield Finding(Kind.PLAIN, f"{best.name} ends lowest: validation loss {end.loss:.4f}{_spent(end)}.")
     for other in others:
         yield _against(best, end, other, ends[other.name])
-    for cheap, dear in itertools.permutations(ranked, 2):
-        if len(ranked) <= _ALL_PAIRS or best in (cheap, dear):
-            yield from _same_compute(cheap, ends[cheap.name], dear, ends[dear.name])
+    pairs = [pair for pair in itertools.permutations(ranked, 2) if len(ranked) <= _ALL_PAIRS or best in pair]
+    same = [finding for a, b in pairs for finding in _same_compute(a, ends[a.name], b, ends[b.name])]
+    yield from same
+    if same:
+        yield Finding(
+            Kind.PLAIN,
+            "The dearer runs were then still on their way: where the learning rate decays to the end of each run, the "
+            "same compute favours the one that had ended.",
+        )
     yield Finding(
         Kind.PLAIN,
         "Noise here is how the last validations scatter. How much other seeds would change, one run of each can't say.",
@@ -108,9 +114,8 @@ def _same_compute(cheap: Run, end: facts.Ending, dear: Run, its: facts.Ending) -
     order = "below" if end.loss < loss else "above"
     yield Finding(
         Kind.PLAIN,
-        f"At the same compute, {end.compute:.3e} FLOPs, where {cheap.name} ends, {dear.name} stands at {loss:.4f}: "
-        f"{cheap.name} is {abs(end.loss - loss):.4f} {order} it. {dear.name} is then still on its way, which favours "
-        f"{cheap.name} if the learning rate decays to the end of each run.",
+        f"At the compute that {cheap.name} spent in all, {end.compute:.3e} FLOPs, {dear.name} stood at {loss:.4f}: "
+        f"{cheap.name} is {abs(end.loss - loss):.4f} {order} it.",
     )
 
 
@@ -135,18 +140,30 @@ def _function(run: Run) -> Iterator[Finding]:
                 f"{where}: validation loss wasn't taken both right before and right after it, so whether the function "
                 "was kept can't be told; validate on both sides of a growth, as ds_sparkling/train.py does.",
             )
-        elif abs(jump.size) <= _KEPT:
-            yield Finding(
-                Kind.GOOD,
-                f"{where} kept the function: validation loss {jump.before:.4f} before, {jump.after:.4f} after "
-                f"({jump.size:+.1e}).",
-            )
         else:
+            kept = abs(jump.size) <= _KEPT
             yield Finding(
-                Kind.WATCH,
-                f"{where} changed the function: validation loss {jump.before:.4f} before, {jump.after:.4f} after "
-                f"({jump.size:+.4f}).",
+                Kind.GOOD if kept else Kind.WATCH,
+                f"{where} {'kept' if kept else 'changed'} the function: validation loss {jump.before:.4f} before, "
+                f"{jump.after:.4f} after ({'no difference' if jump.size == 0 else f'{jump.size:+.1e}'}).",
             )
+        yield from _bump(run, jump)
+
+
+def _bump(run: Run, jump: facts.Jump) -> Iterator[Finding]:
+    """A rise of the loss in training on, as a re-warm-up brings it."""
+    bump = facts.bump(run, jump)
+    if bump is None or jump.before is None or bump.peak - jump.before <= _KEPT:
+        return
+    text = (
+        f"{run.name}: in training on after growth {jump.growth.stage} the validation loss rose by "
+        f"{bump.peak - jump.before:.4f}, to {bump.peak:.4f}"
+    )
+    if not bump.back:
+        yield Finding(Kind.WATCH, f"{text}, and it hasn't come back to what it was.")
+    else:
+        after = "" if bump.tokens is None else f" {bump.tokens:,.0f} tokens after the growth"
+        yield Finding(Kind.PLAIN, f"{text}; it had come back{after} (at the first validation that shows it).")
 
 
 def _twins(run: Run) -> Iterator[Finding]:

@@ -56,9 +56,10 @@ def test_which_ends_lowest_and_by_how_much(grown: Run, scratch: Run) -> None:
 def test_the_same_compute_is_between_two_validations(grown: Run, scratch: Run) -> None:
     """The wide run has spent what the grown one spent in all, after two thirds of the steps."""
     at = np.interp(STEPS * 2 / 3, [60, 70], [event_files.loss_at(60), event_files.loss_at(70)]) + 0.05
-    text = the_one(verdict([grown, scratch]), "At the same compute").text
-    assert f"where grown ends, scratch stands at {at:.4f}: grown is {at - event_files.loss_at(STEPS):.4f} below" in text
-    assert "still on its way" in text
+    findings = verdict([grown, scratch])
+    text = the_one(findings, "At the compute that grown spent in all").text
+    assert f"scratch stood at {at:.4f}: grown is {at - event_files.loss_at(STEPS):.4f} below it" in text
+    assert "favours the one that had ended" in the_one(findings, "still on their way").text
 
 
 def test_a_difference_within_noise_is_called_that(tmp_path: Path) -> None:
@@ -103,6 +104,21 @@ def test_the_jump_at_the_growth(tmp_path: Path, jump: float, kind: Kind) -> None
     finding = the_one(verdict([read_run(tmp_path, "run")]), "the function")
     assert finding.kind is kind
     assert ("kept the function" in finding.text) == (kind is Kind.GOOD)
+
+
+@pytest.mark.parametrize(("end", "text"), [(1.0, "it had come back 81,920 tokens"), (2.0, "hasn't come back")])
+def test_a_rise_after_the_growth_that_is_no_jump(tmp_path: Path, end: float, text: str) -> None:
+    """Validations at 60 to 100 steps: up, then down to ``end`` at 90 and 100."""
+    first, second = event_files.job()
+    rise = {60: 1.9, 70: 2.1, 80: 1.8, 90: end, 100: end}
+    second = [
+        p._replace(value=rise[p.samples // SAMPLES]) if p.tag == "Validation/loss" and p.samples > 800 else p
+        for p in second
+    ]
+    event_files.grown(tmp_path, (first, second))
+    findings = verdict([read_run(tmp_path, "run")])
+    assert the_one(findings, "kept the function").kind is Kind.GOOD
+    assert text in the_one(findings, f"rose by {2.1 - event_files.loss_at(50):.4f}, to 2.1000").text
 
 
 def test_no_jump_is_read_off_where_none_was_measured(tmp_path: Path) -> None:
