@@ -40,24 +40,15 @@ def compare(args: argparse.Namespace, job: Sequence[str]) -> str:
     if "tensorboard" in config:
         raise ConfigError("the config's tensorboard block would mix the three runs' curves in one place; take it out")
     output = _output_directory(args)
-    started = [variant for variant in Variant if _has_checkpoint(output / variant.value)]
+    started = _started(output)
     if started and not args.resume:
         holders = ", ".join(str(output / variant.value) for variant in started)
         raise CheckpointError(f"{holders}: checkpoints are there; pass --resume to go on, or another --output DIR")
     if args.resume and not started:
         raise CheckpointError(f"--resume: there is no checkpoint of a comparison in {output}")
     for number, variant in enumerate(Variant, start=1):
-        directory = output / variant.value
         _say(f"\n{number} of {len(Variant)}: {variant.value}")
-        own = ["--deepspeed_config", args.deepspeed_config, "--output", str(directory), "--variant", variant.value]
-        status = subprocess.call(
-            launcher_command(
-                args.num_gpus, [*job, *own, *(["--resume"] if variant in started else [])], args.master_port
-            )
-        )
-        if status:
-            way_out = f"pass --resume --output {output}" if any(map(_has_checkpoint, output.iterdir())) else "try again"
-            raise SparklingError(f"the {variant.value} run ended with status {status}; to go on, {way_out}")
+        _train(args, job, output, variant, resume=variant in started)
     summaries = {variant: _summary(output / variant.value) for variant in Variant}
     runs = " ".join(str(output / variant.value) for variant in Variant)
     return "\n".join(
@@ -68,6 +59,16 @@ def compare(args: argparse.Namespace, job: Sequence[str]) -> str:
             f"a report:    python tools/report.py {runs}",
         ]
     )
+
+
+def _train(args: argparse.Namespace, job: Sequence[str], output: Path, variant: Variant, *, resume: bool) -> None:
+    """One of the runs, from where it stands to its end."""
+    own = ["--deepspeed_config", args.deepspeed_config, "--output", str(output / variant.value)]
+    own += ["--variant", variant.value, *(["--resume"] if resume else [])]
+    status = subprocess.call(launcher_command(args.num_gpus, [*job, *own], args.master_port))
+    if status:
+        way_out = f"pass --resume --output {output}" if _started(output) else "start again"
+        raise SparklingError(f"the {variant.value} run ended with status {status}; to go on, {way_out}")
 
 
 def describe(summaries: Mapping[Variant, RunSummary]) -> str:
@@ -107,7 +108,7 @@ def _output_directory(args: argparse.Namespace) -> Path:
     stem = f"{Path(args.deepspeed_config).stem}-compare"
     if not args.resume:
         return Path("runs") / f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-    earlier = sorted(path for path in Path("runs").glob(f"{stem}-*") if any(map(_has_checkpoint, path.iterdir())))
+    earlier = sorted(path for path in Path("runs").glob(f"{stem}-*") if _started(path))
     if not earlier:
         raise CheckpointError(
             f"--resume: found no comparison of {args.deepspeed_config} under runs/; pass --output DIR"
@@ -115,8 +116,9 @@ def _output_directory(args: argparse.Namespace) -> Path:
     return earlier[-1]
 
 
-def _has_checkpoint(run: Path) -> bool:
-    return (run / "checkpoints" / "latest").is_file()
+def _started(output: Path) -> list[Variant]:
+    """The runs that there are checkpoints of."""
+    return [variant for variant in Variant if (output / variant.value / "checkpoints" / "latest").is_file()]
 
 
 def _summary(directory: Path) -> RunSummary:
@@ -162,6 +164,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except SparklingError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
+    except KeyboardInterrupt:  # the job has got it, too
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -95,6 +95,7 @@ def test_three_runs_and_their_comparison(
     shutil.rmtree(output / "never-grown")
     compare.main([*arguments, "--resume"])
     assert [row[:-1] for row in rows(capsys.readouterr().out)] == [row[:-1] for row in table]
+    assert [read_summary(output / name) for name in NAMES[:2]] == [grown, scratch]  # with the time of their training
 
     report([*command.split(), "--output", str(tmp_path / "report")])
     assert "growth 1 kept the function" in capsys.readouterr().out
@@ -106,12 +107,14 @@ def test_three_runs_and_their_comparison(
 
 @pytest.fixture
 def jobs(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """The launcher's commands; each job leaves a checkpoint, and a summary unless its data is called "bad"."""
+    """The launcher's commands; each job leaves a checkpoint and a summary, but for data called "bad" or "worst"."""
     commands: list[list[str]] = []
 
     def launched(command: Sequence[str]) -> int:
         commands.append(list(command))
         job = job_of(command)
+        if "worst" in job:
+            return 1
         output, variant = (job[job.index(option) + 1] for option in ("--output", "--variant"))
         (Path(output) / "checkpoints").mkdir(parents=True, exist_ok=True)
         (Path(output) / "checkpoints" / "latest").write_text("global_step2")
@@ -143,6 +146,14 @@ def test_a_failed_run_stops_the_rest_and_resume_goes_on(
     compare.main([*arguments, "--data", "good", "--resume"])
     assert ["--resume" in job for job in jobs] == [True, True, False]
     assert all(job_of(job)[:2] == ["--data", "good"] for job in jobs)
+
+
+def test_a_run_that_never_started(
+    config: Path, tmp_path: Path, jobs: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        compare.main(["--deepspeed_config", str(config), "--output", str(tmp_path / "out"), "--data", "worst"])
+    assert "the grown run ended with status 1; to go on, start again" in capsys.readouterr().err
 
 
 def test_the_directory_is_found_again(
