@@ -7,6 +7,8 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 
+from ds_sparkling.launcher import launcher_command
+
 
 def _train(arguments: Sequence[str]) -> None:
     """Start the main job under DeepSpeed's launcher."""
@@ -21,8 +23,13 @@ def _train(arguments: Sequence[str]) -> None:
     options, job = parser.parse_known_args(arguments)
     if {"-h", "--help"} & set(job):
         parser.print_help()
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", options.num_gpus]
-    sys.exit(subprocess.call([*launcher, "--module", "ds_sparkling.train", *job]))
+    sys.exit(subprocess.call(launcher_command(options.num_gpus, job)))
+
+
+def _compare(arguments: Sequence[str]) -> None:
+    from ds_sparkling.compare import main as compare
+
+    compare(arguments)
 
 
 def _bench_regrow(arguments: Sequence[str]) -> None:
@@ -47,6 +54,12 @@ def _plan_growth(arguments: Sequence[str]) -> None:
     from ds_sparkling.planner.command import main as plan
 
     plan(arguments)
+
+
+def _report(arguments: Sequence[str]) -> None:
+    from ds_sparkling.report.command import main as report
+
+    report(arguments)
 
 
 def _check_families(arguments: Sequence[str]) -> None:
@@ -82,6 +95,8 @@ def _bench_expand(arguments: Sequence[str]) -> None:
 #: name -> (what runs it, one line of help)
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "train": (_train, "train a mixture-of-experts language model and widen it mid-way"),
+    "compare": (_compare, "train a config three ways: grown, the wide model from scratch, and never grown"),
+    "report": (_report, "compare runs on one page: curves, figures and a verdict"),
     "expand-zero-ckpt": (_expand_zero_ckpt, "widen, reshape or export a ZeRO checkpoint offline"),
     "check-growth": (_check_growth, "grow a small instance of a model and see whether that keeps what it promises"),
     "check-families": (_check_families, "grow tiny models of Hugging Face's families along every axis, in every room"),

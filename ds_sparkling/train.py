@@ -30,6 +30,8 @@ from ds_sparkling.config import read_json, typed_block
 from ds_sparkling.data import Corpus
 from ds_sparkling.errors import CheckpointError, SparklingError
 from ds_sparkling.models.olmoe import OlmoeConfig, olmoe_factory
+from ds_sparkling.summary import RunSummary
+from ds_sparkling.variants import Variant, as_variant
 from ds_sparkling.zero.monitoring import log_twin_cosine
 
 
@@ -63,11 +65,13 @@ class Progress:
     Attributes:
         tokens: tokens trained on.
         flops: training compute, 6 x active parameters x tokens (Eq. 29).
+        seconds: time from the first step on, while it ran.
         milestones: (name, step, validation loss).
     """
 
     tokens: int = 0
     flops: float = 0.0
+    seconds: float = 0.0
     milestones: list[tuple[str, int, float]] = field(default_factory=list)
 
     @property
@@ -91,6 +95,7 @@ class Job:
         self.training = training
         self.checkpoints = checkpoints
         self.progress = progress
+        self.started = time.perf_counter() - progress.seconds
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.accumulation = engine.gradient_accumulation_steps()
         self.micro_batch = engine.train_batch_size() // self.accumulation
@@ -116,6 +121,7 @@ class Job:
         bar.close()
         if not any(name == "end" for name, *_ in self.progress.milestones):
             self.progress.milestones.append(("end", self.engine.global_steps, self.evaluate()))
+            self._look_at_the_clock()
             self._save()
 
     def _step(self, step: int) -> Tensor:
@@ -137,7 +143,11 @@ class Job:
         tokens = self.engine.train_batch_size() * self.training.sequence_length
         self.progress.tokens += tokens
         self.progress.flops += 6.0 * self.engine.sparkling.parameters[1] * tokens
+        self._look_at_the_clock()
         return torch.stack(losses).mean()
+
+    def _look_at_the_clock(self) -> None:
+        self.progress.seconds = time.perf_counter() - self.started
 
     def _grow(self, step: int) -> None:
         before = ("before growth", step)
@@ -183,26 +193,38 @@ class Job:
     def _save(self) -> None:
         self.engine.save_checkpoint(str(self.checkpoints), client_state=self.progress.client_state)
 
+    def outcome(self, variant: Variant) -> RunSummary:
+        """The finished run's figures."""
+        total, active = self.engine.sparkling.parameters
+        (loss,) = (loss for name, _, loss in self.progress.milestones if name == "end")
+        spent = self.progress
+        return RunSummary(
+            variant.value, loss, self.engine.global_steps, spent.tokens, spent.flops, spent.seconds, total, active
+        )
+
     def summary(self) -> str:
         """The run's outcome as a short table."""
         total, active = self.engine.sparkling.parameters
-        scratch = 6.0 * active * self.progress.tokens
         lines = [f"{'validation loss':<16}{'step':>8}{'loss':>10}"]
         lines += [f"{name:<16}{step:>8}{loss:>10.4f}" for name, step, loss in self.progress.milestones]
+        compute = f"compute     {self.progress.flops:.3e} FLOPs"
+        if any(name == "after growth" for name, *_ in self.progress.milestones):
+            scratch = 6.0 * active * self.progress.tokens
+            compute += f"; the wide model from scratch: {scratch:.3e} ({1 - self.progress.flops / scratch:.1%} saved)"
         return "\n".join(
             [
                 *lines,
                 f"parameters  {total:,} ({active:,} active per token)",
                 f"tokens      {self.progress.tokens:,}",
-                f"compute     {self.progress.flops:.3e} FLOPs; the wide model from scratch: {scratch:.3e} "
-                f"({1 - self.progress.flops / scratch:.1%} saved)",
+                compute,
             ]
         )
 
 
 def run(args: argparse.Namespace) -> None:
     """Everything from the parsed command line to the final table."""
-    config = read_json(args.deepspeed_config)
+    variant = Variant(args.variant)
+    config = as_variant(read_json(args.deepspeed_config), variant)
     training = typed_block(TrainingConfig, config, "training")
     model_config = typed_block(OlmoeConfig, config, "model")
     corpus = Corpus.from_path(args.data) if args.data else Corpus.standard_library()
@@ -221,6 +243,8 @@ def run(args: argparse.Namespace) -> None:
     job = Job(engine, corpus, training, checkpoints, progress)
     del engine
     job.train()
+    if job.rank == 0:
+        job.outcome(variant).write(output)
     _say(f"\n{job.summary()}\ncheckpoints {checkpoints}\n\nwatch it:   tensorboard --logdir {output}")
 
 
@@ -248,7 +272,7 @@ def _say(text: str) -> None:
         sys.stdout.flush()
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="ds_sparkling/train.py",
         description="Train a mixture-of-experts language model with DeepSpeed and widen it mid-way.",
@@ -265,13 +289,19 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--output", type=Path, metavar="DIR", help="checkpoints and TensorBoard files; default: runs/..."
     )
     parser.add_argument("--resume", action="store_true", help="go on from the latest checkpoint in --output")
+    parser.add_argument(
+        "--variant",
+        choices=[variant.value for variant in Variant],
+        default=Variant.GROWN.value,
+        help="grown as planned, the final widths from scratch, or never grown (default: %(default)s)",
+    )
     parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point, once per rank."""
-    args = _parse(argv)
+    args = parse(argv)
     logging.basicConfig(format="%(message)s")
     deepspeed.utils.logger.setLevel(logging.WARNING)
     # DeepSpeed calls collectives by names that torch has deprecated.

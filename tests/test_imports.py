@@ -37,7 +37,19 @@ except Blocked:
     print("blocked")
 """
 
-FREE = ["", ".growth", ".config", ".axes", ".probe", ".record", ".partition", ".models.olmoe", ".planner.command"]
+FREE = [
+    "",
+    ".growth",
+    ".config",
+    ".axes",
+    ".probe",
+    ".record",
+    ".partition",
+    ".models.olmoe",
+    ".planner.command",
+    ".report.command",
+    ".compare",
+]
 
 
 def test_everything_but_the_engine_room_works_without_deepspeed() -> None:
@@ -114,6 +126,16 @@ def test_engine_room_and_file_room_do_not_know_each_other() -> None:
         other = {"zero": "checkpoint", "checkpoint": "zero"}.get(path.relative_to(PACKAGE).parts[0])
         if other is not None:
             assert not any(under(name, f"ds_sparkling.{other}") for name in imported(path)), relative(path)
+
+
+def test_a_report_is_made_of_files_alone() -> None:
+    """And starts fast: what trains isn't imported."""
+    for path in (path for path in FILES if path.parent == PACKAGE / "report"):
+        names = imported(path)
+        assert not any(under(name, "torch") for name in names), path
+        for name in (name for name in names if under(name, "ds_sparkling")):
+            allowed = [f"ds_sparkling.{other}" for other in ("report", "errors", "summary")]
+            assert under(name, *allowed), f"{relative(path)}: {name}"
 
 
 def test_the_maths_does_not_know_the_engine_room() -> None:

@@ -7,12 +7,14 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import event_files
 import pytest
 import tiny
 from distributed import Workers
 
 from ds_sparkling.checkpoint.command import main as expand
 from ds_sparkling.config import SparklingConfig
+from ds_sparkling.report.command import main as report
 
 #: The README's widths are for a larger model.
 TINY_WIDTHS = {"moe_intermediate_size": 10, "hidden_size": 12}
@@ -85,7 +87,26 @@ def test_the_files_named_exist() -> None:
         assert (Path(__file__).parents[1] / path).exists(), path
 
 
-@pytest.mark.parametrize("option", ["--data", "--resume", "--help"])
+def test_the_report_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (command,) = re.findall(r"`python tools/report\.py (.+?)`", README)
+    event_files.grown(tmp_path / "one", event_files.job())
+    event_files.from_scratch(tmp_path / "two")
+    runs = iter(["one", "two"])
+    monkeypatch.chdir(tmp_path)
+    report([next(runs) if word == "RUN" else word for word in command.replace(" ...", "").split()])
+    assert (tmp_path / "report" / "report.html").is_file()
+
+
+@pytest.mark.parametrize("option", ["--output", "--names", "--smooth", "--text", "--force"])
+def test_the_report_options_named_exist(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    section = README.partition("### Runs on one page")[2].partition("\n#")[0]
+    assert f"`{option}" in section
+    with pytest.raises(SystemExit):
+        report(["--help"])
+    assert option in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option", ["--data", "--resume", "--variant", "--help"])
 def test_the_options_named_exist(option: str) -> None:
     assert f"`{option}" in README
     source = (Path(__file__).parents[1] / "ds_sparkling" / "train.py").read_text()

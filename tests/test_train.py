@@ -114,7 +114,7 @@ def test_a_finished_run_is_not_overwritten(
 def test_help() -> None:
     command = [sys.executable, str(ROOT / "ds_sparkling" / "train.py"), "--help"]
     text = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-    for option in ("--deepspeed_config", "--data", "--output", "--resume"):
+    for option in ("--deepspeed_config", "--data", "--output", "--resume", "--variant"):
         assert option in text
 
 

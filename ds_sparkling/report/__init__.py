@@ -1,0 +1,1 @@
+"""Runs compared on one page: event files in, data, verdict, page out. Neither torch nor DeepSpeed is needed."""

@@ -1,0 +1,304 @@
+"""Runs as they left their curves in TensorBoard's event files.
+
+A growth opens a new file, and so does a resumption, which may go back behind the end of the file before it. A point's
+place in a run is its sample count and, as a validation before a growth and one after it share that, the growth stage in
+force. Where a later file begins, everything behind that place in earlier ones is dropped; at the same place its points
+replace theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from ds_sparkling.errors import SparklingError
+from ds_sparkling.summary import RunSummary, read_summary
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    FloatArray = NDArray[np.float64]
+
+#: What is read; all of it over the sample count. Others' tags may be over anything.
+_PREFIXES = (
+    "Train/",
+    "Validation/",
+    "Growth/",
+    "lr/",
+    "update_rms/",
+    "twins/",
+    "activation_",
+    "effective_rank/",
+    "router/",
+)
+_STAGE = "Growth/stage"
+_PLAN = "Growth/plan/text_summary"
+
+
+class Place(NamedTuple):
+    """Where a point is: samples seen, and growths done."""
+
+    samples: int
+    stage: int
+
+
+class Event(NamedTuple):
+    """A point as it stands in a file; ``wall_time`` in seconds orders the points of one file."""
+
+    wall_time: float
+    samples: int
+    value: float
+
+
+@dataclass(frozen=True)
+class EventFile:
+    """The contents of one file: scalars by tag, and the growth plans as (samples, text)."""
+
+    scalars: dict[str, list[Event]]
+    plans: list[tuple[int, str]]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One tag of a run, by place.
+
+    Attributes:
+        samples: [points], ascending; twice the same where a growth was.
+        values: [points].
+        stages: [points], growths done.
+    """
+
+    samples: FloatArray
+    values: FloatArray
+    stages: FloatArray
+
+    def since(self, stage: int) -> Curve:
+        """The points since a growth."""
+        keep = self.stages >= stage
+        return Curve(self.samples[keep], self.values[keep], self.stages[keep])
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+
+@dataclass(frozen=True)
+class Growth:
+    """A growth that a run went through: its number, where, to which widths and parameters, and the plan as text."""
+
+    stage: int
+    samples: int
+    widths: dict[str, int]
+    parameters: int | None
+    active_parameters: int | None
+    plan: str | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run, read.
+
+    Attributes:
+        name: what it is called in the report.
+        path: what was asked for.
+        curves: by tag.
+        growths: in order.
+        summary: what the main job left at the end, if it did.
+    """
+
+    name: str
+    path: Path
+    curves: dict[str, Curve]
+    growths: tuple[Growth, ...]
+    summary: RunSummary | None
+
+    def curve(self, *tags: str) -> Curve | None:
+        """The first of these tags that the run has points of."""
+        return next((self.curves[tag] for tag in tags if tag in self.curves), None)
+
+    def family(self, prefix: str) -> dict[str, Curve]:
+        """The curves of all tags ``prefix/NAME``, by NAME."""
+        start = f"{prefix}/"
+        return {tag.removeprefix(start): curve for tag, curve in self.curves.items() if tag.startswith(start)}
+
+    def spent(self, tag: str, samples: FloatArray) -> FloatArray | None:
+        """Tokens or compute (``tag``) when so many samples were seen; NaN beyond what the run has recorded.
+
+        Both start at 0 and are linear between points, as long as the model's width doesn't change between them.
+        """
+        known = self.curve(tag)
+        if known is None:
+            return None
+        return np.interp(
+            samples, np.concatenate(([0.0], known.samples)), np.concatenate(([0.0], known.values)), right=np.nan
+        )
+
+
+def read_run(path: Path, name: str) -> Run:
+    """Everything a run has left under ``path``.
+
+    Args:
+        path: a run's directory, or the directory of its event files.
+        name: what it is to be called.
+
+    Raises:
+        SparklingError: if there are no event files, those of several runs, or nothing readable in them.
+    """
+    files = sorted((_read(file) for file in tqdm(_files(path), desc=name, leave=False, disable=None)), key=_begin)
+    curves = merge([file for _, file in files])
+    if not curves:
+        raise SparklingError(
+            f"{path}: the event files hold none of the curves that the report knows; "
+            "was the run stopped before its first log_every steps?"
+        )
+    return Run(name, path, curves, _growths(curves, [plan for _, file in files for plan in file.plans]), _outcome(path))
+
+
+def merge(files: Sequence[EventFile]) -> dict[str, Curve]:
+    """The curves of a run from its files, which are in the order in which they were opened."""
+    points: dict[str, dict[Place, float]] = {}
+    for file in files:
+        if not file.scalars:
+            continue
+        placed = _placed(file, points.get(_STAGE, {}))
+        begin = min(place for tag in placed.values() for place in tag)
+        points = {tag: {place: v for place, v in known.items() if place <= begin} for tag, known in points.items()}
+        for tag, more in placed.items():
+            points.setdefault(tag, {}).update(more)
+    return {tag: _curve(known) for tag, known in points.items() if known}
+
+
+def _placed(file: EventFile, earlier_growths: dict[Place, float]) -> dict[str, dict[Place, float]]:
+    """A file's points by place; the growths before it tell in which stage it begins, if it doesn't begin with one."""
+    start = min(event.samples for events in file.scalars.values() for event in events)
+    growths = sorted(file.scalars.get(_STAGE, []))
+    stage = max((place.stage for place in earlier_growths if place.samples < start), default=0)
+    if growths and growths[0].samples == start:
+        stage = int(growths[0].value)
+
+    def place(event: Event) -> Place:
+        done = [int(growth.value) for growth in growths if growth.wall_time <= event.wall_time]
+        return Place(event.samples, done[-1] if done else stage)
+
+    return {tag: {place(event): event.value for event in events} for tag, events in file.scalars.items()}
+
+
+def _curve(points: dict[Place, float]) -> Curve:
+    ordered = sorted(points)
+    samples, stages = (np.array([place[index] for place in ordered], float) for index in (0, 1))
+    return Curve(samples, np.array([points[place] for place in ordered], float), stages)
+
+
+def _growths(curves: dict[str, Curve], plans: Sequence[tuple[int, str]]) -> tuple[Growth, ...]:
+    if _STAGE not in curves:
+        return ()
+    marks = {tag: curve for tag, curve in curves.items() if tag.startswith("Growth/") and tag != _STAGE}
+    texts = dict(plans)
+    growths = []
+    for samples, number in zip(curves[_STAGE].samples, curves[_STAGE].values, strict=True):
+        values = {
+            tag.removeprefix("Growth/"): int(curve.values[curve.samples == samples][-1])
+            for tag, curve in marks.items()
+            if samples in curve.samples
+        }
+        parameters, active = values.pop("parameters", None), values.pop("active_parameters", None)
+        growths.append(Growth(int(number), int(samples), values, parameters, active, texts.get(int(samples))))
+    return tuple(growths)
+
+
+def _files(path: Path) -> list[Path]:
+    """The event files of the one run under ``path``."""
+    if not path.is_dir():
+        found = "is a file" if path.exists() else "doesn't exist"
+        raise SparklingError(f"{path} {found}; pass a run's directory, or the directory of its event files")
+    files = sorted(path.rglob("events.out.tfevents.*"))
+    if not files:
+        raise SparklingError(
+            f"{path} has no TensorBoard event files below it; pass the directory given to the run as --output, or "
+            'enable "tensorboard" in its DeepSpeed config'
+        )
+    directories = sorted({file.parent for file in files})
+    if len(directories) > 1:
+        raise SparklingError(
+            f"{path} has event files of more than one run below it; pass those to compare: "
+            + " ".join(map(str, directories))
+        )
+    return files
+
+
+def _read(file: Path) -> tuple[float, EventFile]:
+    """When the file was opened, and what is in it."""
+    # Here, so that --help doesn't wait for it.
+    from tensorboard.backend.event_processing import event_accumulator
+
+    # 0 keeps every point.
+    keep_all = {event_accumulator.SCALARS: 0, event_accumulator.TENSORS: 0}
+    events = event_accumulator.EventAccumulator(str(file), size_guidance=keep_all, purge_orphaned_data=False)
+    try:
+        events.Reload()
+    except Exception as error:  # whatever the parser meets in a file that isn't one
+        raise SparklingError(
+            f"{file} can't be read as an event file ({error}); take it out of the directory"
+        ) from error
+    tags = events.Tags()
+    scalars = {
+        tag: [Event(event.wall_time, event.step, event.value) for event in events.Scalars(tag)]
+        for tag in tags["scalars"]
+        if tag.startswith(_PREFIXES)
+    }
+    plans = [
+        (event.step, event.tensor_proto.string_val[0].decode(errors="replace").strip("`\n"))
+        for event in (events.Tensors(_PLAN) if _PLAN in tags["tensors"] else [])
+    ]
+    try:
+        opened = events.FirstEventTimestamp()
+    except ValueError:  # nothing in it
+        opened = 0.0
+    return opened, EventFile(scalars, plans)
+
+
+def _begin(file: tuple[float, EventFile]) -> float:
+    return file[0]
+
+
+def _outcome(path: Path) -> RunSummary | None:
+    """The summary in the run's directory, where ``path`` may be the event directory in it."""
+    return next((found for found in map(read_summary, (path, path.parent)) if found is not None), None)
+
+
+def default_names(paths: Sequence[Path]) -> list[str]:
+    """Short names that tell the runs apart: the ends of their paths, as long as need be."""
+    parts = [_parts(path) for path in paths]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-length:]) for part in parts]
+        if _repeated(names) is None:
+            return names
+    return ["/".join(part) for part in parts]
+
+
+def _parts(path: Path) -> tuple[str, ...]:
+    parts = path.resolve().parts
+    return parts[:-1] if parts[-1] == "tensorboard" else parts
+
+
+def read_runs(paths: Sequence[Path], names: Sequence[str] | None = None) -> list[Run]:
+    """All runs, named.
+
+    Raises:
+        SparklingError: if a run can't be read, or names don't tell the runs apart.
+    """
+    names = list(names) if names is not None else default_names(paths)
+    if len(names) != len(paths):
+        raise SparklingError(f"--names gives {len(names)} names to {len(paths)} runs; give one to each")
+    twice = _repeated(names)
+    if twice is not None:
+        raise SparklingError(f"two runs are called {twice!r}; pass different runs, or --names that tell them apart")
+    return [read_run(path, name) for path, name in zip(paths, names, strict=True)]
+
+
+def _repeated(names: Sequence[str]) -> str | None:
+    return next((name for index, name in enumerate(names) if name in names[:index]), None)

@@ -1,0 +1,219 @@
+"""What a run's curves say, as numbers: the end, the jump at a growth, twins, drift, experts. No words here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ds_sparkling.report.events import Curve, Growth, Run
+
+if TYPE_CHECKING:
+    from ds_sparkling.report.events import FloatArray
+
+VALIDATION = "Validation/loss"
+TOKENS, COMPUTE = "Train/tokens", "Train/compute_flops"
+#: The main job's training loss, else the one that DeepSpeed itself writes in any loop.
+TRAINING = ("Train/loss", "Train/Samples/train_loss")
+
+#: Validations at the end whose scatter about a parabola is taken for noise, at most and at least.
+_LAST, _LEAST = 6, 5
+#: A load below this share of an even one is none.
+DEAD_LOAD = 0.01
+#: Points in a row, up to the end, that make an expert dead.
+_DEAD_POINTS = 3
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a run stands at its last validation.
+
+    Attributes:
+        loss: the last validation loss.
+        scatter: standard deviation of the last validations about a parabola through them; None with fewer than five.
+        tokens, compute: spent by then; None if not recorded.
+        parameters, active_parameters: None if not recorded.
+        active_derived: whether the active ones are computed from compute and tokens.
+        seconds: training time; None if the run left no summary.
+    """
+
+    loss: float | None
+    scatter: float | None
+    tokens: float | None
+    compute: float | None
+    parameters: int | None
+    active_parameters: int | None
+    active_derived: bool
+    seconds: float | None
+
+
+@dataclass(frozen=True)
+class Jump:
+    """Validation loss right before and right after a growth, at the same sample count; None where it wasn't taken."""
+
+    growth: Growth
+    before: float | None
+    after: float | None
+
+    @property
+    def size(self) -> float | None:
+        """After less before."""
+        return None if self.before is None or self.after is None else self.after - self.before
+
+
+@dataclass(frozen=True)
+class Span:
+    """A curve since the latest growth.
+
+    Attributes:
+        first, last: values.
+        points: how many.
+    """
+
+    first: float
+    last: float
+    points: int
+
+
+def ending(run: Run) -> Ending:
+    """Where the run ended, as far as it is recorded."""
+    losses = run.curve(VALIDATION)
+    last = run.curve(VALIDATION, *TRAINING)
+    spent = {tag: None if last is None else _value(run.spent(tag, last.samples[-1:])) for tag in (TOKENS, COMPUTE)}
+    parameters, active, derived = _parameters(run)
+    return Ending(
+        None if losses is None else float(losses.values[-1]),
+        None if losses is None else scatter(losses.since(int(losses.stages[-1]))),
+        spent[TOKENS],
+        spent[COMPUTE],
+        parameters,
+        active,
+        derived,
+        None if run.summary is None else run.summary.seconds,
+    )
+
+
+def scatter(losses: Curve) -> float | None:
+    """Standard deviation of the last points about a parabola through them, which takes out the curve's own course."""
+    x, y = losses.samples[-_LAST:], losses.values[-_LAST:]
+    if len(y) < _LEAST:
+        return None
+    scaled = (x - x.mean()) / max(float(np.ptp(x)), 1.0)
+    residual = y - np.polyval(np.polyfit(scaled, y, 2), scaled)
+    return float(np.sqrt((residual**2).sum() / (len(y) - 3)))
+
+
+def jumps(run: Run) -> list[Jump]:
+    """The change of validation loss at every growth."""
+    losses = run.curve(VALIDATION)
+    found = []
+    for growth in run.growths:
+        before = after = None
+        if losses is not None:
+            here = losses.samples == growth.samples
+            before = _last(losses.values[here & (losses.stages < growth.stage)])
+            after = _last(losses.values[here & (losses.stages >= growth.stage)])
+        found.append(Jump(growth, before, after))
+    return found
+
+
+@dataclass(frozen=True)
+class Bump:
+    """A rise of the validation loss after a growth, up to the next growth.
+
+    Attributes:
+        peak: the highest validation loss after it.
+        tokens: from the growth to the first validation that isn't above the loss before the growth again; None if
+            there is none, or tokens aren't recorded.
+        back: whether there is one.
+    """
+
+    peak: float
+    tokens: float | None
+    back: bool
+
+
+def bump(run: Run, jump: Jump) -> Bump | None:
+    """How the validation loss went on after a growth; None if it wasn't taken before it, or not any more after it."""
+    losses = run.curve(VALIDATION)
+    if losses is None or jump.before is None:
+        return None
+    later = (losses.stages == jump.growth.stage) & (losses.samples > jump.growth.samples)
+    values, samples = losses.values[later], losses.samples[later]
+    if not len(values):
+        return None
+    high = int(values.argmax())
+    back = samples[high:][values[high:] <= jump.before]
+    tokens = run.spent(TOKENS, np.array([jump.growth.samples, back[0]])) if len(back) else None
+    return Bump(float(values[high]), None if tokens is None else float(tokens[1] - tokens[0]), bool(len(back)))
+
+
+def loss_at(run: Run, compute: float) -> float | None:
+    """Validation loss when so much compute was spent, between two validations; None beyond them."""
+    losses = run.curve(VALIDATION)
+    spent = None if losses is None else run.spent(COMPUTE, losses.samples)
+    if losses is None or spent is None or np.isnan(spent).any() or not spent[0] <= compute <= spent[-1]:
+        return None
+    return float(np.interp(compute, spent, losses.values))
+
+
+def since_growth(run: Run, tag: str) -> Span | None:
+    """A curve since the latest growth; None if nothing has grown or nothing is recorded."""
+    curve = run.curve(tag)
+    if curve is None or not run.growths:
+        return None
+    curve = curve.since(run.growths[-1].stage)
+    if not len(curve):
+        return None
+    return Span(float(curve.values[0]), float(curve.values[-1]), len(curve))
+
+
+def at_growth(curve: Curve, growth: Growth) -> float | None:
+    """The last value before a growth over which the first after it is looked at; None if either is missing."""
+    before, after = curve.values[curve.stages < growth.stage], curve.values[curve.stages >= growth.stage]
+    if not len(before) or not len(after) or before[-1] == 0:
+        return None
+    return float(after[0] / before[-1])
+
+
+def relative(curve: Curve, growth: Growth | None) -> Curve | None:
+    """A curve over its last value before a growth; over its first value if there is none before one."""
+    before = curve.values[:0] if growth is None else curve.values[curve.stages < growth.stage]
+    reference = before[-1] if len(before) else curve.values[0]
+    return None if reference == 0 else replace(curve, values=curve.values / reference)
+
+
+def dead_blocks(run: Run) -> list[str]:
+    """Blocks in which the least loaded expert got next to nothing at each of the last points."""
+    return [
+        block
+        for block, curve in run.family("router/load_min").items()
+        if len(curve) >= _DEAD_POINTS and (curve.values[-_DEAD_POINTS:] < DEAD_LOAD).all()
+    ]
+
+
+def last_values(run: Run, prefix: str) -> dict[str, float]:
+    """The last value of each curve of a family, by block or parameter."""
+    return {name: float(curve.values[-1]) for name, curve in run.family(prefix).items()}
+
+
+def _parameters(run: Run) -> tuple[int | None, int | None, bool]:
+    """Parameters at the end, active ones, and whether the latter are derived from compute and tokens."""
+    if run.summary is not None:
+        return run.summary.parameters, run.summary.active_parameters, False
+    latest = run.growths[-1] if run.growths else None
+    if latest is not None and latest.active_parameters is not None:
+        return latest.parameters, latest.active_parameters, False
+    tokens, compute = run.curve(TOKENS), run.curve(COMPUTE)
+    if tokens is None or compute is None or latest is not None or not tokens.values[-1]:
+        return None, None, False
+    return None, round(float(compute.values[-1] / tokens.values[-1] / 6)), True
+
+
+def _value(values: FloatArray | None) -> float | None:
+    return None if values is None or np.isnan(values[0]) else float(values[0])
+
+
+def _last(values: FloatArray) -> float | None:
+    return float(values[-1]) if len(values) else None
