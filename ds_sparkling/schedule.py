@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ds_sparkling.strategy import Rewarmup, Scope
+from ds_sparkling.strategy import Curve, Rewarmup, Scope
 
 
 def warmup_cosine(t: float, *, warmup: int, total: int, start: float, peak: float, end: float) -> float:
@@ -84,6 +84,11 @@ class Birth:
     def older(self) -> Birth:
         """The same one step later."""
         return replace(self, age=self.age + 1)
+
+    @property
+    def follows_norms(self) -> bool:
+        """Whether the rate is further multiplied by a ratio of weight norms, parameter by parameter."""
+        return self.rewarmup.curve is Curve.WEIGHT_NORM
 
     def rate(self, group: int, base_rate: float) -> float:
         """eta_new of parameter group ``group``, whose base rate is now ``base_rate``.

@@ -102,11 +102,14 @@ class Curve(str, Enum):
 
     ``cosine`` is the paper's (Eq. 27-28): down to the base schedule's end. ``factor`` stays at ratio times the base
     rate, whatever the base schedule does. ``auto`` takes ``cosine`` where the base schedule is in its cosine phase.
+    ``weight_norm`` is no re-warm-up: new elements follow the base rate times the norm of what the stage made of their
+    parameter over that of its original elements, step by step (Yuan et al. 2023, arXiv:2306.12700).
     """
 
     AUTO = "auto"
     COSINE = "cosine"
     FACTOR = "factor"
+    WEIGHT_NORM = "weight_norm"
 
 
 class BiasCorrection(str, Enum):
@@ -160,6 +163,14 @@ class Rewarmup:
                 "rewarmup.curve 'factor' leaves the base schedule as it is; faster_decay and from_step don't"
             )
 
+        if self.curve is Curve.WEIGHT_NORM and (
+            self.scope is not Scope.NEW or (self.ratio, self.steps, self.needs_cosine) != (1.0, 0, False)
+        ):
+            raise ConfigError(
+                "rewarmup.curve 'weight_norm' sets the rate of new elements by itself, so it needs scope 'new', ratio "
+                "1, steps 0 and neither faster_decay nor from_step"
+            )
+
     @property
     def needs_cosine(self) -> bool:
         """Whether it makes sense only where the base schedule is a cosine."""
@@ -193,6 +204,8 @@ class Rewarmup:
         if self.scope is Scope.NONE:
             return "none: new elements follow the base rate"
         elements = f"for {self.scope.value} elements"
+        if self.curve is Curve.WEIGHT_NORM:
+            return "none: the base rate times ||W_new|| / ||W_old|| of each parameter, for new elements"
         if self.from_step is not None:
             return f"none: the base schedule from step {self.from_step} on, {elements}"
         text = f"to {self.ratio:g}x the base rate in {self.steps} steps"

@@ -351,6 +351,9 @@ def test_a_split_is_read(text: str, shares: tuple[float, float] | None, name: st
         ({"from_step": 10, "ratio": 1, "steps": 0, "curve": "factor"}, "'factor'"),
         ({"from_step": 1.5, "ratio": 1, "steps": 0}, "integer"),
         ({"faster_decay": "much"}, "number"),
+        ({"curve": "weight_norm"}, "ratio 1"),
+        ({"curve": "weight_norm", "ratio": 1, "steps": 0, "scope": "all"}, "scope 'new'"),
+        ({"curve": "weight_norm", "ratio": 1, "steps": 0, "faster_decay": 0.5}, "neither faster_decay"),
     ],
 )
 def test_a_decay_that_makes_no_sense_is_refused(rewarmup: dict[str, Any], named: str) -> None:

@@ -131,7 +131,7 @@ def birth(strategy: Strategy, starts: Sequence[float], now: Phase | None, kind: 
         ConfigError: if the curve is to be a cosine and the base schedule has none around it.
     """
     rewarmup, base = strategy.rewarmup, None
-    if rewarmup.curve is not Curve.FACTOR and rewarmup.scope is not Scope.NONE:
+    if rewarmup.curve in (Curve.AUTO, Curve.COSINE) and rewarmup.scope is not Scope.NONE:
         if now is None:
             why = f"a {kind} doesn't tell where a cosine ends"
         elif now.warming:

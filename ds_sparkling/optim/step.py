@@ -22,6 +22,7 @@ from ds_sparkling.growth.births import stretch
 from ds_sparkling.optim.adam import AdamKernel
 from ds_sparkling.optim.scheduler import RewarmupScheduler
 from ds_sparkling.optim.treatment import Treatment, treatments
+from ds_sparkling.optim.weight_norm import NormRatios
 from ds_sparkling.schedule import rates_by_birth
 
 #: Elements that are copied out at a time.
@@ -36,6 +37,7 @@ class BirthStep:
         scheduler: tells rates and ages.
         groups: the index of the parameter group of every tensor that it steps.
         blocks: tells the birth stages of every tensor's elements, as blocks end to end; called when first needed.
+        norms: measures weight norms, for stages whose rates follow them.
     """
 
     def __init__(
@@ -44,11 +46,13 @@ class BirthStep:
         scheduler: RewarmupScheduler,
         groups: Mapping[Tensor, int],
         blocks: Callable[[], Mapping[Tensor, Sequence[Block]]],
+        norms: NormRatios | None = None,
     ) -> None:
         self._optimizer = optimizer
         self._scheduler = scheduler
         self._groups = dict(groups)
         self._make_blocks = blocks
+        self._norms = norms
         self._blocks: Mapping[Tensor, Sequence[Block]] | None = None
         self._stages: dict[Tensor, set[int]] = {}
         self._own_step = optimizer.step
@@ -69,7 +73,12 @@ class BirthStep:
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        apart: list[tuple[dict[str, Any], Tensor, tuple[Treatment, ...]]] = []
+        births = self._scheduler.births
+        norms = self._norms if any(birth.follows_norms for birth in births) else None
+        if norms is not None:
+            stepped = [param for group in self._optimizer.param_groups for param in group["params"]]
+            norms.measure(stepped, len(births) + 1)
+        apart: list[tuple[dict[str, Any], Tensor, Sequence[Block], tuple[Treatment, ...]]] = []
         as_ever: list[dict[str, Any]] = []
         for group in self._optimizer.param_groups:
             params = []
@@ -77,17 +86,22 @@ class BirthStep:
             self._share_count(group)
             for param in group["params"]:
                 stages = self._treatments(group, param)
-                if self._occurring(param, stages) == {usual}:
+                if norms is not None and len(stages) > 1:
+                    adapted = norms.treatments(param, stages, births)
+                    apart.append((group, param, norms.blocks(param, len(stages)), adapted))
+                elif self._occurring(param, stages) == {usual}:
                     params.append(param)
+                elif len(set(stages)) == 1:
+                    apart.append((group, param, [stretch(0, param.numel(), 0)], stages))
                 else:
-                    apart.append((group, param, stages))
+                    apart.append((group, param, self.blocks[param], stages))
             as_ever.append({**group, "params": params})
         if not apart:
             self._own_step(**arguments)
             return loss
         self._step_groups([group for group in as_ever if group["params"]], arguments)
-        for group, param, stages in apart:
-            self._step_apart(group, param, stages, arguments)
+        for group, param, blocks, stages in apart:
+            self._step_apart(group, param, blocks, stages, arguments)
         return loss
 
     @property
@@ -100,6 +114,8 @@ class BirthStep:
     def forget_blocks(self) -> None:
         """The birth stages may have changed; they are told anew when they are next needed."""
         self._blocks = None
+        if self._norms is not None:
+            self._norms.forget()
         self._stages.clear()
         self._kernel.forget_blocks()
 
@@ -130,10 +146,14 @@ class BirthStep:
         return treatments(births, rates, group, self._optimizer.state.get(param, {}))
 
     def _step_apart(
-        self, group: dict[str, Any], param: Tensor, stages: tuple[Treatment, ...], arguments: dict[str, Any]
+        self,
+        group: dict[str, Any],
+        param: Tensor,
+        blocks: Sequence[Block],
+        stages: tuple[Treatment, ...],
+        arguments: dict[str, Any],
     ) -> None:
         """Step a tensor whose birth stages are treated differently, or otherwise than its group."""
-        blocks = self.blocks[param] if len(set(stages)) > 1 else [stretch(0, param.numel(), 0)]
         if self._kernel.takes(group, param):
             self._kernel.step(group, param, blocks, stages)
             return

@@ -77,10 +77,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def wanted_runs(experiments: Sequence[Experiment], lab: Lab, seeds: int) -> Iterator[Run]:
     """All runs that the experiments need, as far as they are known, one experiment after the other."""
     for experiment in experiments:
-        for seed in range(seeds):
-            for variant in experiment.variants(lab):
-                if seed == 0 or not variant.once:
-                    yield replace(variant.run, seed=seed)
+        for variant in experiment.variants(lab):
+            for seed in range(1 if variant.once else seeds):
+                yield replace(variant.run, seed=seed)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -103,9 +102,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except SparklingError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        # Not sys.exit, which would wait for the runs under way.
         sys.stderr.write(f"\nstopped; {len(store.outcomes)} finished runs are kept, and the same command goes on\n")
-        os._exit(130)
+        sys.exit(130)
     sys.stdout.write(f"{len(store.outcomes)} runs are finished; the results are in {page}\n")
     for key, reason in failures.items():
         sys.stderr.write(f"run {key} failed: {reason}\n")

@@ -23,6 +23,7 @@ from ds_sparkling.growth import Block, GrowthPlan, Widener, birth_blocks, make_p
 from ds_sparkling.models.olmoe import DecoderLayer, OlmoeConfig, OlmoeForCausalLM
 from ds_sparkling.optim.scheduler import RewarmupScheduler
 from ds_sparkling.optim.step import BirthStep
+from ds_sparkling.optim.weight_norm import NormRatios, Part, Parts
 from ds_sparkling.reproduce.muon import orthogonalise
 from ds_sparkling.reproduce.runs import HIDDEN, INNER, Outcome, Point, Run, Shape
 from ds_sparkling.strategy import Init, OptimizerState, Strategy
@@ -106,7 +107,13 @@ class Trainer:
             scheduler.load_state_dict(state)
         self.active = active_parameters(self.run.shape, self.widths)
         self.steps = [
-            BirthStep(optimizer, scheduler, dict.fromkeys(optimizer.param_groups[0]["params"], 0), self._blocks)
+            BirthStep(
+                optimizer,
+                scheduler,
+                dict.fromkeys(optimizer.param_groups[0]["params"], 0),
+                self._blocks,
+                NormRatios(self._parts),
+            )
             for optimizer, scheduler in zip(self.optimizers, self.schedulers, strict=True)
         ]
 
@@ -142,6 +149,10 @@ class Trainer:
             param: birth_blocks(self.axes[name], tuple(param.shape), self.history, 0, param.numel())
             for name, param in self.model.named_parameters()
         }
+
+    def _parts(self) -> Parts:
+        blocks = self._blocks()
+        return len(blocks), {param: [Part(number, tuple(b))] for number, (param, b) in enumerate(blocks.items())}
 
     # -- training ----------------------------------------------------------------------------------------------
 

@@ -1,15 +1,15 @@
-"""Runs in processes of their own, several at a time: trunks first, then what branches off them."""
+"""Runs in processes of their own, several at a time; what branches off a trunk waits for it."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterable
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Callable, Collection, Iterable
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from tqdm import tqdm
@@ -19,8 +19,9 @@ from ds_sparkling.reproduce.loop import train
 from ds_sparkling.reproduce.runs import Outcome, Run
 from ds_sparkling.reproduce.store import Store
 
-#: Counts the steps of all processes; set in each.
+#: Counts the steps of all processes, and tells them to stop; set in each.
 _counter: Any = None
+_stop: Any = None
 
 
 @dataclass
@@ -50,47 +51,59 @@ class Queue:
     def finish(self, wanted: Callable[[], Iterable[Run]]) -> None:
         """Train until ``wanted``, which may come to name more as outcomes come in, names none that is missing."""
         context = multiprocessing.get_context("spawn")
-        counter = context.Value("q", 0)
+        counter, stop = context.Value("q", 0), context.Event()
         threads = max(1, (os.cpu_count() or 1) // self.jobs)
         with (
-            ProcessPoolExecutor(self.jobs, context, initializer=_start, initargs=(counter, threads)) as pool,
+            ProcessPoolExecutor(self.jobs, context, initializer=_start, initargs=(counter, stop, threads)) as pool,
             tqdm(total=0, unit="step", smoothing=0.05) as bar,
         ):
-            running: dict[Future[Outcome | None], _Job] = {}
-            finished = 0
-            while True:
-                jobs = self._open(wanted(), [job.run.key for job in running.values()])
-                bar.total = finished + sum(_steps(job) for job in [*jobs, *running.values()])
-                for job in jobs:
-                    # No more than can run, so that those named later can still come first.
-                    if len(running) < self.jobs and self._ready(job):
-                        running[pool.submit(_train, job.run, self.snapshots, tuple(sorted(job.keep)), job.wanted)] = job
-                if not running:
-                    return
-                done, _ = wait(running, timeout=1.0, return_when=FIRST_COMPLETED)
-                bar.set_postfix(finished=len(self.store.outcomes), left=len(jobs), refresh=False)
-                bar.update(counter.value - bar.n)
-                for future in done:
-                    job = running.pop(future)
-                    finished += _steps(job)
-                    self._collect(job, future)
+            try:
+                self._work(pool, wanted, counter, bar)
+            except BaseException:
+                stop.set()  # leaving the pool waits for its processes
+                raise
+
+    def _work(self, pool: Executor, wanted: Callable[[], Iterable[Run]], counter: Any, bar: tqdm[NoReturn]) -> None:
+        """Keep the pool busy until nothing is wanted any more."""
+        running: dict[Future[Outcome | None], _Job] = {}
+        finished = 0
+        while True:
+            jobs = self._open(wanted(), [job.run.key for job in running.values()])
+            bar.total = finished + sum(_steps(job) for job in [*jobs, *running.values()])
+            for job in jobs:
+                # No more than can run, so that those named later can still come first.
+                if len(running) < self.jobs and self._ready(job):
+                    running[pool.submit(_train, job.run, self.snapshots, tuple(sorted(job.keep)), job.wanted)] = job
+            if not running:
+                return
+            done = self._watch(running, counter, bar, len(jobs))
+            for future in done:
+                job = running.pop(future)
+                finished += _steps(job)
+                self._collect(job, future)
+
+    def _watch(
+        self, running: Collection[Future[Outcome | None]], counter: Any, bar: tqdm[NoReturn], left: int
+    ) -> set[Future[Outcome | None]]:
+        """Show the progress until a job is done; only for a second while a process has nothing to do."""
+        while True:
+            done, _ = wait(running, timeout=1.0, return_when=FIRST_COMPLETED)
+            bar.set_postfix(finished=len(self.store.outcomes), left=left, refresh=False)
+            bar.update(counter.value - bar.n)
+            if done or len(running) < self.jobs:
+                return done
 
     def _open(self, wanted: Iterable[Run], running: list[str]) -> list[_Job]:
-        """What is to be trained still, trunks first."""
-        trunks: dict[str, _Job] = {}
+        """What is to be trained still, in the order in which it is wanted; trunks before the first that needs them."""
         jobs: dict[str, _Job] = {}
         for run in wanted:
             if run.key in self.store.outcomes or run.key in self.failures:
                 continue
-            if run.first_growth is None:
-                trunks.setdefault(run.key, _Job(run)).wanted = True
-                continue
-            jobs.setdefault(run.key, _Job(run, wanted=True))
-            if not self._snapshot(run).exists() and run.trunk.key not in self.failures:
-                trunks.setdefault(run.trunk.key, _Job(run.trunk)).keep.add(run.first_growth)
-        # Those that others wait for come first.
-        ordered = sorted(trunks.values(), key=lambda job: not job.keep)
-        return [job for job in [*ordered, *jobs.values()] if job.run.key not in running]
+            step, trunk = run.first_growth, run.trunk
+            if step is not None and not self._snapshot(run).exists() and trunk.key not in self.failures:
+                jobs.setdefault(trunk.key, _Job(trunk)).keep.add(step)
+            jobs.setdefault(run.key, _Job(run)).wanted = True
+        return [job for job in jobs.values() if job.run.key not in running]
 
     def _ready(self, job: _Job) -> bool:
         run = job.run
@@ -117,10 +130,10 @@ def _steps(job: _Job) -> int:
     return run.steps if job.wanted else max(job.keep)
 
 
-def _start(counter: Any, threads: int) -> None:
-    """Set up a process. Ctrl-C is for the parent, with which it ends."""
-    global _counter
-    _counter = counter
+def _start(counter: Any, stop: Any, threads: int) -> None:
+    """Set up a process. Ctrl-C is for the parent, which then tells it to stop."""
+    global _counter, _stop
+    _counter, _stop = counter, stop
     torch.set_num_threads(threads)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -131,7 +144,7 @@ def _train(run: Run, snapshots: Path, keep: tuple[int, ...], wanted: bool) -> Ou
     parent = multiprocessing.parent_process()
 
     def report() -> None:
-        if parent is None or not parent.is_alive():
+        if _stop.is_set() or parent is None or not parent.is_alive():
             os._exit(1)
         with _counter.get_lock():
             _counter.value += 1

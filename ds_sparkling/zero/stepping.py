@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from deepspeed import comm as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
@@ -13,6 +14,7 @@ from ds_sparkling.growth.births import join, stretch
 from ds_sparkling.optim.elementwise import steps_elementwise
 from ds_sparkling.optim.scheduler import RewarmupScheduler
 from ds_sparkling.optim.step import BirthStep
+from ds_sparkling.optim.weight_norm import NormRatios, Part, Parts
 from ds_sparkling.strategy import BiasCorrection, Scope, Strategy
 from ds_sparkling.zero import access
 from ds_sparkling.zero.naming import engine_axes
@@ -27,7 +29,8 @@ def hook_step(engine: DeepSpeedEngine) -> BirthStep:
     """
     optimizer = access.base_optimizer(engine)
     engine.lr_scheduler = RewarmupScheduler(engine.lr_scheduler, optimizer)
-    return BirthStep(optimizer, engine.lr_scheduler, access.master_groups(engine), lambda: blocks_of(engine))
+    norms = NormRatios(lambda: _parts_of(engine), lambda squares: _add_up(engine, squares))
+    return BirthStep(optimizer, engine.lr_scheduler, access.master_groups(engine), lambda: blocks_of(engine), norms)
 
 
 def check_optimizer(engine: DeepSpeedEngine, strategy: Strategy) -> None:
@@ -59,15 +62,32 @@ def check_optimizer(engine: DeepSpeedEngine, strategy: Strategy) -> None:
 
 def blocks_of(engine: DeepSpeedEngine) -> dict[Tensor, list[Block]]:
     """The birth stages in every tensor that the base optimizer steps, by what the growth record tells."""
+    _, parts = _parts_of(engine)
+    return {
+        master: _padded([block for part in found for block in part.blocks], master.numel())
+        for master, found in parts.items()
+    }
+
+
+def _parts_of(engine: DeepSpeedEngine) -> Parts:
+    """Which parameters' elements lie where in the tensors that the base optimizer steps, and when they were born."""
     record = run_of(engine).record
     axes, history = engine_axes(engine, record.axes), record.width_history
-    parts: dict[Tensor, list[Block]] = {}
-    for shard in access.shards(engine).values():
+    shards = access.shards(engine)
+    parts: dict[Tensor, list[Part]] = {}
+    for number, shard in enumerate(shards.values()):
         if shard.master is not None:
             blocks = birth_blocks(axes[shard.name], shard.shape, history, shard.piece.start, shard.piece.stop)
-            placed = [replace(block, start=block.start + shard.offset) for block in blocks]
-            parts.setdefault(shard.master, []).extend(placed)
-    return {master: _padded(blocks, master.numel()) for master, blocks in parts.items()}
+            placed = tuple(replace(block, start=block.start + shard.offset) for block in blocks)
+            parts.setdefault(shard.master, []).append(Part(number, placed))
+    return len(shards), parts
+
+
+def _add_up(engine: DeepSpeedEngine, squares: Tensor) -> None:
+    """Add up over all ranks. Every element of a parameter is on equally many of them, so ratios come out right."""
+    total = squares.to(engine.device)
+    dist.all_reduce(total)
+    squares.copy_(total)
 
 
 def _padded(blocks: list[Block], numel: int) -> list[Block]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -102,6 +103,7 @@ class Elements:
     """One shard's elements of one birth stage around an optimizer step.
 
     Attributes:
+        name: the parameter's.
         stage: the birth stage.
         rate, age: what it is to get; no age means the tensor's own step count.
         group: the parameter group's settings.
@@ -110,6 +112,7 @@ class Elements:
         after: ``weight`` and per-element state.
     """
 
+    name: str
     stage: int
     rate: float
     age: int | None
@@ -145,6 +148,7 @@ def take_a_step(engine: Any) -> tuple[Recorder, list[Elements]]:
             chosen = births == stage
             found.append(
                 Elements(
+                    shard.name,
                     stage,
                     rate,
                     age,
@@ -211,6 +215,41 @@ def test_an_offloaded_optimizer_tells_elements_apart_too(workers: Pool) -> None:
     for kind, worst in workers(2).run(cpu_adam_errors, case):
         assert kind == "DeepSpeedCPUAdam"
         assert worst < 1e-4
+
+
+def adapted_rates(case: Case) -> list[tuple[str, int, float, float, float, float]]:
+    """By parameter and birth stage, summed up: squares of weights, update over rate, how far rounding moves that, and
+    the gradient.
+    """
+    found = []
+    for elements in take_a_step(grown(case))[1]:
+        weight, grad = elements.before["weight"].double(), elements.before["grad"].double()
+        update = (elements.after["weight"].double() - weight).abs().sum() / elements.rate
+        rounding = 2.0**-23 * weight.abs().sum() / elements.rate
+        square, change = float(weight.square().sum()), float(grad.abs().sum())
+        found.append((elements.name, elements.stage, square, float(update), float(rounding), change))
+    return found
+
+
+@pytest.mark.parametrize(
+    "case", [Case(2, 3, 2, zero={"sub_group_size": 500}), Case(3, 2, tied=False), Case(2, 0, 2)], ids=str
+)
+def test_a_rate_follows_the_weight_norms_of_its_parameter(case: Case, workers: Pool) -> None:
+    """With plain SGD, whose update is the rate times the gradient; whichever ranks hold the parameter."""
+    rewarmup = {"curve": "weight_norm", "ratio": 1.0, "steps": 0}
+    top = {"optimizer": {"type": "SGD", "params": {"lr": 0.3}}, "zero_allow_untested_optimizer": True}
+    case = replace(case, top=top, sparkling={"rewarmup": rewarmup, "init": {"split": "1:2"}})
+    squares: dict[tuple[str, int], float] = defaultdict(float)
+    answers = [found for rank in workers(case.ranks).run(adapted_rates, case) for found in rank]
+    for name, stage, square, *_ in answers:
+        squares[name, stage] += square
+    looked_at = set()
+    for name, stage, _, update, rounding, grad in answers:
+        if grad > 0:
+            ratio = math.sqrt(squares[name, stage] / squares[name, 0])
+            assert update == pytest.approx(ratio * grad, rel=1e-4, abs=rounding), (name, stage)
+            looked_at.add((stage, round(ratio, 2)))
+    assert len(looked_at) > 5
 
 
 def muon_case(stage: int, *, ranks: int = 2, ep: int = 0, weight_decay: float = 0.0, **sparkling: Any) -> Case:

@@ -1,0 +1,109 @@
+"""Learning rates adapted to weight norms: new elements follow the base rate times ||W_new|| / ||W_old||.
+
+That is Yuan et al. 2023 (arXiv:2306.12700): eta_t = eta_0 ||W_t|| / ||W_0||, with the Frobenius norms of what growth
+stage t made of a parameter and of what it began with, as they are at each step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ds_sparkling.growth import Block
+from ds_sparkling.optim.treatment import Treatment
+from ds_sparkling.schedule import Birth
+
+
+@dataclass(frozen=True)
+class Part:
+    """The elements of one parameter in a tensor that is stepped.
+
+    Attributes:
+        parameter: its number, the same on all ranks.
+        blocks: their birth stages; ``start`` counts in the tensor.
+    """
+
+    parameter: int
+    blocks: tuple[Block, ...]
+
+
+#: How many parameters there are, and whose elements lie in each tensor.
+Parts = tuple[int, Mapping[Tensor, Sequence[Part]]]
+
+
+class NormRatios:
+    """The norms of what every stage made of a parameter over that of its original elements.
+
+    Args:
+        parts: tells how many parameters there are, and whose elements lie in each tensor; called when first needed.
+        add_up: adds a tensor up over all ranks, in place; does nothing in one process.
+    """
+
+    def __init__(self, parts: Callable[[], Parts], add_up: Callable[[Tensor], object] = lambda _: None) -> None:
+        self._make_parts = parts
+        self._parts: Parts | None = None
+        self._blocks: dict[Tensor, list[Block]] = {}
+        self._add_up = add_up
+        self._ratios: list[list[float]] = []
+
+    @property
+    def parts(self) -> Parts:
+        """How many parameters there are, and whose elements lie in each tensor."""
+        if self._parts is None:
+            self._parts = self._make_parts()
+        return self._parts
+
+    def forget(self) -> None:
+        """The birth stages may have changed."""
+        self._parts = None
+        self._blocks.clear()
+
+    def measure(self, tensors: Sequence[Tensor], stages: int) -> None:
+        """Measure the parameters in ``tensors``; collective.
+
+        Args:
+            tensors: those that are stepped now.
+            stages: how many birth stages there are, the original elements' included.
+        """
+        count, parts = self.parts
+        squares = torch.zeros(count, stages, dtype=torch.float64, device=tensors[0].device if tensors else None)
+        for tensor in tensors:
+            for part in parts.get(tensor, ()):
+                for block in part.blocks:
+                    _add_squares(squares[part.parameter], tensor, block)
+        self._add_up(squares)
+        # Nothing original to compare with, or nothing but zeros: as if the norms were equal.
+        ratios = torch.where(squares[:, :1] > 0, squares / squares[:, :1].clamp(min=1e-300), 1.0).sqrt()
+        self._ratios = ratios.tolist()
+
+    def blocks(self, tensor: Tensor, stages: int) -> list[Block]:
+        """The birth stages of a tensor's elements by parameter: stage s of the k-th is number ``k * stages + s``."""
+        if tensor not in self._blocks:
+            found = []
+            for place, part in enumerate(self.parts[1][tensor]):
+                for block in part.blocks:
+                    runs = tuple(replace(run, stage=place * stages + run.stage) for run in block.runs)
+                    found.append(replace(block, runs=runs))
+            self._blocks[tensor] = found
+        return self._blocks[tensor]
+
+    def treatments(self, tensor: Tensor, stages: Sequence[Treatment], births: Sequence[Birth]) -> tuple[Treatment, ...]:
+        """What the stages of :meth:`blocks` get, by what birth stages get where norms don't matter."""
+        adapted = [False, *(birth.follows_norms for birth in births)]
+        return tuple(
+            replace(stage, lr=stage.lr * self._ratios[part.parameter][number]) if adapted[number] else stage
+            for part in self.parts[1][tensor]
+            for number, stage in enumerate(stages)
+        )
+
+
+def _add_squares(sums: Tensor, tensor: Tensor, block: Block) -> None:
+    """Add the squares of a block's elements to ``sums``, by birth stage."""
+    rows = tensor.detach().view(-1)[block.start : block.stop].view(block.rows, block.row)
+    column = 0
+    for run in block.runs:
+        sums[run.stage] += rows[:, column : run.stop].double().square().sum()
+        column = run.stop
