@@ -36,7 +36,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data["model"] |= {"hidden_size": 16, "moe_intermediate_size": 8, "num_hidden_layers": 1, "head_dim": 8}
     data["training"] |= {"steps": 8, "sequence_length": 32, "evaluate_every": 2, "evaluate_batches": 2}
     data["training"] |= {"save_every": 2, "log_every": 1}
-    data["sparkling"]["log_every"] = 1
+    data["sparkling"]["log_every"] = data["sparkling"]["diagnose_every"] = 1
     data["sparkling"]["stages"] = [{"at_step": 4, "widths": {"hidden_size": 32, "moe_intermediate_size": 16}}]
     path = tmp_path_factory.mktemp("config") / "short.json"
     path.write_text(json.dumps(data))
