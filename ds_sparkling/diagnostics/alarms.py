@@ -40,6 +40,7 @@ class LossAlarm:
             )
         if len(self._recent) < _FEWEST_LOSSES:
             self._recent.append(loss)
+            self._raised = False
             return None
         level = statistics.median(self._recent)
         spread = _SIGMA * statistics.median(abs(value - level) for value in self._recent)
@@ -83,8 +84,8 @@ class TwinAlarm:
         return (
             f"locked twins: {age} steps after growth {stage}, whose re-warm-up took {rewarmup}, the units it copied "
             f"are still like their sources in {len(locked)} of {len(cosines)} parameters looked at, most in {worst} "
-            f"(mean cosine {locked[worst]:.4f}, threshold {LOCKED}). They learn the same and add no capacity: grow with "
-            'optimizer_state "asymmetric_reset", a larger rewarmup.ratio, or init.fan_in "random"'
+            f"(mean cosine {locked[worst]:.4f}, threshold {LOCKED}). They learn the same and add no capacity: grow "
+            'with optimizer_state "asymmetric_reset", a larger rewarmup.ratio, or init.fan_in "random"'
         )
 
 

@@ -106,9 +106,11 @@ class RoutingMeter:
         @torch.no_grad()
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
             tensors = [output] if isinstance(output, Tensor) else [t for t in output if isinstance(t, Tensor)]
-            given = next((t for t in tensors if t.is_floating_point() and t.shape[-1] == router.experts), None)
-            if given is None:
+            scores = [t for t in tensors if t.is_floating_point() and t.shape[-1] == router.experts]
+            if not scores:
                 return
+            # Beside the scores of all experts, some give those of the chosen ones with zeros in between.
+            given = scores[0] if len(scores) == 1 else max(scores, key=lambda t: int(t.count_nonzero()))
             scores_NE = given.flatten(0, -2).float()
             sums = self._sum(name, router, given.device)
             sums[0] += token_entropy(scores_NE, getattr(router.module, "score_func", "softmax")).sum()
