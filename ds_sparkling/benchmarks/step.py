@@ -32,10 +32,10 @@ bias_correction "inherit" (plain). Times are those between optimizer steps as Te
 the growth to the end, everything included: forward, backward, communication, step.
 
 With --diagnostics, the quickstart's model is trained on two CPU processes after its growth, with TensorBoard on, in
-windows of 50 steps by turns with diagnose_every 0 and 50. Times are medians: of a step without diagnoses, of an ordinary
-step with them, and of the diagnosed step, the last one of every other window. The ratio is that of 49 ordinary steps and
-a diagnosed one to 50 without. --hidden and --inner make the model larger (the widths before the growth, which doubles
-them).
+windows of 50 steps by turns with diagnose_every 0 and 50. Times are medians: of a step without diagnoses, of an
+ordinary step with them, and of the diagnosed step, the last one of every other window. The ratio is that of 49 ordinary
+steps and a diagnosed one to 50 without. --hidden and --inner make the model larger: the widths before the growth, which
+doubles them.
 """
 
 from __future__ import annotations

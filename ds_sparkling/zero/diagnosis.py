@@ -174,16 +174,18 @@ class LossWatch:
             return
         plain_backward = engine.backward
 
-        def backward(loss: Any, *args: Any, **kwargs: Any) -> Any:
+        def backward(loss: Any, retain_graph: bool = False, scale_wrt_gas: bool = True, **kwargs: Any) -> Any:
             if isinstance(loss, Tensor) and loss.numel() == 1 and run_of(engine).config.diagnose_every:
-                self._micro.append(loss.detach())
-            return plain_backward(loss, *args, **kwargs)
+                # What the Trainer passes is its micro step's share of the loss already.
+                parts = engine.gradient_accumulation_steps() if scale_wrt_gas else 1
+                self._micro.append(loss.detach().float().reshape(()) / parts)
+            return plain_backward(loss, retain_graph, scale_wrt_gas, **kwargs)
 
         engine.backward = backward
 
     def after_step(self) -> None:
         if self._micro:
-            self._kept.append((self._engine.global_steps, torch.stack([loss.float() for loss in self._micro]).mean()))
+            self._kept.append((self._engine.global_steps, torch.stack(self._micro).sum()))
             self._micro = []
         if len(self._kept) >= _LOSSES:
             self._look()

@@ -41,7 +41,7 @@ def introduce_run(engine: DeepSpeedEngine) -> None:
     ``SummaryWriter.add_hparams`` would make a run of its own for them.
     """
     writer, run = writer_of(engine), run_of(engine)
-    if writer is None or not run.config.diagnose_every:
+    if writer is None:
         return
     writer.add_custom_scalars(LAYOUT)
     if run.plan is None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
-from ds_sparkling.benchmarks.diagnosis import Prices, summary
+from ds_sparkling.benchmarks.diagnosis import summary
 from ds_sparkling.benchmarks.step import LAYOUTS, blocks_of, diagnosed_config, job_config, main, step_times
 from ds_sparkling.config import read_json, sparkling_config
 from ds_sparkling.strategy import BiasCorrection, Scope
@@ -84,7 +84,9 @@ def test_the_jobs_differ_in_how_new_elements_are_stepped_alone() -> None:
 def test_the_price_of_a_diagnosis_is_shared_by_its_window() -> None:
     off = [[10.0] * 50, [10.0] * 49 + [500.0]]
     on = [[10.0] * 49 + [30.0], [10.0] * 48 + [700.0, 30.0], [10.0] * 49 + [900.0]]
-    assert summary(off, on) == Prices(150, 10.0, 10.0, 30.0, pytest.approx((490 + 30) / 500))
+    found = summary(off, on)
+    assert (found.steps, found.off, found.ordinary, found.diagnosed) == (150, 10.0, 10.0, 30.0)
+    assert found.ratio == pytest.approx((490 + 30) / 500)
 
 
 def test_the_diagnosed_model_doubles_its_widths() -> None:

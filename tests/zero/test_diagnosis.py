@@ -17,7 +17,9 @@ from distributed import Workers
 from tiny import Case
 from torch import Tensor
 
+from ds_sparkling.diagnostics.observations import Observations
 from ds_sparkling.diagnostics.spectrum import effective_rank
+from ds_sparkling.errors import CheckpointError
 from ds_sparkling.strategy import OptimizerState, Rewarmup, Scope, Strategy
 
 Pool = Callable[[int], Workers]
@@ -315,10 +317,13 @@ class Logged(logging.Handler):
 def spiking(factor: float) -> list[str]:
     """Alarms of a run without a monitor whose 27th loss is ``factor`` times what it should be."""
     logged = Logged()
-    engine = tiny.initialize(Case(2, 1, sparkling=SPARKLING))
-    for number in range(31):
-        loss = engine(*tiny.batch(number))
-        engine.backward(loss * (factor if number == 26 else 1.0))
+    engine = tiny.initialize(Case(2, 1, sparkling=SPARKLING, accumulation=2))
+    for number in range(62):
+        loss = engine(*tiny.batch(number)) * (factor if number // 2 == 26 else 1.0)
+        if number % 4 < 2:
+            engine.backward(loss)
+        else:  # as transformers.Trainer does
+            engine.backward(loss / 2, scale_wrt_gas=False)
         engine.step()
     logged.close()
     return logged.messages
@@ -434,3 +439,47 @@ def test_tensorboard_has_a_page_of_curves_and_the_settings_in_the_runs_own_file(
     assert "_hparams_/session_start_info" not in second.Tags()["tensors"]
     assert "twins/cosines" in second.Tags()["histograms"]
     assert math.isclose(second.Scalars("twins/cosine")[0].step, 12)
+
+
+# -- checkpoints ------------------------------------------------------------------------------------------------
+
+
+def resumed(directory: str) -> tuple[Events, Events]:
+    """What the step after a saved one writes, in the run that goes on and in one that is resumed."""
+    import ds_sparkling
+
+    case = Case(2, 3, 2, sparkling={**SPARKLING, "diagnose_every": 1})
+    engine = tiny.initialize(case)
+    watched(engine)
+    tiny.train(engine, 2)
+    engine = ds_sparkling.grow_if_due(engine)
+    watched(engine)
+    tiny.train(engine, 3)
+    engine.save_checkpoint(directory)
+    expected = watched(engine)
+    tiny.train(engine, 4)
+    engine = tiny.initialize(case, checkpoint=directory)
+    engine.load_checkpoint(directory)
+    events = watched(engine)
+    tiny.train(engine, 4)
+    return expected, events
+
+
+def test_a_resumed_run_still_knows_the_ratios_before_the_growth(workers: Pool, tmp_path: Path) -> None:
+    for expected, events in workers(2).run(resumed, str(tmp_path)):
+        assert any(tag.startswith("activation_drift/") for tag, _ in expected)
+        assert events == pytest.approx(expected)
+
+
+def test_observations_that_cant_be_read_are_named(tmp_path: Path) -> None:
+    observations = Observations(ratios={"layers.0": 1.5})
+    observations.grown()
+    observations.write(tmp_path)
+    other = Observations()
+    other.read(tmp_path)
+    assert other.ratios_before == {"layers.0": 1.5}
+    (tmp_path / "ds_sparkling_diagnostics.json").write_text('{"ratios": 1}')
+    with pytest.raises(CheckpointError, match=r"ds_sparkling_diagnostics\.json can't be read .* remove it"):
+        other.read(tmp_path)
+    other.read(tmp_path / "elsewhere")
+    assert other.ratios_before == {}
