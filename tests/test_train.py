@@ -81,9 +81,16 @@ def test_tensorboard_shows_the_run(finished: tuple[Path, subprocess.CompletedPro
         assert steps[tag] == samples
     assert steps["Growth/stage"] == [64]
     assert {"Train/tokens", "Train/compute_flops", "Validation/loss"} <= steps.keys()
-    for tag in ("lr/old", "lr/new", "update_rms/old", "update_rms/new"):
+    for tag in ("activation_ratio/layers.0", "router/entropy/layers.0", "router/load_max/layers.0"):
+        assert steps[tag] == samples
+    curves = ("lr/old", "lr/new", "lr/stage_0", "lr/stage_1", "update_rms/old", "update_rms/new")
+    for tag in (*curves, "twins/cosine", "twins/gradient_cosine", "activation_drift/layers.0"):
         assert steps[tag] == [sample for sample in samples if sample > 64]
-    assert steps["twins/cosine"] == [sample for sample in samples if sample > 64]
+    for tag, losses in (("By_compute/train_loss", "Train/loss"), ("By_compute/validation_loss", "Validation/loss")):
+        assert len(steps[tag]) == len(steps[losses])
+        assert last[tag] == last[losses]
+        assert steps[tag][-1] == int(last["Train/compute_flops"] / 1e9)
+    assert (last["lr/old"], last["lr/new"]) == (last["lr/stage_0"], last["lr/stage_1"])
     assert last["lr/new"] > last["lr/old"] > 0
     assert last["update_rms/new"] > 0
     assert 0 < last["twins/cosine"] < 1

@@ -21,7 +21,7 @@ from ds_sparkling.data import Corpus
 from ds_sparkling.models.olmoe import OlmoeConfig, olmoe_factory
 
 RANKS = 2
-#: Steps between diagnoses, and of each window, so that every other window has one.
+#: Steps between diagnoses, an even number.
 EVERY = 50
 
 
@@ -30,10 +30,10 @@ class Prices:
     """Times of a step in ms, medians on the first rank.
 
     Attributes:
-        steps: steps taken without diagnoses, and as many with.
-        off: of the former.
-        ordinary: of the latter that weren't diagnosed themselves.
-        diagnosed: of those that were.
+        steps: steps taken, every other one without diagnoses.
+        off: of a step without.
+        ordinary: of a step with, that isn't diagnosed itself.
+        diagnosed: of one that is.
         ratio: (49 ordinary + 1 diagnosed) / 50, in steps without diagnoses.
     """
 
@@ -45,11 +45,11 @@ class Prices:
 
 
 def prices(config: Mapping[str, Any], windows: int) -> Prices:
-    """Train the job of ``config`` on CPU processes of one thread each, its growth done, in windows by turns.
+    """Train the job of ``config`` on CPU processes of one thread each, its growth done.
 
     Args:
         config: the main job's config; its growth is the first planned one.
-        windows: how many of each kind count.
+        windows: how many diagnoses, and the steps before each.
     """
     with tempfile.TemporaryDirectory(prefix="bench-diagnosis-") as directory:
         arguments = (free_port(), json.dumps(config), windows, directory)
@@ -66,24 +66,21 @@ def _rank(rank: int, port: int, text: str, windows: int, directory: str) -> None
     config = json.loads(text)
     config["tensorboard"] = {"enabled": True, "output_path": directory, "job_name": "tensorboard"}
     job = _Job(config)
-    off, on = [], []
-    job.window(0)  # the growth's own measurements
-    for _ in tqdm(range(windows), desc="windows", disable=rank != 0):
-        off.append(job.window(0))
-        on.append(job.window(EVERY))
+    job.window()  # the growth's own measurements
+    times = [job.window() for _ in tqdm(range(windows), desc="diagnoses", disable=rank != 0)]
     if rank == 0:
-        (Path(directory) / "prices.json").write_text(json.dumps(asdict(summary(off, on))))
+        (Path(directory) / "prices.json").write_text(json.dumps(asdict(summary(times))))
     sys.stderr.flush()
     os._exit(0)  # with several ranks, the interpreter's own way out aborts now and then in a thread of the backend
 
 
-def summary(off: Sequence[Sequence[float]], on: Sequence[Sequence[float]]) -> Prices:
-    """From the times of all steps, window by window; the last step of each window of ``on`` is the diagnosed one."""
-    plain = statistics.median(step for window in off for step in window)
-    ordinary = statistics.median(step for window in on for step in window[:-1])
-    diagnosed = statistics.median(window[-1] for window in on)
-    ratio = ((EVERY - 1) * ordinary + diagnosed) / EVERY / plain
-    return Prices(len(on) * EVERY, plain, ordinary, diagnosed, ratio)
+def summary(windows: Sequence[Sequence[float]]) -> Prices:
+    """From the times of all steps, window by window: every other step is taken with diagnoses, and the last is one."""
+    off = statistics.median(step for window in windows for step in window[0::2])
+    ordinary = statistics.median(step for window in windows for step in window[1:-1:2])
+    diagnosed = statistics.median(window[-1] for window in windows)
+    ratio = ((EVERY - 1) * ordinary + diagnosed) / EVERY / off
+    return Prices(len(windows) * EVERY, off, ordinary, diagnosed, ratio)
 
 
 class _Job:
@@ -103,11 +100,15 @@ class _Job:
         while self.engine.global_steps % EVERY:
             self._step()
 
-    def window(self, every: int) -> list[float]:
-        """Take the steps of a window with ``diagnose_every`` at ``every``; ms of each."""
-        run = self.engine.sparkling
-        self.engine.sparkling = replace(run, config=replace(run.config, diagnose_every=every))
-        return [self._step() for _ in range(EVERY)]
+    def window(self) -> list[float]:
+        """Take the steps up to the next diagnosis, with ``diagnose_every`` at 0 and at 50 by turns; ms of each."""
+        times = []
+        for number in range(1, EVERY + 1):
+            run = self.engine.sparkling
+            config = replace(run.config, diagnose_every=0 if number % 2 else EVERY)
+            self.engine.sparkling = replace(run, config=config)
+            times.append(self._step())
+        return times
 
     def _step(self) -> float:
         start = time.perf_counter()

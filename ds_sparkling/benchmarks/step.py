@@ -31,10 +31,10 @@ each; the growth comes after a third of the steps. It is run as it is (birth-awa
 bias_correction "inherit" (plain). Times are those between optimizer steps as TensorBoard has them, from 20 steps after
 the growth to the end, everything included: forward, backward, communication, step.
 
-With --diagnostics, the quickstart's model is trained on two CPU processes after its growth, with TensorBoard on, in
-windows of 50 steps by turns with diagnose_every 0 and 50. Times are medians: of a step without diagnoses, of an
-ordinary step with them, and of the diagnosed step, the last one of every other window. The ratio is that of 49 ordinary
-steps and a diagnosed one to 50 without. --hidden and --inner make the model larger: the widths before the growth, which
+With --diagnostics, the quickstart's model is trained on two CPU processes after its growth, with TensorBoard on. Every
+other step is taken with diagnose_every 0, the others with 50. Times are medians: of a step without diagnoses, of an
+ordinary step with them, and of a diagnosed step, which every 50th is. The ratio is that of 49 ordinary steps and a
+diagnosed one to 50 without. --hidden and --inner make the model larger: the widths before the growth, which
 doubles them.
 """
 
@@ -485,8 +485,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         type=int,
         nargs="?",
         const=20,
-        metavar="WINDOWS",
-        help="measure the diagnosis instead, in so many windows of 50 steps each way (20 if not given)",
+        metavar="N",
+        help="measure the diagnosis instead, N times in 50 N steps (20 if not given)",
     )
     parser.add_argument("--hidden", type=int, metavar="N", help="hidden_size with --diagnostics (default: 64)")
     parser.add_argument("--inner", type=int, metavar="N", help="moe_intermediate_size with --diagnostics (default: 32)")

@@ -82,11 +82,10 @@ def test_the_jobs_differ_in_how_new_elements_are_stepped_alone() -> None:
 
 
 def test_the_price_of_a_diagnosis_is_shared_by_its_window() -> None:
-    off = [[10.0] * 50, [10.0] * 49 + [500.0]]
-    on = [[10.0] * 49 + [30.0], [10.0] * 48 + [700.0, 30.0], [10.0] * 49 + [900.0]]
-    found = summary(off, on)
-    assert (found.steps, found.off, found.ordinary, found.diagnosed) == (150, 10.0, 10.0, 30.0)
-    assert found.ratio == pytest.approx((490 + 30) / 500)
+    steps = [10.0, 11.0] * 24 + [10.0]
+    found = summary([[*steps, 30.0], [*steps[:-1], 700.0, 30.0], [*steps, 900.0]])
+    assert (found.steps, found.off, found.ordinary, found.diagnosed) == (150, 10.0, 11.0, 30.0)
+    assert found.ratio == pytest.approx((49 * 11 + 30) / 500)
 
 
 def test_the_diagnosed_model_doubles_its_widths() -> None:
