@@ -13,8 +13,9 @@ _LOSSES, _FEWEST_LOSSES = 100, 20
 _DEVIATIONS, _SHARE = 6.0, 0.1
 #: From the median absolute deviation to a normal distribution's standard deviation.
 _SIGMA = 1.4826
-#: Twins whose mean cosine exceeds this are locked.
-LOCKED = 0.99
+#: Twins whose mean cosine exceeds the first are locked, unless they are still parting: below the second, at a
+#: distance of 1 - cosine that has grown by a fifth since the last measurement.
+_LOCKED, _SURELY_LOCKED, _PARTING = 0.99, 0.999, 1.2
 #: An expert is dead if its load (1 is even) falls below the first, and alive again above the second.
 _DEAD, _ALIVE = 0.01, 0.1
 #: Measurements that an expert's load is taken over, and the tokens that each expert would have got in them if even.
@@ -66,6 +67,7 @@ class TwinAlarm:
 
     def __init__(self) -> None:
         self._raised: set[int] = set()
+        self._last: dict[tuple[int, str], float] = {}
 
     def see(self, stage: int, age: int, rewarmup: int, cosines: Mapping[str, float]) -> str | None:
         """Look at a measurement.
@@ -76,7 +78,10 @@ class TwinAlarm:
             rewarmup: steps of its re-warm-up.
             cosines: mean cosine of the copied units with their sources, by parameter.
         """
-        locked = {name: cosine for name, cosine in cosines.items() if cosine > LOCKED}
+        locked = {
+            name: cosine for name, cosine in cosines.items() if self._locked(cosine, self._last.get((stage, name)))
+        }
+        self._last = {(stage, name): cosine for name, cosine in cosines.items()}
         if age < rewarmup or stage in self._raised or not locked:
             return None
         self._raised.add(stage)
@@ -84,9 +89,14 @@ class TwinAlarm:
         return (
             f"locked twins: {age} steps after growth {stage}, whose re-warm-up took {rewarmup}, the units it copied "
             f"are still like their sources in {len(locked)} of {len(cosines)} parameters looked at, most in {worst} "
-            f"(mean cosine {locked[worst]:.4f}, threshold {LOCKED}). They learn the same and add no capacity: grow "
+            f"(mean cosine {locked[worst]:.4f}, threshold {_LOCKED}). They learn the same and add no capacity: grow "
             'with optimizer_state "asymmetric_reset", a larger rewarmup.ratio, or init.fan_in "random"'
         )
+
+    @staticmethod
+    def _locked(cosine: float, before: float | None) -> bool:
+        parting = before is not None and 1 - cosine > _PARTING * (1 - before)
+        return cosine > _SURELY_LOCKED or (cosine > _LOCKED and not parting)
 
 
 class ExpertAlarm:

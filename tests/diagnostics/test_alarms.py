@@ -61,6 +61,14 @@ def test_twins_are_locked_when_the_rewarmup_is_over_and_they_are_alike() -> None
     assert alarm.see(2, 300, 250, COSINES) is not None  # another growth is another event
 
 
+def test_twins_that_are_still_parting_are_no_alarm_until_they_stop() -> None:
+    alarm = TwinAlarm()
+    for age, cosine in ((1, 0.99999), (50, 0.998), (100, 0.994)):
+        assert alarm.see(1, age, 30, {"w1": cosine}) is None
+    assert alarm.see(1, 150, 30, {"w1": 0.9935}) is not None
+    assert TwinAlarm().see(1, 50, 30, {"w1": 0.9992}) is not None
+
+
 def test_parted_twins_are_no_alarm() -> None:
     assert TwinAlarm().see(1, 1000, 250, {"w1": 0.98, "w2": -0.1}) is None
 
