@@ -1,4 +1,4 @@
-"""The effective rank of the matrices that grow, over all ranks of an engine."""
+"""The effective rank of the matrices that gain units, over all ranks of an engine."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 
 from ds_sparkling.diagnostics.sampling import Grid, chosen
 from ds_sparkling.diagnostics.spectrum import effective_rank
+from ds_sparkling.diagnostics.twins import twin_dimension
 from ds_sparkling.zero import access
 from ds_sparkling.zero.naming import engine_axes, expert_slices
 from ds_sparkling.zero.run import run_of
@@ -17,8 +18,9 @@ MATRICES, SIDE = 4, 1024
 
 
 class RankProbe:
-    """Looks at a sample of the parameters with an axis that has grown or is planned to, so that it is the same sample
-    before and after. Of stacked experts it is the first expert, of other tensors dimension 0 against the rest.
+    """Looks at a sample of the matrices that gain units, by a growth that has happened or is planned, so that it is the
+    same sample before and after. Of stacked experts it is the first expert, of other tensors dimension 0 against the
+    rest.
 
     The matrices are gathered one at a time, and their singular values taken by turns on the ranks that have them.
     """
@@ -31,7 +33,8 @@ class RankProbe:
         matrices = [
             name
             for name, shard in shards.items()
-            if axes[name].axes & grown and len(shard.shape) - axes[name].stacked_experts > 1
+            if len(shard.shape) - axes[name].stacked_experts > 1
+            and any(twin_dimension(axes[name], axis) is not None for axis in grown)
         ]
         self._engine = engine
         self._slices = expert_slices(engine)
