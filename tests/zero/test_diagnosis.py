@@ -297,6 +297,31 @@ def test_due_steps_are_every_so_many_and_those_around_a_growth(workers: Pool) ->
     assert losses == plain
 
 
+def adopted() -> tuple[Events, Events]:
+    """What an engine that was made to grow writes, and one of plain DeepSpeed that grows in place."""
+    import deepspeed
+
+    import ds_sparkling
+
+    case = Case(2, 3, 2, sparkling=SPARKLING)
+    plain, *_ = deepspeed.initialize(model=case.build_model(), config=case.config)
+    found = []
+    for engine in (tiny.initialize(case), ds_sparkling.adopt(plain, case.build_model)):
+        events = watched(engine)
+        tiny.train(engine, 2)
+        grown = ds_sparkling.grow_if_due(engine)
+        after = watched(grown)
+        tiny.train(grown, 5)
+        found.append({**events, **after})
+    return found[0], found[1]
+
+
+def test_an_adopted_engine_is_diagnosed_like_any_other(workers: Pool) -> None:
+    for expected, events in workers(2).run(adopted):
+        assert len(expected) > 20
+        assert events == expected
+
+
 # -- alarms -----------------------------------------------------------------------------------------------------
 
 
