@@ -42,7 +42,8 @@ class TwinCosines:
 class TwinProbe:
     """Looks at a sample of the trained parameters that the latest growth gave copied units.
 
-    Of a parameter larger than :data:`ENTRIES` every unit is looked at through evenly spaced entries, experts first.
+    Of a parameter larger than :data:`ENTRIES` every unit is looked at through evenly spaced entries, of fewer experts
+    first.
     Ranks send each other those entries alone, one parameter at a time. The axes are those of one engine, which never
     change.
     """
