@@ -53,6 +53,7 @@ class SparklingConfig:
         checkpoint_dir: where checkpoints live; resumed from, and written to before a growth.
         checkpoint_before_growth: whether to save just before each growth.
         log_every: optimizer steps between points of the growth's curves in the monitors; 0 for none.
+        diagnose_every: optimizer steps between diagnoses of blocks, twins, ranks and routers; 0 for no alarms either.
         axes: what parameters are that probing can't read, by patterns that match their names.
         check: whether to try each growth on a small instance of the model beforehand.
     """
@@ -63,6 +64,7 @@ class SparklingConfig:
     checkpoint_dir: str | None = None
     checkpoint_before_growth: bool = True
     log_every: int = 10
+    diagnose_every: int = 50
     axes: dict[str, ParamAxes] = field(default_factory=dict)
     check: bool = True
 
@@ -88,6 +90,7 @@ class SparklingConfig:
                 "checkpoint_dir",
                 "checkpoint_before_growth",
                 "log_every",
+                "diagnose_every",
                 "axes",
                 "check",
             },
@@ -111,9 +114,6 @@ class SparklingConfig:
         checkpoint_dir = block.get("checkpoint_dir")
         if checkpoint_dir is not None and not isinstance(checkpoint_dir, str):
             raise ConfigError(f"{BLOCK}.checkpoint_dir must be a path, got {checkpoint_dir!r}")
-        log_every = _integer(block.get("log_every", cls.log_every), f"{BLOCK}.log_every")
-        if log_every < 0:
-            raise ConfigError(f"{BLOCK}.log_every must not be negative, got {log_every}")
         axes = parse_hints(_mapping(block.get("axes", {}), f"{BLOCK}.axes"), f"{BLOCK}.axes")
         return cls(
             stages=_stages(block.get("stages", [])),
@@ -121,7 +121,8 @@ class SparklingConfig:
             strategy=strategy,
             checkpoint_dir=checkpoint_dir,
             checkpoint_before_growth=_boolean(block, "checkpoint_before_growth"),
-            log_every=log_every,
+            log_every=_interval(block, "log_every", cls.log_every),
+            diagnose_every=_interval(block, "diagnose_every", cls.diagnose_every),
             axes=axes,
             check=_boolean(block, "check"),
         )
@@ -241,6 +242,14 @@ def _boolean(block: Mapping[str, Any], key: str) -> bool:
     if not isinstance(value, bool):
         raise ConfigError(f"{BLOCK}.{key} must be true or false, got {value!r}")
     return value
+
+
+def _interval(block: Mapping[str, Any], key: str, default: int) -> int:
+    """Steps between two things; 0 for never."""
+    steps = _integer(block.get(key, default), f"{BLOCK}.{key}")
+    if steps < 0:
+        raise ConfigError(f"{BLOCK}.{key} must not be negative, got {steps}")
+    return steps
 
 
 def _rewarmup(value: Any) -> Rewarmup:

@@ -32,7 +32,6 @@ from ds_sparkling.errors import CheckpointError, SparklingError
 from ds_sparkling.models.olmoe import OlmoeConfig, olmoe_factory
 from ds_sparkling.summary import RunSummary
 from ds_sparkling.variants import Variant, as_variant
-from ds_sparkling.zero.monitoring import log_twin_cosine
 
 
 @dataclass(frozen=True)
@@ -113,6 +112,7 @@ class Job:
                 mean = self._mean(loss)
                 bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
                 self._log({"Train/loss": mean, "Train/grad_norm": float(self.engine.get_global_grad_norm() or 0.0)})
+                self._log_by_compute("train_loss", mean)
             if done < self.training.steps:
                 if done % self.training.evaluate_every == 0:
                     self.evaluate()
@@ -173,7 +173,7 @@ class Job:
         self.engine.train()
         loss = self._mean(torch.stack(losses).mean())
         self._log({"Validation/loss": loss})
-        log_twin_cosine(self.engine)
+        self._log_by_compute("validation_loss", loss)
         return loss
 
     def _on_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -189,6 +189,10 @@ class Job:
         spent = {"Train/tokens": float(self.progress.tokens), "Train/compute_flops": self.progress.flops}
         samples = self.engine.global_samples
         self.engine.monitor.write_events([(name, value, samples) for name, value in {**values, **spent}.items()])
+
+    def _log_by_compute(self, name: str, value: float) -> None:
+        """A scalar over the training compute so far, in GFLOPs."""
+        self.engine.monitor.write_events([(f"By_compute/{name}", value, int(self.progress.flops / 1e9))])
 
     def _save(self) -> None:
         self.engine.save_checkpoint(str(self.checkpoints), client_state=self.progress.client_state)

@@ -156,5 +156,6 @@ def test_the_maths_does_not_know_the_engine_room() -> None:
             "probe",
             "check",
             "models",
+            "diagnostics",
         ):
             assert not any(under(name, "ds_sparkling.zero") for name in imported(path)), relative(path)

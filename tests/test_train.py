@@ -36,7 +36,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data["model"] |= {"hidden_size": 16, "moe_intermediate_size": 8, "num_hidden_layers": 1, "head_dim": 8}
     data["training"] |= {"steps": 8, "sequence_length": 32, "evaluate_every": 2, "evaluate_batches": 2}
     data["training"] |= {"save_every": 2, "log_every": 1}
-    data["sparkling"]["log_every"] = 1
+    data["sparkling"]["log_every"] = data["sparkling"]["diagnose_every"] = 1
     data["sparkling"]["stages"] = [{"at_step": 4, "widths": {"hidden_size": 32, "moe_intermediate_size": 16}}]
     path = tmp_path_factory.mktemp("config") / "short.json"
     path.write_text(json.dumps(data))
@@ -81,9 +81,16 @@ def test_tensorboard_shows_the_run(finished: tuple[Path, subprocess.CompletedPro
         assert steps[tag] == samples
     assert steps["Growth/stage"] == [64]
     assert {"Train/tokens", "Train/compute_flops", "Validation/loss"} <= steps.keys()
-    for tag in ("lr/old", "lr/new", "update_rms/old", "update_rms/new"):
+    for tag in ("activation_ratio/layers.0", "router/entropy/layers.0", "router/load_max/layers.0"):
+        assert steps[tag] == samples
+    curves = ("lr/old", "lr/new", "lr/stage_0", "lr/stage_1", "update_rms/old", "update_rms/new")
+    for tag in (*curves, "twins/cosine", "twins/gradient_cosine", "activation_drift/layers.0"):
         assert steps[tag] == [sample for sample in samples if sample > 64]
-    assert steps["twins/cosine"][0] == 64
+    for tag, losses in (("By_compute/train_loss", "Train/loss"), ("By_compute/validation_loss", "Validation/loss")):
+        assert len(steps[tag]) == len(steps[losses])
+        assert last[tag] == last[losses]
+        assert steps[tag][-1] == int(last["Train/compute_flops"] / 1e9)
+    assert (last["lr/old"], last["lr/new"]) == (last["lr/stage_0"], last["lr/stage_1"])
     assert last["lr/new"] > last["lr/old"] > 0
     assert last["update_rms/new"] > 0
     assert 0 < last["twins/cosine"] < 1

@@ -2,6 +2,7 @@
 
     python tools/bench_step.py --elements 20e6 200e6 --threads 1 2
     python tools/bench_step.py --quickstart
+    python tools/bench_step.py --diagnostics
 
 A flat fp32 tensor on the CPU, as ZeRO makes it, holds one matrix of --row entries per row. It is stepped through
 optimizer.step(), with the birth stages told apart, where
@@ -29,6 +30,12 @@ With --quickstart, the main job is run instead: configs/quickstart.json, shorten
 each; the growth comes after a third of the steps. It is run as it is (birth-aware), and with rewarmup.scope "none" and
 bias_correction "inherit" (plain). Times are those between optimizer steps as TensorBoard has them, from 20 steps after
 the growth to the end, everything included: forward, backward, communication, step.
+
+With --diagnostics, the quickstart's model is trained on two CPU processes after its growth, with TensorBoard on. Every
+other step is taken with diagnose_every 0, the others with 50. Times are medians: of a step without diagnoses, of an
+ordinary step with them, and of a diagnosed step, which every 50th is. The ratio is that of 49 ordinary steps and a
+diagnosed one to 50 without. --hidden and --inner make the model larger: the widths before the growth, which
+doubles them.
 """
 
 from __future__ import annotations
@@ -58,6 +65,7 @@ from tqdm import tqdm
 
 from ds_sparkling.axes import Dim, ParamAxes, Role
 from ds_sparkling.benchmarks.common import Columns, free_port, table
+from ds_sparkling.benchmarks.diagnosis import prices
 from ds_sparkling.config import read_json
 from ds_sparkling.growth import Block, birth_blocks
 from ds_sparkling.optim.scheduler import RewarmupScheduler
@@ -414,6 +422,28 @@ def _job(steps: int, *, birth_aware: bool) -> list[float]:
         return step_times(output / "tensorboard", after=after, batch=config["train_batch_size"])
 
 
+# -- the diagnosis ----------------------------------------------------------------------------------------------
+
+_PRICE_COLUMNS: Columns = (
+    ("steps", "{:d}"),
+    ("without [ms]", "{:.2f}"),
+    ("ordinary [ms]", "{:.2f}"),
+    ("diagnosed [ms]", "{:.2f}"),
+    ("ratio", "{:.4f}"),
+)
+_PRICE_LEGEND = "Times of a step without and with a diagnosis every 50, two CPU processes; see --help.\n"
+
+
+def diagnosed_config(hidden: int | None, inner: int | None) -> dict[str, Any]:
+    """The quickstart's config, if need be with other widths before the growth and twice those after it."""
+    config = read_json(_QUICKSTART)
+    widths = config["sparkling"]["stages"][0]["widths"]
+    for axis, width in (("hidden_size", hidden), ("moe_intermediate_size", inner)):
+        if width is not None:
+            config["model"][axis], widths[axis] = width, 2 * width
+    return config
+
+
 # -- command line -----------------------------------------------------------------------------------------------
 
 
@@ -450,6 +480,16 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="STEPS",
         help="measure the main job instead, in runs of STEPS steps (300 if not given)",
     )
+    parser.add_argument(
+        "--diagnostics",
+        type=int,
+        nargs="?",
+        const=20,
+        metavar="N",
+        help="measure the diagnosis instead, N times in 50 N steps (20 if not given)",
+    )
+    parser.add_argument("--hidden", type=int, metavar="N", help="hidden_size with --diagnostics (default: 64)")
+    parser.add_argument("--inner", type=int, metavar="N", help="moe_intermediate_size with --diagnostics (default: 32)")
     parser.add_argument("--runs", type=int, default=1, metavar="N", help="runs of the main job each way (default: 1)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here too, as objects")
     args = parser.parse_args(argv)
@@ -467,11 +507,15 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
             parser.error(f"--{name} {getattr(args, name)}: must be 1 at least")
     if min(args.threads) < 1:
         parser.error(f"--threads {min(args.threads)}: must be 1 at least")
-    if args.quickstart is not None:
-        if args.quickstart < _FEWEST:
-            parser.error(f"--quickstart {args.quickstart}: must be {_FEWEST} steps at least")
-        if not _QUICKSTART.is_file():
-            parser.error(f"--quickstart: needs {_QUICKSTART}, which only a checkout of the repository has")
+    if args.quickstart is not None and args.quickstart < _FEWEST:
+        parser.error(f"--quickstart {args.quickstart}: must be {_FEWEST} steps at least")
+    for name in ("diagnostics", "hidden", "inner"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name} {value}: must be 1 at least")
+    for name in ("quickstart", "diagnostics"):
+        if getattr(args, name) is not None and not _QUICKSTART.is_file():
+            parser.error(f"--{name}: needs {_QUICKSTART}, which only a checkout of the repository has")
 
 
 def _measure_steps(args: argparse.Namespace) -> list[Row]:
@@ -496,6 +540,11 @@ def _write(path: Path | None, rows: Sequence[DataclassInstance]) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point: measure what was asked for and write the table."""
     args = _parse(argv)
+    if args.diagnostics is not None:
+        found = prices(diagnosed_config(args.hidden, args.inner), args.diagnostics)
+        _write(args.json, [found])
+        sys.stdout.write(f"{table(_PRICE_COLUMNS, [found])}\n\n{_PRICE_LEGEND}")
+        return
     if args.quickstart is None:
         sys.stdout.write(f"{table(_COLUMNS, _measure_steps(args))}\n\n{_LEGEND}")
         return

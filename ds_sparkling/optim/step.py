@@ -38,6 +38,10 @@ class BirthStep:
         groups: the index of the parameter group of every tensor that it steps.
         blocks: tells the birth stages of every tensor's elements, as blocks end to end; called when first needed.
         norms: measures weight norms, for stages whose rates follow them.
+
+    Attributes:
+        watch: called before a step with the tensors that it is for, whose ``grad`` is what the optimizer gets; a step
+            of the engine may be several of these.
     """
 
     def __init__(
@@ -55,6 +59,7 @@ class BirthStep:
         self._norms = norms
         self._blocks: Mapping[Tensor, Sequence[Block]] | None = None
         self._stages: dict[Tensor, set[int]] = {}
+        self.watch: Callable[[Sequence[Tensor]], None] | None = None
         self._own_step = optimizer.step
         self._kernel = AdamKernel(optimizer)
 
@@ -67,6 +72,8 @@ class BirthStep:
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, **arguments: Any) -> Any:
         """One step of the groups that ``optimizer.param_groups`` now holds."""
+        if self.watch is not None:
+            self.watch([param for group in self._optimizer.param_groups for param in group["params"]])
         if not self._scheduler.births:
             return self._own_step(**arguments) if closure is None else self._own_step(closure, **arguments)
         loss = None

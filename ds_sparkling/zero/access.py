@@ -26,6 +26,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
+from ds_sparkling.diagnostics.sampling import Grid
 from ds_sparkling.errors import GrowthError, UnsupportedError
 from ds_sparkling.optim.counters import same_numbers
 from ds_sparkling.partition import Piece, even_pieces, padded_piece, window_pieces
@@ -104,6 +105,30 @@ class Shard:
                     target.copy_(part[: piece.numel])
                 dist.broadcast(target, dist.get_global_rank(self.group, rank), group=self.group)
         return whole
+
+    def held(self, part: Tensor, grid: Grid) -> Tensor:
+        """The elements of ``grid`` that are in this rank's ``part``, 1-D; a view of it if the grid has all."""
+        if grid.whole:
+            return part[: self.piece.numel]
+        indices = grid.flat()
+        return part[(indices[self._among(indices)] - self.piece.start).to(part.device)]
+
+    def sampled(self, held: Tensor, grid: Grid, device: torch.device) -> Tensor:
+        """The elements of ``grid``, in its shape, from what every rank has :meth:`held` of them.
+
+        Collective over ``group``; takes no more memory than the grid has elements.
+        """
+        sample = torch.zeros(grid.numel, dtype=held.dtype, device=device)
+        own = slice(self.piece.start, self.piece.stop) if grid.whole else self._among(grid.flat())
+        sample[own] = held.to(device)
+        if self.group is not None and len(self.pieces) > 1:
+            dist.all_reduce(sample, group=self.group)
+        return sample.view(grid.counts)
+
+    def _among(self, indices: Tensor) -> slice:
+        """Where ascending indices into the flattened parameter lie in this rank's piece."""
+        first, stop = torch.searchsorted(indices, torch.tensor([self.piece.start, self.piece.stop])).tolist()
+        return slice(first, stop)
 
     def whole(self, key: str, device: torch.device) -> Tensor:
         """The whole of ``wholes[key]``, from the first rank that holds it. Collective over ``group``."""

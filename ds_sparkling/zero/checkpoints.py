@@ -34,6 +34,7 @@ def hook_checkpoints(engine: DeepSpeedEngine, step: BirthStep) -> None:
         with consensus:
             if rank == 0:
                 run_of(engine).record.write(Path(save_dir) / tag)
+                run_of(engine).observations.write(Path(save_dir) / tag)
         consensus.settle()
         return save(save_dir, tag, *args, **kwargs)
 
@@ -44,6 +45,7 @@ def hook_checkpoints(engine: DeepSpeedEngine, step: BirthStep) -> None:
             record = None if found is None else read_record(found)
             if found is not None:
                 _check_record(run_of(engine).record, record, found)
+                run_of(engine).observations.read(found)
         consensus.settle()
         if found is not None and record is None and engine.global_rank == 0:
             logger.warning("%s has no growth record; taken as saved at %s", found, run_of(engine).widths)

@@ -31,15 +31,18 @@ from ds_sparkling.zero import access
 from ds_sparkling.zero.carry import Carried, preserved_rng
 from ds_sparkling.zero.checkpoints import hook_checkpoints
 from ds_sparkling.zero.consensus import Consensus
+from ds_sparkling.zero.diagnosis import Diagnosis
 from ds_sparkling.zero.huggingface import built_plainly, weights_initialized
 from ds_sparkling.zero.in_place import take_place
-from ds_sparkling.zero.monitoring import close_monitors, hook_monitors, mark_growth
+from ds_sparkling.zero.monitoring import GrowthCurves, mark_growth
 from ds_sparkling.zero.naming import expert_slices
+from ds_sparkling.zero.observing import observe_steps
 from ds_sparkling.zero.planning import agreed, knowing, parameter_counts, plan_growth, starting_record
 from ds_sparkling.zero.regrow import move
 from ds_sparkling.zero.run import GrowingRun, at_boundary, run_of
 from ds_sparkling.zero.stepping import check_optimizer, hook_step
 from ds_sparkling.zero.support import refuse_unsupported, zero_stage
+from ds_sparkling.zero.tensorboard import close_writer, introduce_run
 
 logger = logging.getLogger(__name__)
 
@@ -217,7 +220,7 @@ def _grow(
         if dist.get_rank() == 0:
             logger.info("%s", text)
         carried, group = Carried(engine), access.ordinary_group(engine, expert_slices(engine))
-        close_monitors(engine)
+        close_writer(engine)
         access.strip(engine)
 
         if widths:
@@ -235,6 +238,7 @@ def _grow(
                 grown.lr_scheduler.born(plan.strategy)
         consensus.settle()
     if widths:
+        run.observations.grown()
         mark_growth(grown, plan, text)
     if run.on_growth is not None:
         grown = take_place(grown, engine, module)
@@ -286,10 +290,11 @@ def _engine(run: GrowingRun, group: Any = None) -> DeepSpeedEngine:
 
 
 def fit_out(engine: DeepSpeedEngine, run: GrowingRun) -> None:
-    """Hang ``run`` onto a fresh engine, and put its scheduler, its optimizer step and its checkpoints in order."""
+    """Hang ``run`` onto a fresh engine, and put its scheduler, optimizer step, checkpoints and monitors in order."""
     if type(engine) is not DeepSpeedEngine:
         raise UnsupportedError(f"a {type(engine).__name__} can't be grown yet; only DeepSpeed's plain engine can")
     engine.sparkling = replace(run, parameters=parameter_counts(engine, run.record))
     step = hook_step(engine)
     hook_checkpoints(engine, step)
-    hook_monitors(engine, step)
+    introduce_run(engine)
+    observe_steps(engine, [GrowthCurves(engine, step), Diagnosis(engine, step)])

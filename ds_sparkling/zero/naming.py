@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from deepspeed import comm as dist
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from ds_sparkling.autoep import BlockNames, block_axes
 from ds_sparkling.axes import ParamAxes
 from ds_sparkling.errors import PlanError
+from ds_sparkling.zero.access import Shard
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,17 @@ def expert_slices(engine: DeepSpeedEngine) -> dict[str, ExpertSlice]:
         for name, _ in layer.experts.named_parameters():
             slices[f"{block}.experts.{name}"] = ExpertSlice(first, first + layer.num_local_experts, layer.num_experts)
     return slices
+
+
+def replicas(shard: Shard, held: ExpertSlice | None) -> int:
+    """How many ranks' shards, this one's included, belong to the same tensor.
+
+    Args:
+        held: the experts that this rank holds of it, if AutoEP split it.
+    """
+    if shard.group is not None:
+        return len(shard.pieces)
+    return dist.get_world_size() // (1 if held is None else held.experts // (held.last - held.first))
 
 
 def engine_axes(engine: DeepSpeedEngine, axes: Mapping[str, ParamAxes]) -> dict[str, ParamAxes]:

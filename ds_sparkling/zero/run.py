@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from ds_sparkling.config import SparklingConfig, StageConfig
+from ds_sparkling.diagnostics.observations import Observations
 from ds_sparkling.errors import GrowthError
 from ds_sparkling.growth import GrowthPlan
 from ds_sparkling.probe import BuildModel
@@ -28,6 +29,7 @@ class GrowingRun:
         checkpoint_dir: where to save before a growth; None if nowhere.
         plan: the growth that made this engine; None for the first one.
         parameters: total and active (per token) parameters of this engine's model.
+        observations: what diagnostics remember; the same object in every engine of the run.
         on_growth: for an engine in other hands: it grows in place, and this is called with it after each growth.
     """
 
@@ -39,6 +41,7 @@ class GrowingRun:
     checkpoint_dir: str | None
     plan: GrowthPlan | None = None
     parameters: tuple[int, int] = (0, 0)
+    observations: Observations = field(default_factory=Observations, compare=False)
     on_growth: Callable[[DeepSpeedEngine], None] | None = None
 
     @property

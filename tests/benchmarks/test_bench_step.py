@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
-from ds_sparkling.benchmarks.step import LAYOUTS, blocks_of, job_config, main, step_times
+from ds_sparkling.benchmarks.diagnosis import summary
+from ds_sparkling.benchmarks.step import LAYOUTS, blocks_of, diagnosed_config, job_config, main, step_times
 from ds_sparkling.config import read_json, sparkling_config
 from ds_sparkling.strategy import BiasCorrection, Scope
 
@@ -55,6 +56,8 @@ def test_layouts(layout: str, rows: list[list[int]]) -> None:
         (["--repeat", "0"], "--repeat 0: must be 1 at least"),
         (["--threads", "0"], "--threads 0: must be 1 at least"),
         (["--quickstart", "10"], "--quickstart 10: must be 60 steps at least"),
+        (["--diagnostics", "0"], "--diagnostics 0: must be 1 at least"),
+        (["--diagnostics", "--hidden", "-1"], "--hidden -1: must be 1 at least"),
         (["--optimizer", "adam"], "invalid choice: 'adam'"),
     ],
 )
@@ -76,6 +79,19 @@ def test_the_jobs_differ_in_how_new_elements_are_stepped_alone() -> None:
     aware.pop("sparkling")
     plain.pop("sparkling")
     assert aware == plain
+
+
+def test_the_price_of_a_diagnosis_is_shared_by_its_window() -> None:
+    steps = [10.0, 11.0] * 24 + [10.0]
+    found = summary([[*steps, 30.0], [*steps[:-1], 700.0, 30.0], [*steps, 900.0]])
+    assert (found.steps, found.off, found.ordinary, found.diagnosed) == (150, 10.0, 11.0, 30.0)
+    assert found.ratio == pytest.approx((49 * 11 + 30) / 500)
+
+
+def test_the_diagnosed_model_doubles_its_widths() -> None:
+    config = diagnosed_config(96, None)
+    assert (config["model"]["hidden_size"], config["model"]["moe_intermediate_size"]) == (96, 32)
+    assert config["sparkling"]["stages"][0]["widths"] == {"hidden_size": 192, "moe_intermediate_size": 64}
 
 
 def test_step_times_begin_after_the_growth(tmp_path: Path) -> None:

@@ -34,16 +34,16 @@ def test_units_of_several_rows_and_of_a_last_dimension() -> None:
     assert found.tolist() == pytest.approx(expected, abs=1e-6)
     embedding = torch.randn(7, 4)
     columns = ParamAxes((FIXED, Dim("h", Role.FAN_OUT)))
-    for new, found_one in enumerate(twin_cosine(embedding, columns, "h", {"h": 3}, {"h": 4}).view(7, 1).T.tolist()):
-        for token, cosine in enumerate(found_one):
-            assert cosine == pytest.approx(
-                float(torch.sign(embedding[token, 3 + new] * embedding[token, new])), abs=1e-6
-            )
+    (cosine,) = twin_cosine(embedding, columns, "h", {"h": 3}, {"h": 4}).tolist()
+    assert cosine == pytest.approx(float(torch.cosine_similarity(embedding[:, 3], embedding[:, 0], dim=0)), abs=1e-6)
 
 
 def test_copies_are_at_one_and_other_parameters_have_no_twins() -> None:
     weight = torch.randn(3, 2)
     axes = ParamAxes((Dim("i", Role.FAN_OUT), Dim("h", Role.FAN_IN)))
+    assert twin_cosine(torch.zeros(6, 2), axes, "i", {"i": 3}, {"i": 6}).numel() == 0  # of zeros there is no cosine
+    bias = ParamAxes((Dim("i", Role.FAN_OUT),))
+    assert twin_cosine(torch.randn(6), bias, "i", {"i": 3}, {"i": 6}).numel() == 0  # nor, to any use, of numbers
     assert twin_cosine(torch.cat([weight, weight]), axes, "i", {"i": 3}, {"i": 6}).tolist() == pytest.approx([1.0] * 3)
     assert twin_cosine(weight, axes, "h", {"h": 1}, {"h": 2}).numel() == 0
     assert twin_cosine(weight, axes, "other", {"h": 1}, {"h": 2}).numel() == 0

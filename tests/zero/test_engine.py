@@ -104,16 +104,16 @@ def losses_around(case: Case, what: str | None) -> tuple[float, float, float]:
 def twin_cosine(state: OptimizerState, scope: Scope) -> float:
     """Mean cosine between copied units and their sources, 6 steps after the growth (Fig. 2)."""
     import ds_sparkling
-    from ds_sparkling.zero.monitoring import log_twin_cosine
+    from ds_sparkling.zero.twins import TwinProbe
 
     engine = tiny.initialize(Case(2, 3, 2))
     tiny.train(engine, 3)
     tiny.with_strategy(engine, Strategy(optimizer_state=state, rewarmup=Rewarmup(2.0, 2, scope)))
     engine = ds_sparkling.grow(engine, {"moe_intermediate_size": 10})
     tiny.train(engine, 9)
-    cosine = log_twin_cosine(engine)
-    assert cosine is not None
-    return cosine
+    weights, _ = TwinProbe(engine).measure()
+    assert weights is not None
+    return weights.mean
 
 
 @pytest.mark.parametrize("state", [OptimizerState.COPY, OptimizerState.DROP])

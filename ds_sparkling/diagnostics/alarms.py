@@ -1,0 +1,129 @@
+"""When a run should be looked at: each alarm is told what was measured and answers with a message once per event."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from collections.abc import Mapping, Sequence
+
+#: Losses whose running level a new one is compared with, and how many there must be.
+_LOSSES, _FEWEST_LOSSES = 100, 20
+#: A spike exceeds the median by so many robust standard deviations, and by this share of it at least.
+_DEVIATIONS, _SHARE = 6.0, 0.1
+#: From the median absolute deviation to a normal distribution's standard deviation.
+_SIGMA = 1.4826
+#: Twins whose mean cosine exceeds the first are locked, unless they are still parting: below the second, at a
+#: distance of 1 - cosine that has grown by a fifth since the last measurement.
+_LOCKED, _SURELY_LOCKED, _PARTING = 0.99, 0.999, 1.2
+#: An expert is dead if its load (1 is even) falls below the first, and alive again above the second.
+_DEAD, _ALIVE = 0.01, 0.1
+#: Measurements that an expert's load is taken over, and the tokens that each expert would have got in them if even.
+_MEASUREMENTS, _FEWEST_TOKENS = 4, 64
+
+
+class LossAlarm:
+    """Loss spikes: a loss far above the median of the last hundred, or one that isn't finite.
+
+    A spike is over when the loss is back, or has stayed long enough to be the level itself.
+    """
+
+    def __init__(self) -> None:
+        self._recent: deque[float] = deque(maxlen=_LOSSES)
+        self._raised = False
+
+    def see(self, step: int, loss: float) -> str | None:
+        """Look at the loss of the optimizer step that made it ``step`` steps in all."""
+        if not math.isfinite(loss):
+            return self._raise(
+                f"loss spike at step {step}: the loss is {loss}. Look at this step's data and at the gradient norm; "
+                "resume from a checkpoint before it, with a lower learning rate if it comes back"
+            )
+        if len(self._recent) < _FEWEST_LOSSES:
+            self._recent.append(loss)
+            self._raised = False
+            return None
+        level = statistics.median(self._recent)
+        spread = _SIGMA * statistics.median(abs(value - level) for value in self._recent)
+        threshold = level + max(_DEVIATIONS * spread, _SHARE * abs(level))
+        running = len(self._recent)
+        self._recent.append(loss)
+        if loss <= threshold:
+            self._raised = False
+            return None
+        return self._raise(
+            f"loss spike at step {step}: the loss is {loss:.4f}, above the threshold of {threshold:.4f} (the median of "
+            f"the last {running} steps is {level:.4f}). If it doesn't come back by itself, resume from a checkpoint "
+            "before it; right after a growth, look at activation_drift, and lower rewarmup.ratio"
+        )
+
+    def _raise(self, message: str) -> str | None:
+        raised, self._raised = self._raised, True
+        return None if raised else message
+
+
+class TwinAlarm:
+    """Copied units that are still alike when their re-warm-up is over; once per growth stage."""
+
+    def __init__(self) -> None:
+        self._raised: set[int] = set()
+        self._last: dict[tuple[int, str], float] = {}
+
+    def see(self, stage: int, age: int, rewarmup: int, cosines: Mapping[str, float]) -> str | None:
+        """Look at a measurement.
+
+        Args:
+            stage: the growth stage that made the copies.
+            age: optimizer steps since.
+            rewarmup: steps of its re-warm-up.
+            cosines: mean cosine of the copied units with their sources, by parameter.
+        """
+        locked = {
+            name: cosine for name, cosine in cosines.items() if self._locked(cosine, self._last.get((stage, name)))
+        }
+        self._last = {(stage, name): cosine for name, cosine in cosines.items()}
+        if age < rewarmup or stage in self._raised or not locked:
+            return None
+        self._raised.add(stage)
+        worst = max(locked, key=lambda name: locked[name])
+        return (
+            f"locked twins: {age} steps after growth {stage}, whose re-warm-up took {rewarmup}, the units it copied "
+            f"are still like their sources in {len(locked)} of {len(cosines)} parameters looked at, most in {worst} "
+            f"(mean cosine {locked[worst]:.4f}, threshold {_LOCKED}). They learn the same and add no capacity: grow "
+            'with optimizer_state "asymmetric_reset", a larger rewarmup.ratio, or init.fan_in "random"'
+        )
+
+    @staticmethod
+    def _locked(cosine: float, before: float | None) -> bool:
+        parting = before is not None and 1 - cosine > _PARTING * (1 - before)
+        return cosine > _SURELY_LOCKED or (cosine > _LOCKED and not parting)
+
+
+class ExpertAlarm:
+    """Experts that get almost no tokens over the last measurements; once, until they get some again."""
+
+    def __init__(self) -> None:
+        self._counts: dict[str, deque[Sequence[float]]] = {}
+        self._dead: dict[str, set[int]] = {}
+
+    def see(self, step: int, router: str, counts: Sequence[float]) -> str | None:
+        """Look at a measurement: assignments by expert of the router ``router``, over all ranks."""
+        window = self._counts.setdefault(router, deque(maxlen=_MEASUREMENTS))
+        window.append(counts)
+        sums = [sum(column) for column in zip(*window, strict=True)]
+        even = sum(sums) / len(sums)
+        if even < _FEWEST_TOKENS:
+            return None
+        load = {expert: count / even for expert, count in enumerate(sums)}
+        known = self._dead.setdefault(router, set())
+        known -= {expert for expert in known if load[expert] > _ALIVE}
+        new = {expert for expert in load if load[expert] < _DEAD} - known
+        known |= new
+        if not new:
+            return None
+        return (
+            f"dead experts at step {step} in {router}: experts {', '.join(map(str, sorted(new)))} of {len(sums)} got "
+            f"at most {max(load[expert] for expert in new):.4f} of an even share of the tokens over the last "
+            f"{len(window)} measurements (threshold {_DEAD}). Raise the load-balancing loss's coefficient, or "
+            "lower the learning rate"
+        )

@@ -1,0 +1,59 @@
+"""What a run's diagnostics remember from one engine to the next."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ds_sparkling.diagnostics.alarms import ExpertAlarm, LossAlarm, TwinAlarm
+from ds_sparkling.errors import CheckpointError
+
+FILE_NAME = "ds_sparkling_diagnostics.json"
+
+
+@dataclass
+class Observations:
+    """Travels over growths with the run. A checkpoint has the ratios; alarms begin anew when the process does.
+
+    Attributes:
+        ratios: RMS(out) / RMS(in) of every block when it was last measured.
+        ratios_before: the same as of just before the latest growth; empty before the first.
+        losses, twins, experts: the alarms.
+    """
+
+    ratios: dict[str, float] = field(default_factory=dict)
+    ratios_before: dict[str, float] = field(default_factory=dict)
+    losses: LossAlarm = field(default_factory=LossAlarm)
+    twins: TwinAlarm = field(default_factory=TwinAlarm)
+    experts: ExpertAlarm = field(default_factory=ExpertAlarm)
+
+    def grown(self) -> None:
+        """A growth has just happened."""
+        self.ratios_before = dict(self.ratios)
+
+    def write(self, checkpoint: Path) -> None:
+        """Write the ratios, if any were measured, into the checkpoint directory (DIR/TAG), atomically."""
+        if not self.ratios:
+            return
+        temporary = checkpoint / f".{FILE_NAME}.{os.getpid()}"
+        temporary.write_text(json.dumps({"ratios": self.ratios, "ratios_before": self.ratios_before}, indent=1))
+        temporary.replace(checkpoint / FILE_NAME)
+
+    def read(self, checkpoint: Path) -> None:
+        """Take the ratios over from a checkpoint directory; none are known if it has none.
+
+        Raises:
+            CheckpointError: if what is there can't be read.
+        """
+        path = checkpoint / FILE_NAME
+        try:
+            data = json.loads(path.read_text()) if path.exists() else {"ratios": {}, "ratios_before": {}}
+            self.ratios, self.ratios_before = (
+                {str(block): float(ratio) for block, ratio in data[key].items()} for key in ("ratios", "ratios_before")
+            )
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise CheckpointError(
+                f"{path} can't be read ({error}); remove it to go on without activation_drift until the next growth"
+            ) from error

@@ -1,0 +1,218 @@
+"""The diagnosis of a running engine: every ``diagnose_every`` steps, and around each growth.
+
+What is measured in the forward pass is measured by hooks that are on only while the training forward passes of such a
+step run. What has to be added up over ranks is added up after the step.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import Tensor, nn
+
+from ds_sparkling.autoep import BlockNames
+from ds_sparkling.diagnostics.activations import ActivationMeter, root_mean_squares
+from ds_sparkling.diagnostics.blocks import repeated_blocks, router_map, routers
+from ds_sparkling.diagnostics.routing import Router, RoutingMeter
+from ds_sparkling.optim.step import BirthStep
+from ds_sparkling.routing import chosen_experts
+from ds_sparkling.zero import access
+from ds_sparkling.zero.ranks import RankProbe
+from ds_sparkling.zero.run import run_of
+from ds_sparkling.zero.tensorboard import writer_of
+from ds_sparkling.zero.twins import TwinProbe
+
+logger = logging.getLogger(__name__)
+
+#: Losses that are kept before they are looked at: reading one waits for the device.
+_LOSSES = 10
+
+Event = tuple[str, float, int]
+
+
+class Diagnosis:
+    """Observes one engine's steps. Without a monitor it only looks at the loss.
+
+    Args:
+        engine: fitted out; its module must not change.
+        step: its optimizer step, in which the gradients are seen.
+    """
+
+    def __init__(self, engine: DeepSpeedEngine, step: BirthStep) -> None:
+        self._engine = engine
+        self._step = step
+        self._losses = LossWatch(engine)
+        self._due = False
+        self._twins: tuple[int, TwinProbe] | None = None
+        self._ranks: RankProbe | None = None
+        self._activations = ActivationMeter(repeated_blocks(engine.module))
+        self._routing = RoutingMeter(_routers(engine))
+        engine.module.register_forward_pre_hook(self._before_forward)
+        engine.module.register_forward_hook(self._after_forward, always_call=True)
+
+    def due(self, step: int) -> bool:
+        """Whether the optimizer step that makes it ``step`` steps in all is diagnosed: every so many steps, and the
+        last one before a planned growth and the first one after any."""
+        run, engine = run_of(self._engine), self._engine
+        every = run.config.diagnose_every
+        if not every or not engine.monitor.enabled:
+            return False
+        before = any(stage.at_step == step for stage in run.config.stages) and run.due(step) is not None
+        after = bool(run.record.stages) and run.record.stages[-1].step == step - 1
+        return step % every == 0 or before or after
+
+    def before_step(self) -> None:
+        self._due = self.due(self._engine.global_steps + 1)
+        self._step.watch = None
+        if self._due:
+            twins = self._twin_probe()
+            if not twins.empty:
+                self._step.watch = twins.keep_gradients
+
+    def after_step(self) -> None:
+        self._step.watch = None
+        self._losses.after_step()
+        if not self._due:
+            return
+        with torch.no_grad():
+            events = [*self._in_forward(), *self._of_twins(), *self._of_ranks()]
+        self._engine.monitor.write_events(events)
+
+    # -- in the forward pass ------------------------------------------------------------------------------------
+
+    def _before_forward(self, module: nn.Module, _args: Any) -> None:
+        if module.training and self.due(self._engine.global_steps + 1):
+            self._activations.on()
+            self._routing.on()
+
+    def _after_forward(self, _module: nn.Module, _args: Any, _output: Any) -> None:
+        self._activations.off()
+        self._routing.off()
+
+    def _in_forward(self) -> list[Event]:
+        """RMS and routing of the step's forward passes on all ranks, added up by one collective."""
+        device, samples = self._engine.device, self._engine.global_samples
+        activations, routing = self._activations.take(device), self._routing.take(device)
+        sums = torch.cat([activations.flatten(), routing])
+        dist.all_reduce(sums)
+        observations = run_of(self._engine).observations
+        events: list[Event] = []
+        measured = root_mean_squares(sums[: activations.numel()].view_as(activations))
+        for block, rms in zip(self._activations.names, measured, strict=True):
+            if rms is None:
+                continue
+            events.append((f"activation_rms/{block}", rms[1], samples))
+            if rms[0] > 0:
+                ratio = observations.ratios[block] = rms[1] / rms[0]
+                events.append((f"activation_ratio/{block}", ratio, samples))
+                before = observations.ratios_before.get(block, 0.0)
+                if before > 0:
+                    events.append((f"activation_drift/{block}", ratio / before, samples))
+        for block, routed in self._routing.read(sums[activations.numel() :]).items():
+            events.append((f"router/entropy/{block}", routed.entropy, samples))
+            if routed.counts.sum() > 0:
+                events.append((f"router/load_max/{block}", float(routed.load.max()), samples))
+                events.append((f"router/load_min/{block}", float(routed.load.min()), samples))
+                self._warn(observations.experts.see(self._engine.global_steps, block, routed.counts.tolist()))
+        return events
+
+    # -- after the step -----------------------------------------------------------------------------------------
+
+    def _of_twins(self) -> list[Event]:
+        twins, run, samples = self._twin_probe(), run_of(self._engine), self._engine.global_samples
+        if twins.empty:
+            return []
+        weights, gradients = twins.measure()
+        events: list[Event] = []
+        if weights is not None:
+            events += [("twins/cosine", weights.mean, samples), ("twins/cosine_max", weights.largest, samples)]
+            birth = self._engine.lr_scheduler.births[-1]
+            stage = len(run.record.stages)
+            self._warn(run.observations.twins.see(stage, birth.age, birth.rewarmup.steps, weights.by_parameter))
+            writer = writer_of(self._engine)
+            if writer is not None and weights.own.numel():
+                writer.add_histogram("twins/cosines", weights.own, samples)
+        if gradients is not None:
+            events.append(("twins/gradient_cosine", gradients.mean, samples))
+        return events
+
+    def _of_ranks(self) -> list[Event]:
+        if self._ranks is None:
+            self._ranks = RankProbe(self._engine)
+        return [
+            (f"effective_rank/{name}", rank, self._engine.global_samples)
+            for name, rank in self._ranks.measure().items()
+        ]
+
+    def _twin_probe(self) -> TwinProbe:
+        """Made anew when the growth record has changed, as it does when a checkpoint is loaded."""
+        stages = len(run_of(self._engine).record.stages)
+        if self._twins is None or self._twins[0] != stages:
+            self._twins = stages, TwinProbe(self._engine)
+        return self._twins[1]
+
+    def _warn(self, message: str | None) -> None:
+        if message is not None and self._engine.global_rank == 0:
+            logger.warning("%s", message)
+
+
+class LossWatch:
+    """Keeps the first rank's losses as they are passed to ``engine.backward``, and looks at them a few at a time.
+
+    A loss that is put through its own ``backward`` isn't seen.
+    """
+
+    def __init__(self, engine: DeepSpeedEngine) -> None:
+        self._engine = engine
+        self._micro: list[Tensor] = []
+        self._kept: list[tuple[int, Tensor]] = []
+        if engine.global_rank != 0:
+            return
+        plain_backward = engine.backward
+
+        def backward(loss: Any, retain_graph: bool = False, scale_wrt_gas: bool = True, **kwargs: Any) -> Any:
+            if isinstance(loss, Tensor) and loss.numel() == 1 and run_of(engine).config.diagnose_every:
+                # What the Trainer passes is its micro step's share of the loss already.
+                parts = engine.gradient_accumulation_steps() if scale_wrt_gas else 1
+                self._micro.append(loss.detach().float().reshape(()) / parts)
+            return plain_backward(loss, retain_graph, scale_wrt_gas, **kwargs)
+
+        engine.backward = backward
+
+    def after_step(self) -> None:
+        if self._micro:
+            self._kept.append((self._engine.global_steps, torch.stack(self._micro).sum()))
+            self._micro = []
+        if len(self._kept) >= _LOSSES:
+            self._look()
+
+    def _look(self) -> None:
+        alarm = run_of(self._engine).observations.losses
+        steps, losses = zip(*self._kept, strict=True)
+        self._kept = []
+        for step, loss in zip(steps, torch.stack(losses).tolist(), strict=True):
+            message = alarm.see(step, loss)
+            if message is not None:
+                logger.warning("%s", message)
+
+
+def _routers(engine: DeepSpeedEngine) -> dict[str, Router]:
+    """The routers of the engine's module and how many experts they choose from and for a token."""
+    found = {}
+    for name, module in routers(engine.module, BlockNames.from_config(engine.config)).items():
+        linear = router_map(module)
+        assert linear is not None
+        experts = access.full_shape(_weight(linear))[0]
+        top_k = getattr(module, "top_k", None)
+        found[name] = Router(module, experts, top_k if isinstance(top_k, int) else chosen_experts(engine.module))
+    return found
+
+
+def _weight(module: nn.Module) -> nn.Parameter:
+    weight = module.weight
+    assert isinstance(weight, nn.Parameter)
+    return weight

@@ -1,0 +1,155 @@
+"""How far the units that a growth copied have parted from their sources, over all ranks of an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from deepspeed import comm as dist
+from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import Tensor
+
+from ds_sparkling.axes import ParamAxes
+from ds_sparkling.diagnostics.sampling import Grid, chosen, thinned
+from ds_sparkling.diagnostics.twins import twin_cosine, twin_dimension
+from ds_sparkling.strategy import Init
+from ds_sparkling.zero import access
+from ds_sparkling.zero.access import Shard
+from ds_sparkling.zero.naming import engine_axes, expert_slices, replicas
+from ds_sparkling.zero.run import run_of
+
+#: Parameters looked at, and entries of each: what is gathered at a time, and at most, whatever the model's size.
+PARAMETERS, ENTRIES = 16, 1 << 20
+
+
+@dataclass(frozen=True)
+class TwinCosines:
+    """Cosines of the copied units of the latest growth with their sources.
+
+    Attributes:
+        mean, largest: over all units of the parameters looked at, each counted once however many ranks hold it.
+        by_parameter: the mean by parameter.
+        own: those that this rank has seen: all but other ranks' experts.
+    """
+
+    mean: float
+    largest: float
+    by_parameter: dict[str, float]
+    own: Tensor
+
+
+class TwinProbe:
+    """Looks at a sample of the trained parameters that the latest growth gave copied units.
+
+    Of a parameter larger than :data:`ENTRIES` every unit is looked at through evenly spaced entries, of fewer experts
+    first.
+    Ranks send each other those entries alone, one parameter at a time. The axes are those of one engine, which never
+    change.
+    """
+
+    def __init__(self, engine: DeepSpeedEngine) -> None:
+        run = run_of(engine)
+        stages, history = run.record.stages, run.record.width_history
+        self._engine = engine
+        self._after = run.widths
+        self._before = {axis: widths[-2] for axis, widths in history.items()} if stages else {}
+        self._axes: dict[str, ParamAxes] = {}
+        self._grids: dict[str, Grid] = {}
+        self._gradients: dict[str, Tensor] | None = None
+        self._grown: list[str] = []
+        if not stages or stages[-1].strategy.fan_out is not Init.COPY:
+            return
+        self._grown = sorted(stages[-1].widths)
+        axes, shards = engine_axes(engine, run.record.axes), access.shards(engine)
+        names = [name for name, shard in shards.items() if shard.master is not None and self._twins(axes[name])]
+        for name in chosen(names, PARAMETERS):
+            self._axes[name] = axes[name]
+            self._grids[name] = thinned(shards[name].shape, ENTRIES, self._twins(axes[name]))
+
+    @property
+    def empty(self) -> bool:
+        """Whether there are no copied units to look at."""
+        return not self._grids
+
+    def keep_gradients(self, masters: Sequence[Tensor]) -> None:
+        """Keep this rank's part of the sampled gradients that the optimizer is about to get. Local."""
+        shards = self._shards()
+        if self._gradients is None:
+            self._gradients = {}
+        for name in self._grids:
+            shard = shards[name]
+            master = shard.master
+            if master is not None and master.grad is not None and any(master is other for other in masters):
+                gradient = master.grad.reshape(-1)[shard.offset : shard.offset + shard.weight.numel()]
+                self._gradients[name] = shard.held(gradient, self._grids[name]).to(torch.float32, copy=True)
+
+    @torch.no_grad()
+    def measure(self) -> tuple[TwinCosines | None, TwinCosines | None]:
+        """Cosines in the weights, and in the gradients that were kept since the last call; None where there are none.
+
+        Collective.
+        """
+        shards = self._shards()
+        weights = {name: shards[name].held(shards[name].weight, grid) for name, grid in self._grids.items()}
+        gradients, self._gradients = self._gradients, None
+        # A step is skipped, and so has no gradients, on every rank or on none.
+        found = [self._cosines(shards, held) for held in (weights, gradients) if held is not None]
+        summed = _over_ranks(found, self._replicas(shards), self._engine.device)
+        return (summed[0], summed[1] if len(summed) > 1 else None)
+
+    def _cosines(self, shards: Mapping[str, Shard], held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """This rank's cosines by parameter; a part that isn't held counts as zeros."""
+        found = {}
+        for name, grid in self._grids.items():
+            shard, axes = shards[name], self._axes[name]
+            part = held.get(name)
+            if part is None:
+                part = shard.held(torch.zeros_like(shard.weight), grid).float()
+            sample = shard.sampled(part, grid, self._engine.device)
+            cosines = [twin_cosine(sample, axes, axis, self._before, self._after) for axis in self._grown]
+            found[name] = torch.cat(cosines)
+        return found
+
+    def _shards(self) -> dict[str, Shard]:
+        shards = access.shards(self._engine)
+        return {name: shards[name] for name in self._grids}
+
+    def _replicas(self, shards: Mapping[str, Shard]) -> list[int]:
+        slices = expert_slices(self._engine)
+        return [replicas(shard, slices.get(name)) for name, shard in shards.items()]
+
+    def _twins(self, axes: ParamAxes) -> list[int]:
+        """The parameter's dimensions that hold copied units."""
+        found = (twin_dimension(axes, axis) for axis in self._grown)
+        return [position for position in found if position is not None]
+
+
+def _over_ranks(
+    found: Sequence[Mapping[str, Tensor]], replicas: Sequence[int], device: torch.device
+) -> list[TwinCosines | None]:
+    """The statistics of several sets of cosines by parameter, over all ranks. Collective."""
+    sums = torch.zeros(len(found), len(replicas), 2, dtype=torch.float64, device=device)
+    largest = torch.full((len(found), len(replicas)), -torch.inf, dtype=torch.float64, device=device)
+    for kind, cosines in enumerate(found):
+        for index, (values, count) in enumerate(zip(cosines.values(), replicas, strict=True)):
+            if values.numel():
+                sums[kind, index] = torch.stack([values.sum(), values.new_tensor(values.numel())]) / count
+                largest[kind, index] = values.max()
+    dist.all_reduce(sums)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return [
+        _statistics(cosines, totals, peaks)
+        for cosines, totals, peaks in zip(found, sums.tolist(), largest.tolist(), strict=True)
+    ]
+
+
+def _statistics(
+    cosines: Mapping[str, Tensor], totals: Iterable[tuple[float, float]], peaks: Sequence[float]
+) -> TwinCosines | None:
+    counted = {name: (total, count) for name, (total, count) in zip(cosines, totals, strict=True) if count > 0}
+    if not counted:
+        return None
+    mean = sum(total for total, _ in counted.values()) / sum(count for _, count in counted.values())
+    by_parameter = {name: total / count for name, (total, count) in counted.items()}
+    return TwinCosines(mean, max(peaks), by_parameter, torch.cat(list(cosines.values())).cpu())
