@@ -131,6 +131,7 @@ class Experiment:
         variants: its lines.
         claims: orderings to be checked.
         xlabel: of the quantity that variants are a curve over, if they are.
+        by_compute: whether its plot is of losses by training compute, and not of differences by steps.
     """
 
     name: str
@@ -140,6 +141,7 @@ class Experiment:
     variants: Callable[[Lab], Iterator[Variant]]
     claims: tuple[Claim, ...] = ()
     xlabel: str = ""
+    by_compute: bool = False
 
 
 NO_REWARMUP = {"scope": "none"}
@@ -501,6 +503,7 @@ EXPERIMENTS = {
             "Does growing twice (at a quarter and at half of the steps) still work?",
             _two_stage,
             (Claim("two stages, SPARKLING", "two stages, function-preserving"),),
+            by_compute=True,
         ),
         Experiment(
             "iso-compute",
@@ -509,6 +512,7 @@ EXPERIMENTS = {
             "At the same compute, and at the same tokens, which ends lower?",
             _iso_compute,
             tuple(Claim(f"{axis}: SPARKLING", f"{axis}: from scratch, same compute") for axis in AXES),
+            by_compute=True,
         ),
         Experiment(
             "savings",
@@ -516,6 +520,7 @@ EXPERIMENTS = {
             "Table 2",
             "What does growing at half of the tokens save?",
             _savings,
+            by_compute=True,
         ),
         Experiment(
             "parting",

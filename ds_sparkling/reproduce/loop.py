@@ -328,13 +328,12 @@ def train(
             _grow(trainer, stages[step].widths, config.strategy, progress)
             looks = {step + after for after in SHOCK_STEPS}
         trainer.train_step()
-        if (trainer.step % every == 0 or trainer.step in looks) and trainer.step < run.steps:
+        if trainer.step % every == 0 or trainer.step in looks:
             _point(trainer, progress, trainer.validate(run.shape.curve_windows))
         report()
     final = trainer.validate(run.shape.windows)
     if not math.isfinite(final):
         raise GrowthError(f"the loss of run {run.key} isn't finite at its end")
-    _point(trainer, progress, final)
     return Outcome(
         loss=final,
         flops=trainer.flops,

@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING
 
 from ds_sparkling.pictures import empty_figure, save_picture
 from ds_sparkling.reproduce.results import Row, Table
+from ds_sparkling.reproduce.runs import Outcome
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 #: Inches of a line in the left half.
 _LINE = 0.26
+#: Curves that a legend can tell apart.
+_LABELLED = 10
 
 
 def draw(table: Table, path: Path) -> None:
@@ -32,7 +35,13 @@ def draw(table: Table, path: Path) -> None:
         _lines(left, rows, table.experiment.xlabel)
     else:
         _dots(left, rows)
-    _curves(right, rows)
+    if table.experiment.by_compute:
+        _by_compute(right, rows)
+    else:
+        _by_step(right, rows)
+    if 0 < len(right.get_lines()) <= _LABELLED and right.get_legend_handles_labels()[0]:
+        right.legend(fontsize=7)
+    right.grid(alpha=0.3)
     save_picture(figure, path)
 
 
@@ -70,7 +79,7 @@ def _lines(axes: Axes, rows: list[Row], xlabel: str) -> None:
     axes.grid(alpha=0.3)
 
 
-def _curves(axes: Axes, rows: list[Row]) -> None:
+def _by_compute(axes: Axes, rows: list[Row]) -> None:
     """Validation loss over training compute, mean over seeds."""
     for row in rows:
         outcomes = [outcome for outcome in row.outcomes if outcome is not None]
@@ -78,10 +87,39 @@ def _curves(axes: Axes, rows: list[Row]) -> None:
         x = [outcomes[0].curve[place].flops for place in range(length)]
         y = [statistics.fmean(outcome.curve[place].loss for outcome in outcomes) for place in range(length)]
         axes.plot(x, y, linewidth=1, label=row.variant.name)
+    lowest = min(row.loss.mean for row in rows if row.loss is not None)
+    axes.set_ylim(lowest * 0.97, lowest * 1.2)
     axes.set_xlabel("training compute, FLOPs", fontsize=8)
     axes.set_ylabel("validation loss", fontsize=8)
-    lowest = min(row.loss.mean for row in rows if row.loss is not None)
-    axes.set_ylim(lowest * 0.99, lowest * 1.2)
-    if len(rows) <= 10:
-        axes.legend(fontsize=7)
-    axes.grid(alpha=0.3)
+
+
+def _by_step(axes: Axes, rows: list[Row]) -> None:
+    """Difference of the validation loss to the reference's at the same step, mean over seeds."""
+    named = {row.variant.name: row for row in rows}
+    widest = 0.0
+    for row in rows:
+        reference = named.get(row.variant.reference)
+        if reference is None or row.variant.run.steps != reference.variant.run.steps:
+            continue
+        both = [
+            (mine, other)
+            for mine, other in zip(row.outcomes, reference.outcomes, strict=False)
+            if mine is not None and other is not None
+        ]
+        curves = [(_losses(mine), _losses(other)) for mine, other in both]
+        steps = sorted(set.intersection(*(mine.keys() & other.keys() for mine, other in curves))) if curves else []
+        if not steps:
+            continue
+        y = [statistics.fmean(mine[step] - other[step] for mine, other in curves) for step in steps]
+        axes.plot(steps, y, linewidth=1, label=row.variant.name)
+        widest = max(widest, abs(y[-1]))
+    axes.axhline(0, color="0.4", linewidth=0.8)
+    if widest:
+        axes.set_ylim(-3 * widest, 3 * widest)
+    axes.set_xlabel("optimizer step", fontsize=8)
+    axes.set_ylabel("validation loss against the reference", fontsize=8)
+
+
+def _losses(outcome: Outcome) -> dict[int, float]:
+    """The curve by steps; at the growth, the loss after it."""
+    return {point.step: point.loss for point in outcome.curve}
