@@ -6,6 +6,7 @@ and every number of ranks sees the same global batch.
 
 from __future__ import annotations
 
+import hashlib
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -66,6 +67,16 @@ class Corpus:
             np.concatenate([_read(file) for file in held_out]),
             source,
         )
+
+    @property
+    def fingerprint(self) -> str:
+        """A name for the text: of its lengths, and of the first and last megabytes of either part."""
+        digest = hashlib.blake2b(digest_size=8)
+        for tokens in (self.train, self.validation):
+            digest.update(str(len(tokens)).encode())
+            digest.update(tokens[: 1 << 20].tobytes())
+            digest.update(tokens[-(1 << 20) :].tobytes())
+        return digest.hexdigest()
 
     def check(self, *, length: int, vocabulary: int) -> None:
         """Raise ConfigError if a window of ``length`` + 1 tokens or the largest token id doesn't fit."""

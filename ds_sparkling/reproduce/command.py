@@ -19,6 +19,7 @@ from pathlib import Path
 
 from ds_sparkling.errors import SparklingError
 from ds_sparkling.reproduce.experiments import EXPERIMENTS, Experiment, Lab
+from ds_sparkling.reproduce.loop import VOCABULARY, corpus_of
 from ds_sparkling.reproduce.page import write_page
 from ds_sparkling.reproduce.queue import Queue
 from ds_sparkling.reproduce.results import Seeds, tables_of
@@ -90,7 +91,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     chosen = [EXPERIMENTS[name] for name in args.experiments] or list(EXPERIMENTS.values())
     output = args.output / scale.name
     try:
-        store = Store(output / "runs.jsonl")
+        corpus = corpus_of(args.data)
+        corpus.check(length=scale.shape.length, vocabulary=VOCABULARY)
+        store = Store(output / "runs.jsonl", corpus.fingerprint)
         lab = Lab(scale, args.data, store.outcomes)
         failures: dict[str, str] = {}
         if not args.page_only:

@@ -304,6 +304,7 @@ def _iso_compute(lab: Lab) -> Iterator[Variant]:
     for axis in AXES:
         scratch, reference = lab.scratch(axis), f"{axis}: SPARKLING"
         yield Variant(reference, lab.grown(axis, lab.recipe("sparkling")))
+        yield Variant(f"{axis}: parting", lab.grown(axis, lab.recipe("parting")), reference)
         yield Variant(f"{axis}: function-preserving", lab.grown(axis, lab.recipe("function-preserving")), reference)
         yield from lab.from_scratch(f"{axis}: from scratch, same tokens", scratch, reference)
         best = lab.tuned(scratch)
@@ -511,7 +512,11 @@ EXPERIMENTS = {
             "Fig. 14-16",
             "At the same compute, and at the same tokens, which ends lower?",
             _iso_compute,
-            tuple(Claim(f"{axis}: SPARKLING", f"{axis}: from scratch, same compute") for axis in AXES),
+            (
+                *(Claim(f"{axis}: SPARKLING", f"{axis}: from scratch, same compute") for axis in AXES),
+                *(Claim(f"{axis}: parting", f"{axis}: SPARKLING", "ours") for axis in AXES),
+                *(Claim(f"{axis}: parting", f"{axis}: from scratch, same compute", "ours") for axis in AXES),
+            ),
             by_compute=True,
         ),
         Experiment(
@@ -528,6 +533,11 @@ EXPERIMENTS = {
             "ours",
             "At a short horizon, which changes part the twins and lower the loss without changing the function?",
             _parting,
+            tuple(
+                Claim(f"{axis}: {better}", f"{axis}: SPARKLING", "ours")
+                for axis in ("inner", "hidden")
+                for better in ("ratio 3", "split 1:0", "perturbation 1", "perturbation 1, ratio 3")
+            ),
         ),
         Experiment(
             "horizons",

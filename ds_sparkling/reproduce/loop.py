@@ -33,6 +33,8 @@ WARMUP_SHARE, FINAL_RATIO = 0.03, 0.01
 WEIGHT_DECAY, BETA1, CLIP = 0.1, 0.9, 1.0
 #: Peak learning rate of Muon, whose updates have another scale than AdamW's.
 MUON_LR = 0.02
+#: Bytes.
+VOCABULARY = 256
 #: Points on a run's validation curve.
 CURVE_POINTS = 20
 #: Steps after a growth at which the validation loss is looked at besides, to see a shock.
@@ -48,7 +50,7 @@ def corpus_of(data: str) -> Corpus:
 def model_config(shape: Shape, widths: Mapping[str, int]) -> OlmoeConfig:
     """The model of a run; byte-level."""
     return OlmoeConfig(
-        vocab_size=256,
+        vocab_size=VOCABULARY,
         hidden_size=widths[HIDDEN],
         moe_intermediate_size=widths[INNER],
         num_hidden_layers=shape.layers,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ds_sparkling.reproduce.pictures import draw
+from ds_sparkling.reproduce.pictures import draw, draw_overview
 from ds_sparkling.reproduce.results import Row, Table
 from ds_sparkling.reproduce.runs import Shape
 from ds_sparkling.reproduce.scales import Scale
@@ -25,6 +25,8 @@ def write_page(output: Path, scale: Scale, tables: Sequence[Table]) -> Path:
         if any(row.loss for row in table.rows):
             table.write_csv(output / f"{table.experiment.name}.csv")
             draw(table, output / f"{table.experiment.name}.png")
+            if table.experiment.name == "iso-compute":
+                draw_overview(table, output / "overview.png")
     page = output / "README.md"
     part = page.with_name("README.md.part")
     part.write_text("\n".join(_lines(scale, tables)) + "\n")
@@ -40,6 +42,9 @@ def _lines(scale: Scale, tables: Sequence[Table]) -> Iterator[str]:
     yield ""
     yield from _setup(scale)
     yield ""
+    if any(table.experiment.name == "iso-compute" and table.rows[0].loss for table in tables):
+        yield "![what models cost and how well they do](overview.png)"
+        yield ""
     yield from _summary(tables)
     for table in tables:
         yield ""
@@ -105,15 +110,33 @@ def _section(table: Table) -> Iterator[str]:
     yield "|---|---|---|---|---|---|---|---|---|---|"
     for row in table.rows:
         yield _line(row)
+    yield from _sweeps(table)
     if table.verdicts:
         yield ""
-        yield "| claimed to be lower | than | difference | |"
-        yield "|---|---|---|---|"
+        yield "| claimed to be lower | than | by | difference | |"
+        yield "|---|---|---|---|---|"
         for verdict in table.verdicts:
             difference = verdict.difference.text(signed=True) if verdict.difference else ""
-            yield f"| {verdict.claim.better} | {verdict.claim.worse} | {difference} | {verdict.text} |"
+            claim = verdict.claim
+            yield f"| {claim.better} | {claim.worse} | {claim.source} | {difference} | {verdict.text} |"
     yield ""
     yield f"![{experiment.title}]({experiment.name}.png)"
+
+
+def _sweeps(table: Table) -> Iterator[str]:
+    """Which learning rates won their sweeps, and whether others might have done better still."""
+    for row in table.rows:
+        name = row.variant.name
+        tried = [other.variant.run.lr for other in table.rows if other.variant.name.startswith(f"{name}, lr x")]
+        if tried:
+            best = row.variant.run.lr
+            edge = (
+                ", at the end of the sweep: a rate beyond it might do better"
+                if best in (min(tried), max(tried))
+                else ""
+            )
+            yield ""
+            yield f"{name}: the best peak learning rate is {best:g}, of {', '.join(f'{lr:g}' for lr in tried)}{edge}."
 
 
 def _line(row: Row) -> str:

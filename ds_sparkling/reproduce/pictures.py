@@ -45,6 +45,43 @@ def draw(table: Table, path: Path) -> None:
     save_picture(figure, path)
 
 
+#: How a model came to be, as the experiment "iso-compute" names it, and its marker.
+_MARKERS = {
+    "narrow, never grown": "o",
+    "from scratch, same compute": "X",
+    "from scratch, same tokens": "s",
+    "function-preserving": "v",
+    "SPARKLING": "D",
+    "parting": "*",
+}
+
+
+def draw_overview(table: Table, path: Path) -> None:
+    """Draw the experiment "iso-compute" as one point per model: what it cost, and how well it does, with intervals.
+
+    Raises:
+        SparklingError: as :func:`draw`.
+    """
+    figure = empty_figure(8, 4.5)
+    axes = figure.add_subplot(xlabel="training compute, FLOPs", ylabel="validation loss, nats per byte")
+    colours = {"inner": "C0", "hidden": "C1", "joint": "C2", "": "0.3"}
+    for row in table.rows:
+        axis, _, name = row.variant.name.rpartition(": ")
+        compute = row.mean("flops")
+        if name not in _MARKERS or row.loss is None or compute is None:
+            continue
+        size = 13 if name == "parting" else 8
+        marker, half = _MARKERS[name], row.loss.half or 0.0
+        axes.errorbar(compute, row.loss.mean, yerr=half, fmt=marker, color=colours[axis], markersize=size, capsize=2)
+    for name, marker in _MARKERS.items():
+        axes.plot([], [], marker, color="0.3", label=name)
+    for axis in ("inner", "hidden", "joint"):
+        axes.plot([], [], "-", color=colours[axis], linewidth=4, label=f"{axis} width doubled")
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    save_picture(figure, path)
+
+
 def _dots(axes: Axes, rows: list[Row]) -> None:
     """The difference of every row to its reference."""
     shown = [row for row in rows if row.difference is not None]

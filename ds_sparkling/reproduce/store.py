@@ -16,13 +16,16 @@ class Store:
 
     Args:
         path: the file; it is made when the first run is finished.
+        corpus: the fingerprint of the text that runs read.
 
     Raises:
-        SparklingError: if a line of it, other than a last one that was cut off, can't be read.
+        SparklingError: if a line of it, other than a last one that was cut off, can't be read, or its runs have read
+            another text.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, corpus: str) -> None:
         self.path = path
+        self.corpus = corpus
         self.outcomes: dict[str, Outcome] = {}
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         whole = 0
@@ -32,10 +35,17 @@ class Store:
             try:
                 entry = json.loads(line)
                 self.outcomes[entry["key"]] = Outcome.from_dict(entry["outcome"])
+                read = entry["corpus"]
             except (ValueError, KeyError, TypeError) as error:
                 raise SparklingError(
                     f"{path}, line {number}, isn't a finished run ({error}); delete the line to run it again"
                 ) from None
+            if read != corpus:
+                raise SparklingError(
+                    f"{path} has runs on another text ({read}, this is {corpus}), which can't be compared; the "
+                    "standard library's sources differ between versions of Python: use that one, or another --output "
+                    "DIR"
+                )
             whole += len(line.encode())
         if lines and whole < path.stat().st_size:
             os.truncate(path, whole)
@@ -43,7 +53,7 @@ class Store:
     def add(self, run: Run, outcome: Outcome) -> None:
         """Keep a finished run."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        entry = {"key": run.key, "run": asdict(run), "outcome": asdict(outcome)}
+        entry = {"key": run.key, "corpus": self.corpus, "run": asdict(run), "outcome": asdict(outcome)}
         with self.path.open("a") as file:
             file.write(json.dumps(entry) + "\n")
             file.flush()

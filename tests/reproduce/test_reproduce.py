@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from ds_sparkling.data import Corpus
 from ds_sparkling.errors import GrowthError, SparklingError
 from ds_sparkling.reproduce import queue
 from ds_sparkling.reproduce.command import main, wanted_runs
@@ -15,6 +16,8 @@ from ds_sparkling.reproduce.experiments import EXPERIMENTS, Lab
 from ds_sparkling.reproduce.runs import Outcome, Point, Run
 from ds_sparkling.reproduce.scales import SCALES
 from ds_sparkling.reproduce.store import Store
+
+CORPUS = Corpus.standard_library().fingerprint
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +34,7 @@ def arguments(root: Path, *more: str) -> list[str]:
 
 def test_two_experiments_come_out_whole(results: Path) -> None:
     tiny = results / "out/tiny"
-    store = Store(tiny / "runs.jsonl")
+    store = Store(tiny / "runs.jsonl", CORPUS)
     lab = Lab(SCALES["tiny"], "", store.outcomes)
     needed = {run.key for run in wanted_runs([EXPERIMENTS["state"], EXPERIMENTS["savings"]], lab, 1)}
     # 5 treatments of state, 3 sweeps of 3 rates, and 3 grown runs.
@@ -58,12 +61,15 @@ def test_a_run_that_was_cut_off_while_it_was_written_is_run_again(results: Path,
     whole = (results / "out/tiny/runs.jsonl").read_text()
     path = tmp_path / "runs.jsonl"
     path.write_text(whole[:-20])
-    store = Store(path)
+    store = Store(path, CORPUS)
     assert len(store.outcomes) == whole.count("\n") - 1
     assert path.read_text() == whole[: whole[:-1].rindex("\n") + 1]
     path.write_text("{}\n" + whole)
     with pytest.raises(SparklingError, match=r"runs.jsonl, line 1, isn't a finished run"):
-        Store(path)
+        Store(path, CORPUS)
+    path.write_text(whole)
+    with pytest.raises(SparklingError, match=r"runs on another text .*, this is 0123\), .* another --output DIR"):
+        Store(path, "0123")
 
 
 def test_a_run_that_fails_is_told_and_keeps_no_other_from_finishing(
@@ -78,7 +84,7 @@ def test_a_run_that_fails_is_told_and_keeps_no_other_from_finishing(
 
     monkeypatch.setattr(queue, "_train", train)
     monkeypatch.setattr(queue, "ProcessPoolExecutor", InProcess)
-    runner = queue.Queue(Store(tmp_path / "runs.jsonl"), tmp_path / "snapshots", jobs=2)
+    runner = queue.Queue(Store(tmp_path / "runs.jsonl", CORPUS), tmp_path / "snapshots", jobs=2)
     lab = Lab(SCALES["tiny"], "", runner.store.outcomes)
     runs = lab.sweep(lab.scratch("inner"))
     runner.finish(lambda: runs)

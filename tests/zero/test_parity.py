@@ -53,7 +53,8 @@ class Growth:
 
 def topologies() -> list[Case]:
     experts = {1: (1,), 2: (1, 2), 3: (1, 3), 4: (1, 2, 4)}
-    cases = [Case(ranks, stage, ep) for ranks, eps in experts.items() for ep in eps for stage in (1, 2, 3)]
+    cases = [Case(ranks, 3, ep) for ranks, eps in experts.items() for ep in eps]
+    cases += [Case(ranks, stage, eps[-1]) for ranks, eps in experts.items() for stage in (1, 2)]
     small_groups = {"sub_group_size": 200, "stage3_param_persistence_threshold": 20}
     return [
         *cases,
