@@ -2,7 +2,7 @@
 
     python tools/reproduce.py                        # all experiments at the scale "small": some hours on two cores
     python tools/reproduce.py state ablation         # these alone
-    python tools/reproduce.py --scale tiny           # all in ten minutes, to see that they run
+    python tools/reproduce.py --scale tiny           # all in a minute or two, to see that they run
 
 Finished runs are kept, so a second call goes on where the first was stopped, and experiments share the runs that they
 have in common. Tables, plots and the page are written after every call, from what is there.
@@ -16,6 +16,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+
+import torch
 
 from ds_sparkling.errors import SparklingError
 from ds_sparkling.reproduce.experiments import EXPERIMENTS, Experiment, Lab
@@ -41,7 +43,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help="which ones; all by default")
     parser.add_argument("--scale", choices=list(SCALES), default="small", help="how large (default: small)")
     parser.add_argument("--seeds", type=int, metavar="N", help="seeds per variant (default: the scale's)")
-    parser.add_argument("--jobs", type=int, metavar="K", help="runs at a time (default: one per core)")
+    parser.add_argument("--jobs", type=int, metavar="K", help="runs at a time (default: one per core; one on a GPU)")
     parser.add_argument(
         "--data",
         default="",
@@ -83,6 +85,10 @@ def wanted_runs(experiments: Sequence[Experiment], lab: Lab, seeds: int) -> Iter
                 yield replace(variant.run, seed=seed)
 
 
+def _default_jobs() -> int:
+    return 1 if torch.cuda.is_available() else os.cpu_count() or 1
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     args = _parse(argv)
@@ -97,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         lab = Lab(scale, args.data, store.outcomes)
         failures: dict[str, str] = {}
         if not args.page_only:
-            queue = Queue(store, args.snapshots / scale.name, args.jobs or os.cpu_count() or 1)
+            queue = Queue(store, args.snapshots / scale.name, args.jobs or _default_jobs())
             queue.finish(lambda: wanted_runs(chosen, lab, seeds))
             failures = queue.failures
         # The page has all experiments, whichever were asked for now.
