@@ -14,7 +14,6 @@ import argparse
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,7 +23,7 @@ from ds_sparkling.reproduce.experiments import EXPERIMENTS, Experiment, Lab
 from ds_sparkling.reproduce.loop import VOCABULARY, corpus_of
 from ds_sparkling.reproduce.page import write_page
 from ds_sparkling.reproduce.queue import Queue
-from ds_sparkling.reproduce.results import Seeds, tables_of
+from ds_sparkling.reproduce.results import table_of
 from ds_sparkling.reproduce.runs import Run
 from ds_sparkling.reproduce.scales import SCALES
 from ds_sparkling.reproduce.store import Store
@@ -81,8 +80,7 @@ def wanted_runs(experiments: Sequence[Experiment], lab: Lab, seeds: int) -> Iter
     """All runs that the experiments need, as far as they are known, one experiment after the other."""
     for experiment in experiments:
         for variant in experiment.variants(lab):
-            for seed in range(1 if variant.once else seeds):
-                yield replace(variant.run, seed=seed)
+            yield from variant.runs(seeds)
 
 
 def _default_jobs() -> int:
@@ -107,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             queue.finish(lambda: wanted_runs(chosen, lab, seeds))
             failures = queue.failures
         # The page has all experiments, whichever were asked for now.
-        page = write_page(output, scale, [tables_of(e, lab, Seeds(seeds)) for e in EXPERIMENTS.values()])
+        page = write_page(output, scale, [table_of(e, lab, seeds) for e in EXPERIMENTS.values()])
     except SparklingError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

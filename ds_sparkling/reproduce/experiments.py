@@ -43,6 +43,10 @@ class Variant:
     series: str = ""
     x: float | None = None
 
+    def runs(self, seeds: int) -> list[Run]:
+        """Its run with each of so many seeds."""
+        return [replace(self.run, seed=seed) for seed in range(1 if self.once else seeds)]
+
 
 @dataclass(frozen=True)
 class Claim:

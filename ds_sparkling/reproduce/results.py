@@ -6,7 +6,7 @@ import csv
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from ds_sparkling.reproduce.experiments import Claim, Experiment, Lab, Variant
@@ -106,10 +106,10 @@ class Table:
             writer = csv.writer(file)
             writer.writerow(["variant", "reference", "seed", "run", "lr", "steps", *names])
             for row in self.rows:
-                for seed, outcome in enumerate(row.outcomes):
+                runs = row.variant.runs(len(row.outcomes))
+                for seed, (run, outcome) in enumerate(zip(runs, row.outcomes, strict=True)):
                     if outcome is None:
                         continue
-                    run = replace(row.variant.run, seed=seed)
                     values = [getattr(outcome, name) for name in names]
                     cells = ["" if value is None else f"{value:.6g}" for value in values]
                     writer.writerow(
@@ -118,22 +118,10 @@ class Table:
         part.replace(path)
 
 
-@dataclass(frozen=True)
-class Seeds:
-    """How many seeds a variant is run with."""
-
-    count: int
-
-    def outcomes(self, variant: Variant, lab: Lab) -> tuple[Outcome | None, ...]:
-        """A variant's outcomes by seed."""
-        seeds = 1 if variant.once else self.count
-        return tuple(lab.outcomes.get(replace(variant.run, seed=seed).key) for seed in range(seeds))
-
-
-def tables_of(experiment: Experiment, lab: Lab, seeds: Seeds) -> Table:
-    """An experiment's results, as far as there are any."""
+def table_of(experiment: Experiment, lab: Lab, seeds: int) -> Table:
+    """An experiment's results with so many seeds, as far as there are any."""
     variants = {variant.name: variant for variant in experiment.variants(lab)}
-    outcomes = {name: seeds.outcomes(variant, lab) for name, variant in variants.items()}
+    outcomes = {name: [lab.outcomes.get(run.key) for run in variant.runs(seeds)] for name, variant in variants.items()}
 
     def paired(first: str, second: str) -> Estimate | None:
         pairs = zip(outcomes.get(first, ()), outcomes.get(second, ()), strict=False)
@@ -142,7 +130,7 @@ def tables_of(experiment: Experiment, lab: Lab, seeds: Seeds) -> Table:
     rows = [
         Row(
             variant,
-            outcomes[name],
+            tuple(outcomes[name]),
             Estimate.of([outcome.loss for outcome in outcomes[name] if outcome is not None]),
             paired(name, variant.reference) if variant.reference else None,
         )

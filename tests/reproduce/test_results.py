@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ds_sparkling.reproduce.experiments import Claim, Experiment, Lab, Variant
-from ds_sparkling.reproduce.results import Estimate, Seeds, tables_of
+from ds_sparkling.reproduce.results import Estimate, table_of
 from ds_sparkling.reproduce.runs import Outcome, Point
 from ds_sparkling.reproduce.scales import SCALES
 
@@ -51,7 +51,7 @@ def lab_of(losses: dict[str, list[float | None]]) -> tuple[Experiment, Lab]:
 def test_differences_are_paired_by_seed() -> None:
     """The spread between seeds is far larger than the difference, which is the same for each."""
     experiment, lab = lab_of({"ours": [1.0, 2.0, 3.0], "theirs": [1.1, 2.1, 3.1], "late": [None, 1.5, 2.5]})
-    table = tables_of(experiment, lab, Seeds(3))
+    table = table_of(experiment, lab, 3)
     ours, theirs, late = table.rows
     assert (ours.difference, ours.mean("jump")) == (None, 0.25)
     assert ours.loss is not None
@@ -78,13 +78,13 @@ def test_differences_are_paired_by_seed() -> None:
 )
 def test_a_verdict_says_no_more_than_the_numbers(theirs: list[float | None], text: str) -> None:
     experiment, lab = lab_of({"ours": [1.0, 2.0, 3.0], "theirs": theirs})
-    (verdict,) = tables_of(experiment, lab, Seeds(3)).verdicts
+    (verdict,) = table_of(experiment, lab, 3).verdicts
     assert verdict.text == text
 
 
 def test_the_csv_has_a_line_per_run(tmp_path: Path) -> None:
     experiment, lab = lab_of({"ours": [1.0, 2.0], "theirs": [1.5, None]})
-    tables_of(experiment, lab, Seeds(2)).write_csv(tmp_path / "e.csv")
+    table_of(experiment, lab, 2).write_csv(tmp_path / "e.csv")
     rows = list(csv.DictReader((tmp_path / "e.csv").open()))
     assert [(row["variant"], row["seed"], row["loss"]) for row in rows] == [
         ("ours", "0", "1"),
