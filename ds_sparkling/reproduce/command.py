@@ -76,11 +76,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def wanted_runs(experiments: Sequence[Experiment], lab: Lab, seeds: int) -> Iterator[Run]:
+def wanted_runs(experiments: Sequence[Experiment], lab: Lab) -> Iterator[Run]:
     """All runs that the experiments need, as far as they are known, one experiment after the other."""
     for experiment in experiments:
         for variant in experiment.variants(lab):
-            yield from variant.runs(seeds)
+            yield from variant.runs(lab.seeds)
 
 
 def _default_jobs() -> int:
@@ -98,14 +98,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         corpus = corpus_of(args.data)
         corpus.check(length=scale.shape.length, vocabulary=VOCABULARY)
         store = Store(output / "runs.jsonl", corpus.fingerprint)
-        lab = Lab(scale, args.data, store.outcomes)
+        lab = Lab(scale, args.data, seeds, store.outcomes)
         failures: dict[str, str] = {}
         if not args.page_only:
             queue = Queue(store, args.snapshots / scale.name, args.jobs or _default_jobs())
-            queue.finish(lambda: wanted_runs(chosen, lab, seeds))
+            queue.finish(lambda: wanted_runs(chosen, lab))
             failures = queue.failures
         # The page has all experiments, whichever were asked for now.
-        page = write_page(output, scale, [table_of(e, lab, seeds) for e in EXPERIMENTS.values()])
+        page = write_page(output, scale, [table_of(e, lab) for e in EXPERIMENTS.values()])
     except SparklingError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

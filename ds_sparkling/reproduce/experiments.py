@@ -8,6 +8,7 @@ it reaches a loss) come up once those are known.
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,20 +33,20 @@ class Variant:
         name: of the line.
         run: its run with the first seed.
         reference: the line that it is compared with, seed by seed; none for that line itself.
-        once: whether one seed is enough, as in a sweep.
+        swept: whether it is one of a sweep, whose best one has a line of its own.
         series, x: where the experiment is a curve over a quantity, which one it is on, and where.
     """
 
     name: str
     run: Run
     reference: str = ""
-    once: bool = False
+    swept: bool = False
     series: str = ""
     x: float | None = None
 
     def runs(self, seeds: int) -> list[Run]:
         """Its run with each of so many seeds."""
-        return [replace(self.run, seed=seed) for seed in range(1 if self.once else seeds)]
+        return [replace(self.run, seed=seed) for seed in range(seeds)]
 
 
 @dataclass(frozen=True)
@@ -58,11 +59,12 @@ class Claim:
 
 
 class Lab:
-    """What experiments are made of: a scale, a corpus, and the outcomes so far."""
+    """What experiments are made of: a scale, a corpus, how many seeds, and the outcomes so far."""
 
-    def __init__(self, scale: Scale, data: str, outcomes: Mapping[str, Outcome]) -> None:
+    def __init__(self, scale: Scale, data: str, seeds: int, outcomes: Mapping[str, Outcome]) -> None:
         self.scale = scale
         self.data = data
+        self.seeds = seeds
         self.outcomes = outcomes
 
     @property
@@ -91,16 +93,20 @@ class Lab:
         return [replace(run, lr=run.lr * factor) for factor in self.scale.lr_factors]
 
     def tuned(self, run: Run) -> Run | None:
-        """A run at the learning rate that ends lowest with the first seed; None until the sweep is done."""
-        losses = {candidate: self.outcomes.get(candidate.key) for candidate in self.sweep(run)}
-        if any(outcome is None for outcome in losses.values()):
-            return None
-        return min(losses, key=lambda candidate: losses[candidate].loss)  # type: ignore[union-attr]
+        """A run at the learning rate that ends lowest in the mean over the seeds; None until the sweep is done."""
+        losses: dict[Run, float] = {}
+        for candidate in self.sweep(run):
+            outcomes = [self.outcomes.get(replace(candidate, seed=seed).key) for seed in range(self.seeds)]
+            finished = [outcome.loss for outcome in outcomes if outcome is not None]
+            if len(finished) < self.seeds:
+                return None
+            losses[candidate] = statistics.fmean(finished)
+        return min(losses, key=lambda candidate: losses[candidate])
 
     def from_scratch(self, name: str, run: Run, reference: str = "") -> Iterator[Variant]:
         """The sweep over a run's learning rate, and the run at the best one."""
         for candidate, factor in zip(self.sweep(run), self.scale.lr_factors, strict=True):
-            yield Variant(f"{name}, lr x{factor:g}", candidate, once=True)
+            yield Variant(f"{name}, lr x{factor:g}", candidate, swept=True)
         best = self.tuned(run)
         if best is not None:
             yield Variant(name, best, reference)

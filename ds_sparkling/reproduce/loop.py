@@ -18,7 +18,6 @@ from ds_sparkling.axes import ParamAxes
 from ds_sparkling.check.resolve import find_axes
 from ds_sparkling.data import Corpus
 from ds_sparkling.diagnostics.twins import twin_cosine
-from ds_sparkling.errors import GrowthError
 from ds_sparkling.growth import Block, GrowthPlan, Widener, birth_blocks, make_plan
 from ds_sparkling.models.olmoe import DecoderLayer, OlmoeConfig, OlmoeForCausalLM
 from ds_sparkling.optim.scheduler import RewarmupScheduler
@@ -308,8 +307,8 @@ def train(
         until: the step to stop at, without an outcome; None for the end.
         report: called after each step.
 
-    Raises:
-        GrowthError: if the loss isn't finite any more.
+    Returns:
+        What it came to; a run that diverged has an infinite loss. None if it was to stop before its end.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     trainer = Trainer(run, device)
@@ -334,10 +333,8 @@ def train(
             _point(trainer, progress, trainer.validate(run.shape.curve_windows))
         report()
     final = trainer.validate(run.shape.windows)
-    if not math.isfinite(final):
-        raise GrowthError(f"the loss of run {run.key} isn't finite at its end")
     return Outcome(
-        loss=final,
+        loss=final if math.isfinite(final) else math.inf,
         flops=trainer.flops,
         seconds=trainer.seconds,
         before=progress.before,

@@ -59,7 +59,7 @@ def _setup(scale: Scale) -> Iterator[str]:
         f"growth after half of {scale.steps} steps of {shape.batch} x {shape.length} bytes. AdamW (0.9, 0.95), weight "
         f"decay 0.1, peak learning rate {scale.lr:g} for narrow and grown models, 3% warm-up, cosine to 1%; re-warm-up "
         f"in {scale.rewarmup_steps} steps. Models trained from scratch get the best of {factors} times that rate, by "
-        "the first seed."
+        "the mean over the seeds."
     )
     yield ""
     yield (
@@ -146,7 +146,7 @@ def _line(row: Row) -> str:
         row.mean(name) for name in ("jump", "shock", "twins", "drift", "flops", "seconds")
     )
     cells = [
-        variant.name if variant.reference or variant.once else f"**{variant.name}**",
+        variant.name if variant.reference or variant.swept else f"**{variant.name}**",
         f"{finished}/{len(row.outcomes)}",
         row.loss.text() if row.loss else "",
         f"{row.difference.text(signed=True)}" if row.difference else "",

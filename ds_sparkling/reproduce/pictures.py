@@ -26,7 +26,7 @@ def draw(table: Table, path: Path) -> None:
     Raises:
         SparklingError: if matplotlib isn't installed or the file can't be written.
     """
-    rows = [row for row in table.rows if row.loss is not None and not row.variant.once]
+    rows = [row for row in table.rows if row.loss is not None and not row.variant.swept]
     curved = any(row.variant.x is not None for row in rows)
     figure = empty_figure(11, max(3.6, 1.4 + _LINE * len(rows)))
     left, right = figure.subplots(1, 2, width_ratios=(1.2, 1))

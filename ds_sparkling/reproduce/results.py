@@ -118,10 +118,12 @@ class Table:
         part.replace(path)
 
 
-def table_of(experiment: Experiment, lab: Lab, seeds: int) -> Table:
-    """An experiment's results with so many seeds, as far as there are any."""
+def table_of(experiment: Experiment, lab: Lab) -> Table:
+    """An experiment's results, as far as there are any."""
     variants = {variant.name: variant for variant in experiment.variants(lab)}
-    outcomes = {name: [lab.outcomes.get(run.key) for run in variant.runs(seeds)] for name, variant in variants.items()}
+    outcomes = {
+        name: [lab.outcomes.get(run.key) for run in variant.runs(lab.seeds)] for name, variant in variants.items()
+    }
 
     def paired(first: str, second: str) -> Estimate | None:
         pairs = zip(outcomes.get(first, ()), outcomes.get(second, ()), strict=False)

@@ -35,8 +35,8 @@ def arguments(root: Path, *more: str) -> list[str]:
 def test_two_experiments_come_out_whole(results: Path) -> None:
     tiny = results / "out/tiny"
     store = Store(tiny / "runs.jsonl", CORPUS)
-    lab = Lab(SCALES["tiny"], "", store.outcomes)
-    needed = {run.key for run in wanted_runs([EXPERIMENTS["state"], EXPERIMENTS["savings"]], lab, 1)}
+    lab = Lab(SCALES["tiny"], "", 1, store.outcomes)
+    needed = {run.key for run in wanted_runs([EXPERIMENTS["state"], EXPERIMENTS["savings"]], lab)}
     # 5 treatments of state, 3 sweeps of 3 rates, and 3 grown runs.
     assert len(needed) == 17
     assert needed <= store.outcomes.keys()
@@ -85,7 +85,7 @@ def test_a_run_that_fails_is_told_and_keeps_no_other_from_finishing(
     monkeypatch.setattr(queue, "_train", train)
     monkeypatch.setattr(queue, "ProcessPoolExecutor", InProcess)
     runner = queue.Queue(Store(tmp_path / "runs.jsonl", CORPUS), tmp_path / "snapshots", jobs=2)
-    lab = Lab(SCALES["tiny"], "", runner.store.outcomes)
+    lab = Lab(SCALES["tiny"], "", 1, runner.store.outcomes)
     runs = lab.sweep(lab.scratch("inner"))
     runner.finish(lambda: runs)
     assert list(runner.failures.values()) == ["the loss isn't finite"]
@@ -123,7 +123,7 @@ def test_claims_and_references_name_lines_that_there_are(name: str, scale: str) 
         def __getitem__(self, key: str) -> Outcome:
             return self.get(key)
 
-    lab = Lab(SCALES[scale], "", Finished())
+    lab = Lab(SCALES[scale], "", 3, Finished())
     variants = list(EXPERIMENTS[name].variants(lab))
     names = [variant.name for variant in variants]
     assert len(set(names)) == len(names)

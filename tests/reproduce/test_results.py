@@ -45,13 +45,15 @@ def lab_of(losses: dict[str, list[float | None]]) -> tuple[Experiment, Lab]:
         for seed, loss in enumerate(values)
         if loss is not None
     }
-    return Experiment("e", "E", "Fig. 0", "?", variants, claims), Lab(SCALES["tiny"], "", outcomes)
+    return Experiment("e", "E", "Fig. 0", "?", variants, claims), Lab(
+        SCALES["tiny"], "", len(next(iter(losses.values()))), outcomes
+    )
 
 
 def test_differences_are_paired_by_seed() -> None:
     """The spread between seeds is far larger than the difference, which is the same for each."""
     experiment, lab = lab_of({"ours": [1.0, 2.0, 3.0], "theirs": [1.1, 2.1, 3.1], "late": [None, 1.5, 2.5]})
-    table = table_of(experiment, lab, 3)
+    table = table_of(experiment, lab)
     ours, theirs, late = table.rows
     assert (ours.difference, ours.mean("jump")) == (None, 0.25)
     assert ours.loss is not None
@@ -67,6 +69,19 @@ def test_differences_are_paired_by_seed() -> None:
     assert not table.finished
 
 
+def test_the_best_learning_rate_is_that_of_the_lowest_mean() -> None:
+    """Not of the lowest single run, nor of one that diverged with some seed; none before all are there."""
+    base = SCALES["tiny"].base("")
+    outcomes: dict[str, Outcome] = {}
+    lab = Lab(SCALES["tiny"], "", 2, outcomes)
+    losses = ([1.3, 1.3], [1.25, 1.25], [1.0, math.inf])
+    for candidate, values in zip(lab.sweep(base), losses, strict=True):
+        for seed, loss in enumerate(values):
+            assert lab.tuned(base) is None
+            outcomes[replace(candidate, seed=seed).key] = Outcome(loss, 1.0, 1.0)
+    assert lab.tuned(base) == lab.sweep(base)[1]
+
+
 @pytest.mark.parametrize(
     ("theirs", "text"),
     [
@@ -78,13 +93,13 @@ def test_differences_are_paired_by_seed() -> None:
 )
 def test_a_verdict_says_no_more_than_the_numbers(theirs: list[float | None], text: str) -> None:
     experiment, lab = lab_of({"ours": [1.0, 2.0, 3.0], "theirs": theirs})
-    (verdict,) = table_of(experiment, lab, 3).verdicts
+    (verdict,) = table_of(experiment, lab).verdicts
     assert verdict.text == text
 
 
 def test_the_csv_has_a_line_per_run(tmp_path: Path) -> None:
     experiment, lab = lab_of({"ours": [1.0, 2.0], "theirs": [1.5, None]})
-    table_of(experiment, lab, 2).write_csv(tmp_path / "e.csv")
+    table_of(experiment, lab).write_csv(tmp_path / "e.csv")
     rows = list(csv.DictReader((tmp_path / "e.csv").open()))
     assert [(row["variant"], row["seed"], row["loss"]) for row in rows] == [
         ("ours", "0", "1"),
