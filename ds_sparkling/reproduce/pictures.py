@@ -54,6 +54,8 @@ _MARKERS = {
     "SPARKLING": "D",
     "parting": "*",
 }
+#: How far apart points at the same compute are drawn, as a share of it.
+_ASIDE = 0.006
 
 
 def draw_overview(table: Table, path: Path) -> None:
@@ -72,7 +74,11 @@ def draw_overview(table: Table, path: Path) -> None:
             continue
         size = 13 if name == "parting" else 8
         marker, half = _MARKERS[name], row.loss.half or 0.0
-        axes.errorbar(compute, row.loss.mean, yerr=half, fmt=marker, color=colours[axis], markersize=size, capsize=2)
+        # Beside each other where they cost the same.
+        aside = 1 + _ASIDE * (list(_MARKERS).index(name) - len(_MARKERS) / 2)
+        axes.errorbar(
+            compute * aside, row.loss.mean, yerr=half, fmt=marker, color=colours[axis], markersize=size, capsize=2
+        )
     for name, marker in _MARKERS.items():
         axes.plot([], [], marker, color="0.3", label=name)
     for axis in ("inner", "hidden", "joint"):
