@@ -76,9 +76,12 @@ class ZeroSumNoise:
                 stride *= int(source.max()) + 1
         twins = self._twins[:, own]
         exists = twins >= 0
-        drawn = standard_normal(self.key, base + twins * own_stride) * exists
+        # One after the other: how a reduction adds up depends on how many elements are asked for.
+        total = torch.zeros(len(flat), dtype=torch.float64)
+        for of_twin, there in zip(twins, exists, strict=True):
+            total += standard_normal(self.key, base + of_twin * own_stride) * there
         m = exists.sum(0)
-        noise = standard_normal(self.key, base + own * own_stride) - drawn.sum(0) / m
+        noise = standard_normal(self.key, base + own * own_stride) - total / m
         factor = self.strength * self.growth.before / self.growth.after
         return torch.where(m > 1, factor * noise * (m / (m - 1).clamp(min=1)).sqrt(), 0.0)
 

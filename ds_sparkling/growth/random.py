@@ -30,8 +30,8 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def uniform(key: int, index: Tensor) -> Tensor:
-    """Deviates of the elements ``index`` in the stream ``key``, uniform in (0, 1).
+def standard_normal(key: int, index: Tensor) -> Tensor:
+    """Standard normal deviates of the elements ``index`` in the stream ``key``.
 
     Args:
         key: from :func:`stream_key`.
@@ -44,9 +44,5 @@ def uniform(key: int, index: Tensor) -> Tensor:
     x = (x ^ _shift_right(x, 30)) * _MIX_1
     x = (x ^ _shift_right(x, 27)) * _MIX_2
     x = x ^ _shift_right(x, 31)
-    return (_shift_right(x, 12).double() + 0.5) * 2.0**-52  # exact
-
-
-def standard_normal(key: int, index: Tensor) -> Tensor:
-    """Standard normal deviates; otherwise like :func:`uniform`."""
-    return torch.special.ndtri(uniform(key, index))
+    uniform = (_shift_right(x, 12).double() + 0.5) * 2.0**-52  # in (0, 1), exact
+    return torch.special.ndtri(uniform)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ds_sparkling.axes import Dim, Role
 from ds_sparkling.errors import PlanError
-from ds_sparkling.growth.random import stream_key, uniform
+from ds_sparkling.growth.random import standard_normal, stream_key
 from ds_sparkling.growth.units import check_widths, multiplicities, old_units, source_units
 from ds_sparkling.strategy import Init, Scaling, Strategy
 
@@ -109,8 +109,10 @@ def consumed_shares(growth: AxisGrowth, strategy: Strategy, stage: int) -> Tenso
     sizes = growth.before, growth.after, growth.groups
     source, m = source_units(*sizes), multiplicities(*sizes).double()
     if strategy.split.shares is None:
-        units = torch.arange(growth.after)
-        parts = -uniform(stream_key(strategy.seed, stage, f"split/{growth.axis}"), units).log()
+        # A sum of two squared normals is exponential, without a logarithm, which differs between vector units.
+        pairs = torch.arange(2 * growth.after).view(2, -1)
+        first, second = standard_normal(stream_key(strategy.seed, stage, f"split/{growth.axis}"), pairs).square()
+        parts = first + second
     else:
         old, copy = strategy.split.shares
         parts = torch.where(old_units(*sizes), old, copy).double()

@@ -480,6 +480,20 @@ def test_a_perturbation_is_not_seen_by_what_consumes_twins(case: Case) -> None:
                 assert torch.allclose(across[index], across[first_copy(case, dim, index)], rtol=0, atol=1e-12)
 
 
+def test_a_perturbation_of_many_twins_is_the_same_in_any_piece() -> None:
+    """Sums over five twins, whose rounding must not depend on how many elements are asked for at a time."""
+    axes = {"w": ParamAxes((FIXED, Dim("i", Role.FAN_IN)))}
+    plan = make_plan({"w": (9, 7)}, axes, {"i": 7}, {"i": 35}, Strategy(perturbation=0.5, seed=1), stage=1)
+    old = torch.randn(9, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = torch.empty(9 * 35, dtype=torch.float64)
+    Widener(plan, "w").weight(old, expected)
+    for size in (1, 2, 5, 16, 33):
+        for start in range(0, 9 * 35, size):
+            piece = torch.empty(min(size, 9 * 35 - start), dtype=torch.float64)
+            Widener(plan, "w").weight(old, piece, start)
+            assert torch.equal(piece, expected[start : start + len(piece)])
+
+
 def test_a_perturbation_has_the_size_that_was_asked_for() -> None:
     axes = {"w": ParamAxes((FIXED, Dim("i", Role.FAN_IN)))}
     old = 0.3 * torch.randn(400, 50, generator=torch.Generator().manual_seed(0))
