@@ -105,13 +105,6 @@ class Run:
         return self.stages[0].at_step if self.stages else None
 
     @property
-    def final_widths(self) -> dict[str, int]:
-        widths = dict(self.widths)
-        for stage in self.stages:
-            widths.update(stage.widths)
-        return widths
-
-    @property
     def config(self) -> SparklingConfig:
         """Strategy and growths as the engine's own configuration has them.
 
