@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ds_sparkling.errors import SparklingError
+from ds_sparkling.whole_file import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -67,11 +66,5 @@ def save_picture(figure: Figure, path: Path) -> None:
     Raises:
         SparklingError: if it can't be written.
     """
-    part = path.with_name(f"{path.name}.part")
-    try:
+    with whole_file(path) as part:
         figure.savefig(part, format="png")
-        os.replace(part, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        raise SparklingError(f"the picture can't be written to {path}: {error.strerror}") from error

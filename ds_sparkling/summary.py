@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from ds_sparkling.errors import SparklingError
+from ds_sparkling.whole_file import whole_file
 
 NAME = "summary.json"
 
@@ -43,15 +42,8 @@ class RunSummary:
         Raises:
             SparklingError: if it can't be written.
         """
-        path = directory / NAME
-        part = path.with_name(f"{NAME}.part")
-        try:
+        with whole_file(directory / NAME) as part:
             part.write_text(json.dumps(asdict(self), indent=2) + "\n")
-            os.replace(part, path)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                part.unlink()
-            raise SparklingError(f"{path} can't be written: {error.strerror}") from error
 
 
 def read_summary(directory: Path) -> RunSummary | None:

@@ -13,11 +13,13 @@ _LOSSES, _FEWEST_LOSSES = 100, 20
 _DEVIATIONS, _SHARE = 6.0, 0.1
 #: From the median absolute deviation to a normal distribution's standard deviation.
 _SIGMA = 1.4826
-#: Twins whose mean cosine exceeds the first are locked, unless they are still parting: below the second, at a
-#: distance of 1 - cosine that has grown by a fifth since the last measurement.
-_LOCKED, _SURELY_LOCKED, _PARTING = 0.99, 0.999, 1.2
-#: An expert is dead if its load (1 is even) falls below the first, and alive again above the second.
-_DEAD, _ALIVE = 0.01, 0.1
+#: Twins whose mean cosine exceeds this are locked, unless they are still parting: below the next, at a distance of
+#: 1 - cosine that has grown by a fifth since the last measurement.
+LOCKED_COSINE = 0.99
+_SURELY_LOCKED, _PARTING = 0.999, 1.2
+#: An expert is dead if its load (1 is even) falls below this, and alive again above the other.
+DEAD_LOAD = 0.01
+_ALIVE = 0.1
 #: Measurements that an expert's load is taken over, and the tokens that each expert would have got in them if even.
 _MEASUREMENTS, _FEWEST_TOKENS = 4, 64
 
@@ -89,14 +91,14 @@ class TwinAlarm:
         return (
             f"locked twins: {age} steps after growth {stage}, whose re-warm-up took {rewarmup}, the units it copied "
             f"are still like their sources in {len(locked)} of {len(cosines)} parameters looked at, most in {worst} "
-            f"(mean cosine {locked[worst]:.4f}, threshold {_LOCKED}). They learn the same and add no capacity: grow "
-            'with optimizer_state "asymmetric_reset", a larger rewarmup.ratio, or init.fan_in "random"'
+            f"(mean cosine {locked[worst]:.4f}, threshold {LOCKED_COSINE}). They learn the same and add no capacity: "
+            'grow with optimizer_state "asymmetric_reset", a larger rewarmup.ratio, or init.fan_in "random"'
         )
 
     @staticmethod
     def _locked(cosine: float, before: float | None) -> bool:
         parting = before is not None and 1 - cosine > _PARTING * (1 - before)
-        return cosine > _SURELY_LOCKED or (cosine > _LOCKED and not parting)
+        return cosine > _SURELY_LOCKED or (cosine > LOCKED_COSINE and not parting)
 
 
 class ExpertAlarm:
@@ -117,13 +119,13 @@ class ExpertAlarm:
         load = {expert: count / even for expert, count in enumerate(sums)}
         known = self._dead.setdefault(router, set())
         known -= {expert for expert in known if load[expert] > _ALIVE}
-        new = {expert for expert in load if load[expert] < _DEAD} - known
+        new = {expert for expert in load if load[expert] < DEAD_LOAD} - known
         known |= new
         if not new:
             return None
         return (
             f"dead experts at step {step} in {router}: experts {', '.join(map(str, sorted(new)))} of {len(sums)} got "
             f"at most {max(load[expert] for expert in new):.4f} of an even share of the tokens over the last "
-            f"{len(window)} measurements (threshold {_DEAD}). Raise the load-balancing loss's coefficient, or "
+            f"{len(window)} measurements (threshold {DEAD_LOAD}). Raise the load-balancing loss's coefficient, or "
             "lower the learning rate"
         )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ds_sparkling.diagnostics.alarms import DEAD_LOAD
 from ds_sparkling.report.events import Curve, Growth, Run
 
 if TYPE_CHECKING:
@@ -19,8 +20,6 @@ TRAINING = ("Train/loss", "Train/Samples/train_loss")
 
 #: Validations at the end whose scatter about a parabola is taken for noise, at most and at least.
 _LAST, _LEAST = 6, 5
-#: A load below this share of an even one is none.
-DEAD_LOAD = 0.01
 #: Points in a row, up to the end, that make an expert dead.
 _DEAD_POINTS = 3
 

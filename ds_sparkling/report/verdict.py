@@ -7,13 +7,12 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+from ds_sparkling.diagnostics.alarms import LOCKED_COSINE
 from ds_sparkling.report import facts
 from ds_sparkling.report.events import Growth, Run
 
 #: A growth whose validation loss moves by less kept the function, as far as a loss can tell.
 _KEPT = 1e-3
-#: Twins whose cosine stays above are locked.
-_LOCKED = 0.99
 #: Activation RMS within this share of what it was before the growth is the same, measured on different batches.
 _SAME_RMS = 0.05
 #: Differences are beyond noise from twice their standard deviation on.
@@ -181,9 +180,9 @@ def _twins(run: Run) -> Iterator[Finding]:
     closest = facts.since_growth(run, "twins/cosine_max")
     if closest is not None:
         told += f" (closest pair {closest.last:.4f})"
-    if span.last > _LOCKED:
+    if span.last > LOCKED_COSINE:
         yield Finding(Kind.WATCH, f"{run.name}: twins are locked, {told}: the copies learn nothing of their own.")
-    elif closest is not None and closest.last > _LOCKED:
+    elif closest is not None and closest.last > LOCKED_COSINE:
         yield Finding(Kind.WATCH, f"{run.name}: twins have parted on the whole, but some are still together; {told}.")
     else:
         yield Finding(Kind.GOOD, f"{run.name}: twins have parted, {told}.")
@@ -192,8 +191,8 @@ def _twins(run: Run) -> Iterator[Finding]:
 def _gradients(run: Run) -> Iterator[Finding]:
     span = facts.since_growth(run, "twins/gradient_cosine")
     if span is not None:
-        same = "the same gradients" if span.last > _LOCKED else "gradients of their own"
-        kind = Kind.WATCH if span.last > _LOCKED else Kind.GOOD
+        same = "the same gradients" if span.last > LOCKED_COSINE else "gradients of their own"
+        kind = Kind.WATCH if span.last > LOCKED_COSINE else Kind.GOOD
         yield Finding(
             kind, f"{run.name}: twins get {same}, mean cosine {span.first:.4f} at first, {span.last:.4f} in the end."
         )

@@ -26,6 +26,7 @@ from ds_sparkling.optim.weight_norm import NormRatios, Part, Parts
 from ds_sparkling.reproduce.muon import orthogonalise
 from ds_sparkling.reproduce.runs import HIDDEN, INNER, Outcome, Point, Run, Shape
 from ds_sparkling.strategy import Init, OptimizerState, Strategy
+from ds_sparkling.whole_file import whole_file
 
 #: Of the learning-rate schedule, as in the paper's App. D.
 WARMUP_SHARE, FINAL_RATIO = 0.03, 0.01
@@ -256,19 +257,16 @@ class Trainer:
     def save(self, path: Path) -> None:
         """Write the state of a run that hasn't grown, whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{path.name}.part")
-        torch.save(
-            {
-                "model": self.model.state_dict(),
-                "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-                "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
-                "step": self.step,
-                "flops": self.flops,
-                "seconds": self.seconds,
-            },
-            part,
-        )
-        part.replace(path)
+        state = {
+            "model": self.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
+            "step": self.step,
+            "flops": self.flops,
+            "seconds": self.seconds,
+        }
+        with whole_file(path) as part:
+            torch.save(state, part)
 
     def load(self, path: Path) -> None:
         """Take up the state that :meth:`save` wrote."""

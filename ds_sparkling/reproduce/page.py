@@ -9,6 +9,7 @@ from ds_sparkling.reproduce.pictures import draw, draw_overview
 from ds_sparkling.reproduce.results import Row, Table
 from ds_sparkling.reproduce.runs import Shape
 from ds_sparkling.reproduce.scales import Scale
+from ds_sparkling.whole_file import whole_file
 
 
 def write_page(output: Path, scale: Scale, tables: Sequence[Table]) -> Path:
@@ -18,7 +19,7 @@ def write_page(output: Path, scale: Scale, tables: Sequence[Table]) -> Path:
         The page.
 
     Raises:
-        SparklingError: if matplotlib isn't installed or a plot can't be written.
+        SparklingError: if matplotlib isn't installed or a file can't be written.
     """
     output.mkdir(parents=True, exist_ok=True)
     for table in tables:
@@ -28,9 +29,8 @@ def write_page(output: Path, scale: Scale, tables: Sequence[Table]) -> Path:
             if table.experiment.name == "iso-compute":
                 draw_overview(table, output / "overview.png")
     page = output / "README.md"
-    part = page.with_name("README.md.part")
-    part.write_text("\n".join(_lines(scale, tables)) + "\n")
-    part.replace(page)
+    with whole_file(page) as part:
+        part.write_text("\n".join(_lines(scale, tables)) + "\n")
     return page
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ds_sparkling.reproduce.experiments import Claim, Experiment, Lab, Variant
 from ds_sparkling.reproduce.runs import Outcome
+from ds_sparkling.whole_file import whole_file
 
 #: Student's t for a two-sided interval of 95%, by degrees of freedom from 1 on; the normal's beyond.
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
@@ -101,8 +102,7 @@ class Table:
     def write_csv(self, path: Path) -> None:
         """One line per run: variant, seed, and what came out."""
         names = ("loss", "before", "after", "shock", "twins", "drift", "flops", "seconds")
-        part = path.with_name(f"{path.name}.part")
-        with part.open("w", newline="") as file:
+        with whole_file(path) as part, part.open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["variant", "reference", "seed", "run", "lr", "steps", *names])
             for row in self.rows:
@@ -115,7 +115,6 @@ class Table:
                     writer.writerow(
                         [row.variant.name, row.variant.reference, seed, run.key, f"{run.lr:g}", run.steps, *cells]
                     )
-        part.replace(path)
 
 
 def table_of(experiment: Experiment, lab: Lab) -> Table:
