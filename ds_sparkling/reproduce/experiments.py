@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_sparkling.errors import SparklingError
-from ds_sparkling.reproduce.loop import active_parameters
+from ds_sparkling.reproduce.loop import MUON_LR, active_parameters
 from ds_sparkling.reproduce.runs import HIDDEN, INNER, Outcome, Run, Stage, block_text, widths_of
 from ds_sparkling.reproduce.scales import Scale
 from ds_sparkling.strategy import INIT_PAIRS, OptimizerState
@@ -142,6 +142,7 @@ class Experiment:
         claims: orderings to be checked.
         xlabel: of the quantity that variants are a curve over, if they are.
         by_compute: whether its plot is of losses by training compute, and not of differences by steps.
+        setup: where its runs are not those of the other experiments.
     """
 
     name: str
@@ -152,6 +153,7 @@ class Experiment:
     claims: tuple[Claim, ...] = ()
     xlabel: str = ""
     by_compute: bool = False
+    setup: str = ""
 
 
 NO_REWARMUP = {"scope": "none"}
@@ -498,6 +500,8 @@ EXPERIMENTS = {
             "Does it hold for an optimizer that orthogonalises whole matrices?",
             _muon,
             (Claim("SPARKLING", "momentum copied"), Claim("SPARKLING", "momentum dropped")),
+            setup=f"Muon steps the matrices in the layers, at a peak rate of {MUON_LR:g} that no sweep has chosen, and "
+            "AdamW the rest.",
         ),
         Experiment(
             "dense",
@@ -506,6 +510,7 @@ EXPERIMENTS = {
             "Does it hold without experts?",
             _dense,
             (Claim("SPARKLING", "function-preserving"), Claim("SPARKLING", "narrow, never grown")),
+            setup="One expert of twice the inner width, which every token uses.",
         ),
         Experiment(
             "two-stage",
@@ -557,6 +562,8 @@ EXPERIMENTS = {
             _horizons,
             (),
             "steps after the growth",
+            setup="As many steps before the growth as after it, with sequences of half the length; from scratch has "
+            "the narrow model's peak rate, without a sweep.",
         ),
         Experiment(
             "bias-correction",

@@ -69,7 +69,7 @@ def _setup(scale: Scale) -> Iterator[str]:
         "is the change of the validation loss at the growth, shock the most that it is above its value before the "
         "growth at any later point; twins, the mean cosine between copied units and their sources at the end, over the "
         "rows that produce them; drift, RMS(out)/RMS(in) of the blocks right after the growth over that before; time, "
-        "that of the processor in training steps."
+        "that of the processor in training steps. Percentages beside compute and time are against the reference."
     )
 
 
@@ -102,14 +102,18 @@ def _section(table: Table) -> Iterator[str]:
     yield f"## {experiment.title}"
     yield ""
     yield f"{experiment.question} ({experiment.source}; `python tools/reproduce.py {experiment.name}`)"
+    if experiment.setup:
+        yield experiment.setup
     yield ""
     if not any(row.loss for row in table.rows):
         yield "Not run yet."
         return
     yield "| variant | seeds | loss | against the reference | jump | shock | twins | drift | compute, FLOPs | time, s |"
     yield "|---|---|---|---|---|---|---|---|---|---|"
+    rows = {row.variant.name: row for row in table.rows}
     for row in table.rows:
-        yield _line(row)
+        # Where compute is what is compared, with its ratio to the reference's.
+        yield _line(row, rows.get(row.variant.reference) if experiment.by_compute else None)
     yield from _sweeps(table)
     if table.verdicts:
         yield ""
@@ -139,12 +143,10 @@ def _sweeps(table: Table) -> Iterator[str]:
             yield f"{name}: the best peak learning rate is {best:g}, of {', '.join(f'{lr:g}' for lr in tried)}{edge}."
 
 
-def _line(row: Row) -> str:
+def _line(row: Row, reference: Row | None) -> str:
     variant = row.variant
     finished = sum(outcome is not None for outcome in row.outcomes)
-    jump, shock, twins, drift, compute, seconds = (
-        row.mean(name) for name in ("jump", "shock", "twins", "drift", "flops", "seconds")
-    )
+    jump, shock, twins, drift = (row.mean(name) for name in ("jump", "shock", "twins", "drift"))
     cells = [
         variant.name if variant.reference or variant.swept else f"**{variant.name}**",
         f"{finished}/{len(row.outcomes)}",
@@ -154,10 +156,17 @@ def _line(row: Row) -> str:
         _number(shock, "+.4f"),
         _number(twins, ".3f"),
         _number(drift, ".3f"),
-        _number(compute, ".3g"),
-        _number(seconds, ".0f"),
+        _cost(row, reference, "flops", ".3g"),
+        _cost(row, reference, "seconds", ".0f"),
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def _cost(row: Row, reference: Row | None, name: str, how: str) -> str:
+    """What a row spent, and how much more or less than the reference."""
+    spent, theirs = row.mean(name), None if reference is None else reference.mean(name)
+    ratio = "" if spent is None or not theirs else f" ({spent / theirs - 1:+.0%})"
+    return _number(spent, how) + ratio
 
 
 def _number(value: float | None, how: str) -> str:

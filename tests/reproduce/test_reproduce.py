@@ -32,6 +32,13 @@ def arguments(root: Path, *more: str) -> list[str]:
     return [*more, "--scale", "tiny", "--output", str(root / "out"), "--snapshots", str(root / "snapshots")]
 
 
+def saved(page: str, variant: str) -> int:
+    """Percentage of the reference's compute that the page says a variant needs more."""
+    section = page.split("## Compute and time saved")[1]
+    line = next(line for line in section.splitlines() if line.startswith(f"| {variant} |"))
+    return int(line.split("|")[-3].split("(")[1].split("%")[0])
+
+
 def test_two_experiments_come_out_whole(results: Path) -> None:
     tiny = results / "out/tiny"
     store = Store(tiny / "runs.jsonl", CORPUS)
@@ -43,6 +50,7 @@ def test_two_experiments_come_out_whole(results: Path) -> None:
     page = (tiny / "README.md").read_text()
     assert "| **asymmetric_reset** | 1/1 |" in page
     assert "which proves nothing" in page
+    assert saved(page, "hidden: SPARKLING") == pytest.approx(-24, abs=3)
     assert "not run: `python tools/reproduce.py muon`" in page
     for name in ("state", "savings"):
         assert (tiny / f"{name}.csv").read_text().count("\n") >= 6
