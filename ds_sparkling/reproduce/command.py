@@ -5,12 +5,13 @@
     python tools/reproduce.py --scale tiny           # all in a minute or two, to see that they run
 
 Finished runs are kept, so a second call goes on where the first was stopped, and experiments share the runs that they
-have in common. Tables, plots and the page are written after every call, from what is there.
+have in common. Tables, plots and the page are written when it is done, and with --page-only at any time.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -97,12 +98,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         corpus = corpus_of(args.data)
         corpus.check(length=scale.shape.length, vocabulary=VOCABULARY)
-        store = Store(output / "runs.jsonl", corpus.fingerprint)
+        store = Store(output / "runs.jsonl", corpus.fingerprint, adding=not args.page_only)
         lab = Lab(scale, args.data, seeds, store.outcomes)
         failures: dict[str, str] = {}
         if not args.page_only:
-            queue = Queue(store, args.snapshots / scale.name, args.jobs or _default_jobs())
-            queue.finish(lambda: wanted_runs(chosen, lab))
+            snapshots = args.snapshots / scale.name / corpus.fingerprint
+            queue = Queue(store, snapshots, args.jobs or _default_jobs())
+            with contextlib.closing(store):
+                queue.finish(lambda: wanted_runs(chosen, lab))
             failures = queue.failures
         # The page has all experiments, whichever were asked for now.
         page = write_page(output, scale, [table_of(e, lab) for e in EXPERIMENTS.values()])

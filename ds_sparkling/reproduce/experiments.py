@@ -88,6 +88,15 @@ class Lab:
         base = base or self.narrow
         return replace(base, widths=widths_of(**{**dict(base.widths), **self.wide(axis, base, factor)}))
 
+    def shortened(self, run: Run, grown: Run) -> Run:
+        """A run over as many steps as take the compute that ``grown`` takes in all."""
+        widths, begin, spent = dict(grown.widths), 0, 0
+        for stage in (*grown.stages, Stage(grown.steps, ())):
+            spent += (stage.at_step - begin) * active_parameters(grown.shape, widths)
+            begin = stage.at_step
+            widths.update(stage.widths)
+        return replace(run, steps=round(spent / active_parameters(run.shape, dict(run.widths))))
+
     def sweep(self, run: Run) -> list[Run]:
         """A run at the learning rates of the sweep."""
         return [replace(run, lr=run.lr * factor) for factor in self.scale.lr_factors]
@@ -157,6 +166,7 @@ class Experiment:
 
 
 NO_REWARMUP = {"scope": "none"}
+RATIO_3: Block = {"rewarmup": {"ratio": 3.0}}
 AXES = ("inner", "hidden", "joint")
 
 
@@ -188,19 +198,14 @@ def _rewarmup(lab: Lab) -> Iterator[Variant]:
 
 def _search(lab: Lab) -> Iterator[Variant]:
     steps = lab.scale.rewarmup_steps
-    reference = f"ratio 1.3, {steps} steps"
-    tried = [(ratio, steps) for ratio in (1.0, 1.1, 1.25, 1.3, 1.5, 2.0, 3.0)]
-    tried += [(1.3, round(steps * factor)) for factor in (0, 1 / 3, 3, 10)]
-    for ratio, length in tried:
-        name = f"ratio {ratio:g}, {length} steps"
-        block = lab.recipe("sparkling", rewarmup={"ratio": ratio, "steps": length})
-        yield Variant(
-            name,
-            lab.grown("inner", block),
-            "" if name == reference else reference,
-            series="ratio" if length == steps else "",
-            x=ratio if length == steps else None,
-        )
+    reference = "ratio 1.3"
+    for ratio in (1.0, 1.1, 1.25, 1.3, 1.5, 2.0, 3.0):
+        name, block = f"ratio {ratio:g}", lab.recipe("sparkling", rewarmup={"ratio": ratio})
+        grown = lab.grown("inner", block)
+        yield Variant(name, grown, "" if name == reference else reference, series="ratio", x=ratio)
+    for text, factor in (("no", 0.0), ("1/3 of the", 1 / 3), ("3x the", 3.0), ("10x the", 10.0)):
+        block = lab.recipe("sparkling", rewarmup={"steps": round(steps * factor)})
+        yield Variant(f"{reference}, {text} steps", lab.grown("inner", block), reference)
 
 
 def _ablation(lab: Lab) -> Iterator[Variant]:
@@ -293,37 +298,43 @@ def _muon(lab: Lab) -> Iterator[Variant]:
 def _dense(lab: Lab) -> Iterator[Variant]:
     base = lab.scale.base(lab.data, dense=True)
     reference = "SPARKLING"
-    yield Variant(reference, lab.grown("inner", lab.recipe("sparkling"), base))
+    grown, scratch = lab.grown("inner", lab.recipe("sparkling"), base), lab.scratch("inner", base)
+    yield Variant(reference, grown)
     yield Variant("function-preserving", lab.grown("inner", lab.recipe("function-preserving"), base), reference)
     yield Variant("narrow, never grown", base, reference)
-    yield from lab.from_scratch("from scratch", lab.scratch("inner", base), reference)
+    yield from lab.from_scratch("from scratch, same compute", lab.shortened(scratch, grown), reference)
+    yield from lab.from_scratch("from scratch, same tokens", scratch, reference)
 
 
 def _two_stage(lab: Lab) -> Iterator[Variant]:
-    base, reference = lab.narrow, "from scratch, 4x inner"
+    base, reference = lab.narrow, "two stages, SPARKLING"
     inner = dict(base.widths)[INNER]
     first = Stage(base.steps // 4, widths_of(**{INNER: 2 * inner}))
     second = Stage(base.steps // 2, widths_of(**{INNER: 4 * inner}))
-    for text, recipe in (("SPARKLING", "sparkling"), ("function-preserving", "function-preserving")):
-        block = block_text(lab.recipe(recipe))
-        yield Variant(f"two stages, {text}", replace(base, stages=(first, second), block=block), reference)
+    grown, plain = (
+        replace(base, stages=(first, second), block=block_text(lab.recipe(recipe)))
+        for recipe in ("sparkling", "function-preserving")
+    )
+    scratch = lab.scratch("inner", factor=4)
+    yield Variant(reference, grown)
+    yield Variant("two stages, function-preserving", plain, reference)
     yield Variant("one stage, SPARKLING", lab.grown("inner", lab.recipe("sparkling"), factor=4), reference)
-    yield from lab.from_scratch(reference, lab.scratch("inner", factor=4))
+    yield from lab.from_scratch("from scratch, same compute", lab.shortened(scratch, grown), reference)
+    yield from lab.from_scratch("from scratch, same tokens", scratch, reference)
 
 
 def _iso_compute(lab: Lab) -> Iterator[Variant]:
     base = lab.narrow
     for axis in AXES:
         scratch, reference = lab.scratch(axis), f"{axis}: SPARKLING"
-        yield Variant(reference, lab.grown(axis, lab.recipe("sparkling")))
+        grown = lab.grown(axis, lab.recipe("sparkling"))
+        yield Variant(reference, grown)
+        yield Variant(f"{axis}: SPARKLING, ratio 3", lab.grown(axis, lab.recipe("sparkling", **RATIO_3)), reference)
         yield Variant(f"{axis}: parting", lab.grown(axis, lab.recipe("parting")), reference)
         yield Variant(f"{axis}: function-preserving", lab.grown(axis, lab.recipe("function-preserving")), reference)
+        shortened = lab.shortened(scratch, grown)
+        yield from lab.from_scratch(f"{axis}: from scratch, same compute", shortened, reference)
         yield from lab.from_scratch(f"{axis}: from scratch, same tokens", scratch, reference)
-        best = lab.tuned(scratch)
-        if best is not None:
-            narrow, wide = (active_parameters(base.shape, dict(run.widths)) for run in (base, scratch))
-            steps = round(base.steps * (1 + narrow / wide) / 2)
-            yield Variant(f"{axis}: from scratch, same compute", replace(best, steps=steps), reference)
     yield Variant("narrow, never grown", base, "inner: SPARKLING")
 
 
@@ -338,7 +349,7 @@ def _savings(lab: Lab) -> Iterator[Variant]:
 CANDIDATES: dict[str, Block] = {
     "SPARKLING": {},
     "ratio 2": {"rewarmup": {"ratio": 2.0}},
-    "ratio 3": {"rewarmup": {"ratio": 3.0}},
+    "ratio 3": RATIO_3,
     "ratio 5": {"rewarmup": {"ratio": 5.0}},
     "all elements, ratio 3": {"rewarmup": {"ratio": 3.0, "scope": "all"}},
     "split 1:0": {"init": {"split": "1:0"}},
@@ -451,7 +462,10 @@ EXPERIMENTS = {
             "Fig. 9",
             "How high and how quick should the re-warm-up be?",
             _search,
-            (),
+            tuple(
+                Claim("ratio 1.3", other)
+                for other in ("ratio 1", "ratio 1.5", "ratio 2", "ratio 3", "ratio 1.3, 10x the steps")
+            ),
             "ratio",
         ),
         Experiment(
@@ -509,7 +523,10 @@ EXPERIMENTS = {
             "Table 8",
             "Does it hold without experts?",
             _dense,
-            (Claim("SPARKLING", "function-preserving"), Claim("SPARKLING", "narrow, never grown")),
+            tuple(
+                Claim("SPARKLING", other)
+                for other in ("function-preserving", "narrow, never grown", "from scratch, same compute")
+            ),
             setup="One expert of twice the inner width, which every token uses.",
         ),
         Experiment(
@@ -518,7 +535,10 @@ EXPERIMENTS = {
             "Fig. 13, App. O",
             "Does growing twice (at a quarter and at half of the steps) still work?",
             _two_stage,
-            (Claim("two stages, SPARKLING", "two stages, function-preserving"),),
+            tuple(
+                Claim("two stages, SPARKLING", other)
+                for other in ("two stages, function-preserving", "from scratch, same compute")
+            ),
             by_compute=True,
         ),
         Experiment(
@@ -552,6 +572,9 @@ EXPERIMENTS = {
                 Claim(f"{axis}: {better}", f"{axis}: SPARKLING", "ours")
                 for axis in ("inner", "hidden")
                 for better in ("ratio 3", "split 1:0", "perturbation 1", "perturbation 1, ratio 3")
+            )
+            + tuple(
+                Claim(f"{axis}: perturbation 1, ratio 3", f"{axis}: ratio 3", "ours") for axis in ("inner", "hidden")
             ),
         ),
         Experiment(

@@ -161,7 +161,7 @@ class Trainer:
     def train_step(self) -> Tensor:
         """One optimizer step; returns the training loss."""
         shape = self.run.shape
-        started = time.process_time()
+        started = self._now()
         batch = corpus_of(self.run.data).batch(
             self.step, size=shape.batch, length=shape.length, seed=self.run.seed, rank=0, ranks=1
         )
@@ -176,8 +176,15 @@ class Trainer:
             scheduler.step()
         self.step += 1
         self.flops += 6.0 * self.active * shape.tokens
-        self.seconds += time.process_time() - started
+        self.seconds += self._now() - started
         return loss.detach()
+
+    def _now(self) -> float:
+        """Seconds; the processor's own, which other runs beside this one don't lengthen, but on a GPU."""
+        if self.device.type == "cpu":
+            return time.process_time()
+        torch.cuda.synchronize(self.device)
+        return time.perf_counter()
 
     def grow(self, widths: Mapping[str, int], strategy: Strategy) -> GrowthPlan:
         """Widen model and optimizer states, as an engine's growth does."""

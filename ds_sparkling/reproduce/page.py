@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ds_sparkling.reproduce.pictures import draw, draw_overview
-from ds_sparkling.reproduce.results import Row, Table
+from ds_sparkling.reproduce.results import Estimate, Row, Table
 from ds_sparkling.reproduce.runs import Shape
 from ds_sparkling.reproduce.scales import Scale
 from ds_sparkling.whole_file import whole_file
@@ -64,12 +64,13 @@ def _setup(scale: Scale) -> Iterator[str]:
     yield ""
     yield (
         f"Losses are nats per byte over the same {shape.windows * shape.length:,} held-out bytes. A seed fixes initial "
-        "weights and data order; all variants of a seed branch off the same narrow run and read the same batches, so "
-        "differences are paired by seed. ± is the 95% confidence interval of the mean over seeds (Student's t). Jump "
-        "is the change of the validation loss at the growth, shock the most that it is above its value before the "
-        "growth at any later point; twins, the mean cosine between copied units and their sources at the end, over the "
-        "rows that produce them; drift, RMS(out)/RMS(in) of the blocks right after the growth over that before; time, "
-        "that of the processor in training steps. Percentages beside compute and time are against the reference."
+        "weights, data order and what a strategy draws; all variants of a seed that grow a narrow run of the same kind "
+        "branch off the same one, and all read the same batches, so differences are paired by seed. ± is the 95% "
+        "confidence interval of the mean over seeds (Student's t). Jump is the change of the validation loss at the "
+        "growth, shock the most that it is above its value before the growth at any later point; twins, the mean "
+        "cosine between copied units and their sources at the end, over the rows that produce them; drift, "
+        "RMS(out)/RMS(in) of the blocks right after the growth over that before; time, that of the processor in "
+        "training steps. Percentages beside compute and time are against the reference."
     )
 
 
@@ -115,6 +116,8 @@ def _section(table: Table) -> Iterator[str]:
         # Where compute is what is compared, with its ratio to the reference's.
         yield _line(row, rows.get(row.variant.reference) if experiment.by_compute else None)
     yield from _sweeps(table)
+    if experiment.by_compute:
+        yield from _on_the_way(table, rows)
     if table.verdicts:
         yield ""
         yield "| claimed to be lower | than | by | difference | |"
@@ -141,6 +144,25 @@ def _sweeps(table: Table) -> Iterator[str]:
             )
             yield ""
             yield f"{name}: the best peak learning rate is {best:g}, of {', '.join(f'{lr:g}' for lr in tried)}{edge}."
+
+
+def _on_the_way(table: Table, rows: Mapping[str, Row]) -> Iterator[str]:
+    """Where the dearer runs stood when they had spent what their reference spends in all."""
+    for row in table.rows:
+        reference = rows.get(row.variant.reference)
+        if reference is None or row.variant.run.stages:
+            continue
+        pairs = [(a, b) for a, b in zip(row.outcomes, reference.outcomes, strict=True) if a and b and b.curve]
+        stood = [(a.loss_at(b.flops), b.curve[-1].loss) for a, b in pairs if a.flops > b.flops]
+        losses = Estimate.of([loss for loss, _ in stood if loss is not None])
+        gaps = Estimate.of([end - loss for loss, end in stood if loss is not None])
+        if losses is not None and gaps is not None:
+            yield ""
+            yield (
+                f"{row.variant.name}, when it had spent the compute of {reference.variant.name} and its learning rate "
+                f"was still to decay, stood at {losses.text()}; {reference.variant.name} ends {gaps.text(signed=True)} "
+                f"from there (paired by seed; over the {row.variant.run.shape.curve_windows} windows of the curves)."
+            )
 
 
 def _line(row: Row, reference: Row | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import defaultdict
 from pathlib import Path
@@ -26,7 +27,7 @@ def draw(table: Table, path: Path) -> None:
     Raises:
         SparklingError: if matplotlib isn't installed or the file can't be written.
     """
-    rows = [row for row in table.rows if row.loss is not None and not row.variant.swept]
+    rows = [row for row in table.rows if row.finite and not row.variant.swept]
     curved = any(row.variant.x is not None for row in rows)
     figure = empty_figure(11, max(3.6, 1.4 + _LINE * len(rows)))
     left, right = figure.subplots(1, 2, width_ratios=(1.2, 1))
@@ -70,7 +71,7 @@ def draw_overview(table: Table, path: Path) -> None:
     for row in table.rows:
         axis, _, name = row.variant.name.rpartition(": ")
         compute = row.mean("flops")
-        if name not in _MARKERS or row.loss is None or compute is None:
+        if name not in _MARKERS or row.loss is None or not row.finite or compute is None:
             continue
         size = 13 if name == "parting" else 8
         marker, half = _MARKERS[name], row.loss.half or 0.0
@@ -90,7 +91,7 @@ def draw_overview(table: Table, path: Path) -> None:
 
 def _dots(axes: Axes, rows: list[Row]) -> None:
     """The difference of every row to its reference."""
-    shown = [row for row in rows if row.difference is not None]
+    shown = [row for row in rows if row.difference is not None and math.isfinite(row.difference.mean)]
     for place, row in enumerate(shown):
         assert row.difference is not None
         axes.errorbar(row.difference.mean, place, xerr=row.difference.half or 0, fmt="o", capsize=3, color="C0")
@@ -105,7 +106,7 @@ def _lines(axes: Axes, rows: list[Row], xlabel: str) -> None:
     """The difference of every series to the reference, over what it varies; the reference itself is zero."""
     series: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
     for row in rows:
-        if row.variant.x is not None:
+        if row.variant.x is not None and (row.difference is None or math.isfinite(row.difference.mean)):
             mean, half = (row.difference.mean, row.difference.half or 0.0) if row.difference else (0.0, 0.0)
             series[row.variant.series].append((row.variant.x, mean, half))
     for name, points in series.items():
@@ -113,7 +114,7 @@ def _lines(axes: Axes, rows: list[Row], xlabel: str) -> None:
         x, y, halves = ([point[place] for point in points] for place in range(3))
         axes.errorbar(x, y, yerr=halves, marker="o", capsize=3, label=name)
     values = [x for points in series.values() for x, _, _ in points]
-    if min(values) > 0 and max(values) / min(values) > 10:
+    if values and min(values) > 0 and max(values) / min(values) > 10:
         axes.set_xscale("log")
     axes.axhline(0, color="0.4", linewidth=0.8)
     axes.set_xlabel(xlabel)
@@ -130,8 +131,9 @@ def _by_compute(axes: Axes, rows: list[Row]) -> None:
         x = [outcomes[0].curve[place].flops for place in range(length)]
         y = [statistics.fmean(outcome.curve[place].loss for outcome in outcomes) for place in range(length)]
         axes.plot(x, y, linewidth=1, label=row.variant.name)
-    lowest = min(row.loss.mean for row in rows if row.loss is not None)
-    axes.set_ylim(lowest * 0.97, lowest * 1.2)
+    lowest = min((row.loss.mean for row in rows if row.loss is not None), default=None)
+    if lowest is not None:
+        axes.set_ylim(lowest * 0.97, lowest * 1.2)
     axes.set_xlabel("training compute, FLOPs", fontsize=8)
     axes.set_ylabel("validation loss", fontsize=8)
 

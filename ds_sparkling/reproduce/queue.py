@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -115,8 +116,13 @@ class Queue:
     def _collect(self, job: _Job, future: Future[Outcome | None]) -> None:
         try:
             outcome = future.result()
-        except SparklingError as error:
-            self.failures[job.run.key] = str(error)
+        except BrokenProcessPool:
+            raise SparklingError(
+                "a process that was training died, perhaps for want of memory; finished runs are kept, and the same "
+                "command goes on (with --jobs 1 it needs least)"
+            ) from None
+        except Exception as error:  # whatever stops one run must not stop the others
+            self.failures[job.run.key] = str(error) if isinstance(error, SparklingError) else repr(error)
             return
         if outcome is not None:
             self.store.add(job.run, outcome)

@@ -32,8 +32,8 @@ class Estimate:
         if not values:
             return None
         mean = statistics.fmean(values)
-        if len(values) < 2:
-            return cls(mean, None, 1)
+        if len(values) < 2 or not math.isfinite(mean):
+            return cls(mean, None, len(values))
         freedom = len(values) - 1
         t = _T95[freedom - 1] if freedom <= len(_T95) else _NORMAL95
         return cls(mean, t * statistics.stdev(values) / math.sqrt(len(values)), len(values))
@@ -60,6 +60,11 @@ class Row:
     loss: Estimate | None
     difference: Estimate | None
 
+    @property
+    def finite(self) -> bool:
+        """Whether there is a loss, and no run diverged."""
+        return self.loss is not None and math.isfinite(self.loss.mean)
+
     def mean(self, name: str) -> float | None:
         """Mean of an outcome's attribute, or property, over the seeds that have it."""
         found = [getattr(outcome, name) for outcome in self.outcomes if outcome is not None]
@@ -80,6 +85,8 @@ class Verdict:
         if self.difference is None:
             return "not run"
         mean, half = self.difference.mean, self.difference.half
+        if not math.isfinite(mean):
+            return "a run diverged"
         if half is None:
             return ("as claimed" if mean < 0 else "the other way round") + " on one seed, which proves nothing"
         if abs(mean) <= half:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
@@ -69,7 +71,7 @@ class Run:
         widths: those it starts with.
         steps: optimizer steps, and the length of the learning-rate schedule.
         lr: peak learning rate of AdamW.
-        seed: of initial weights and data order.
+        seed: of initial weights, data order and what the strategy draws.
         stages: its growths.
         block: the strategy as in the ``"sparkling"`` block, JSON.
         optimizer: "adamw"; "muon" is that for matrices, and AdamW for the rest.
@@ -112,7 +114,7 @@ class Run:
             ConfigError: as for the ``"sparkling"`` block.
         """
         stages = [{"at_step": stage.at_step, "widths": dict(stage.widths)} for stage in self.stages]
-        return SparklingConfig.from_dict({**json.loads(self.block), "stages": stages})
+        return SparklingConfig.from_dict({**json.loads(self.block), "seed": self.seed, "stages": stages})
 
 
 def block_text(block: Mapping[str, Any]) -> str:
@@ -156,7 +158,7 @@ class Outcome:
         twins: mean cosine of copied units and their sources at the end; None if none were copied.
         drift: RMS(out)/RMS(in) of the blocks right after the growth over that before it, geometric mean.
         flops: training compute, 6 x active parameters x tokens (Eq. 29).
-        seconds: processor time spent on training steps.
+        seconds: processor time spent on training steps, on a GPU their wall-clock time.
         curve: points of the validation loss.
     """
 
@@ -174,10 +176,18 @@ class Outcome:
         """Change of the validation loss at the growth; None without one."""
         return None if self.before is None or self.after is None else self.after - self.before
 
+    def loss_at(self, flops: float) -> float | None:
+        """Validation loss when so much compute was spent, between two points of the curve; None beyond it."""
+        for before, after in itertools.pairwise(self.curve):
+            if before.flops <= flops <= after.flops and before.flops < after.flops:
+                share = (flops - before.flops) / (after.flops - before.flops)
+                return before.loss + share * (after.loss - before.loss)
+        return None
+
     @property
     def shock(self) -> float | None:
         """The most that the validation loss ever was above that before the (last) growth, from there on."""
-        if self.before is None:
+        if self.before is None or not math.isfinite(self.before):
             return None
         grown = max(place for place, point in enumerate(self.curve) if point.loss == self.before)
         return max(point.loss for point in self.curve[grown:]) - self.before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -69,8 +70,13 @@ def test_a_run_that_was_cut_off_while_it_was_written_is_run_again(results: Path,
     whole = (results / "out/tiny/runs.jsonl").read_text()
     path = tmp_path / "runs.jsonl"
     path.write_text(whole[:-20])
-    store = Store(path, CORPUS)
+    assert len(Store(path, CORPUS).outcomes) == whole.count("\n") - 1
+    assert path.read_text() == whole[:-20]  # who only reads leaves it
+    store = Store(path, CORPUS, adding=True)
     assert len(store.outcomes) == whole.count("\n") - 1
+    with pytest.raises(SparklingError, match="another process is adding runs to"):
+        Store(path, CORPUS, adding=True)
+    store.close()
     assert path.read_text() == whole[: whole[:-1].rindex("\n") + 1]
     path.write_text("{}\n" + whole)
     with pytest.raises(SparklingError, match=r"runs.jsonl, line 1, isn't a finished run"):
@@ -87,16 +93,17 @@ def test_a_run_that_fails_is_told_and_keeps_no_other_from_finishing(
 
     def train(run: Run, snapshots: Path, keep: tuple[int, ...], wanted: bool) -> Outcome:
         if run.lr > SCALES["tiny"].lr:
-            raise GrowthError("the loss isn't finite")
+            raise GrowthError("the loss isn't finite") if run.seed else RuntimeError("disk full")
         return Outcome(run.lr, 1.0, 1.0)
 
     monkeypatch.setattr(queue, "_train", train)
     monkeypatch.setattr(queue, "ProcessPoolExecutor", InProcess)
-    runner = queue.Queue(Store(tmp_path / "runs.jsonl", CORPUS), tmp_path / "snapshots", jobs=2)
+    runner = queue.Queue(Store(tmp_path / "runs.jsonl", CORPUS, adding=True), tmp_path / "snapshots", jobs=2)
     lab = Lab(SCALES["tiny"], "", 1, runner.store.outcomes)
     runs = lab.sweep(lab.scratch("inner"))
-    runner.finish(lambda: runs)
-    assert list(runner.failures.values()) == ["the loss isn't finite"]
+    runner.finish(lambda: [*runs, replace(runs[-1], seed=1)])
+    runner.store.close()
+    assert sorted(runner.failures.values()) == ["RuntimeError('disk full')", "the loss isn't finite"]
     assert sorted(outcome.loss for outcome in runner.store.outcomes.values()) == [run.lr for run in runs[:2]]
     lines = (tmp_path / "runs.jsonl").read_text().splitlines()
     assert {json.loads(line)["key"] for line in lines} == {run.key for run in runs[:2]}

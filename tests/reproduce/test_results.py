@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from ds_sparkling.reproduce.experiments import Claim, Experiment, Lab, Variant
+from ds_sparkling.reproduce.loop import active_parameters
+from ds_sparkling.reproduce.page import write_page
 from ds_sparkling.reproduce.results import Estimate, table_of
 from ds_sparkling.reproduce.runs import Outcome, Point
 from ds_sparkling.reproduce.scales import SCALES
@@ -107,3 +109,52 @@ def test_the_csv_has_a_line_per_run(tmp_path: Path) -> None:
         ("theirs", "0", "1.5"),
     ]
     assert list(tmp_path.iterdir()) == [tmp_path / "e.csv"]
+
+
+def test_a_run_that_diverged_is_told_and_does_no_harm(tmp_path: Path) -> None:
+    experiment, lab = lab_of({"ours": [1.0, 2.0], "theirs": [1.1, math.inf]})
+    table = table_of(replace(experiment, by_compute=True), lab)
+    ours, theirs = table.rows
+    assert (ours.finite, theirs.finite) == (True, False)
+    assert [verdict.text for verdict in table.verdicts] == ["a run diverged"]
+    page = write_page(tmp_path, SCALES["tiny"], [table]).read_text()
+    assert "| theirs | 2/2 | inf | +inf |" in page
+    assert Outcome(math.inf, 1.0, 1.0, before=math.nan, curve=(Point(1, 1.0, math.nan),)).shock is None
+
+
+def test_only_a_sweep_is_there_yet(tmp_path: Path) -> None:
+    def swept(lab: Lab) -> Iterator[Variant]:
+        yield Variant("best", replace(lab.narrow, lr=2.0))
+        yield Variant("best, lr x1", replace(lab.narrow, lr=1.0), swept=True)
+
+    lab = Lab(SCALES["tiny"], "", 1, {})
+    outcome = Outcome(1.0, 1.0, 1.0, curve=(Point(1, 1.0, 1.0),))
+    lab = Lab(SCALES["tiny"], "", 1, {replace(lab.narrow, lr=1.0).key: outcome})
+    table = table_of(Experiment("e", "E", "Fig. 0", "?", swept, by_compute=True), lab)
+    assert "| best, lr x1 | 1/1 | 1.0000 |" in write_page(tmp_path, SCALES["tiny"], [table]).read_text()
+
+
+def test_a_dearer_run_is_looked_at_where_it_had_spent_as_much(tmp_path: Path) -> None:
+    def variants(lab: Lab) -> Iterator[Variant]:
+        yield Variant("grown", replace(lab.narrow, lr=1.0))
+        yield Variant("long", replace(lab.narrow, lr=2.0), "grown")
+
+    narrow = SCALES["tiny"].base("")
+    outcomes = {
+        replace(narrow, lr=1.0).key: Outcome(1.5, 6.0, 1.0, curve=(Point(1, 1.0, 3.0), Point(6, 6.0, 1.5))),
+        replace(narrow, lr=2.0).key: Outcome(1.0, 9.0, 1.0, curve=(Point(5, 5.0, 2.0), Point(9, 9.0, 1.0))),
+    }
+    table = table_of(Experiment("e", "E", "", "?", variants, by_compute=True), Lab(SCALES["tiny"], "", 1, outcomes))
+    page = write_page(tmp_path, SCALES["tiny"], [table]).read_text()
+    assert "long, when it had spent the compute of grown" in page
+    assert "stood at 1.7500; grown ends -0.2500 from there" in page
+    assert outcomes[replace(narrow, lr=2.0).key].loss_at(9.5) is None
+
+
+def test_a_shortened_run_takes_the_compute_of_the_grown_one() -> None:
+    lab = Lab(SCALES["tiny"], "", 1, {})
+    grown, scratch = lab.grown("joint", {}), lab.scratch("joint")
+    narrow, wide = (active_parameters(run.shape, dict(run.widths)) for run in (grown, scratch))
+    assert lab.shortened(scratch, grown).steps == round((30 * narrow + 30 * wide) / wide)
+    twice = replace(grown, stages=(replace(grown.stages[0], at_step=10), *lab.grown("joint", {}, factor=2).stages))
+    assert lab.shortened(scratch, twice).steps == round((10 * narrow + 50 * wide) / wide)
