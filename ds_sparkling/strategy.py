@@ -151,6 +151,10 @@ class Rewarmup:
             raise ConfigError(f"rewarmup.steps must not be negative, got {self.steps}")
         if not 0 <= self.faster_decay < 1:
             raise ConfigError(f"rewarmup.faster_decay must be at least 0 and less than 1, got {self.faster_decay}")
+        if self.scope is Scope.NONE and (self.faster_decay or self.from_step is not None):
+            raise ConfigError(
+                "rewarmup.scope 'none' leaves every rate as it is; faster_decay and from_step need scope 'new' or 'all'"
+            )
         if self.from_step is not None:
             if self.from_step < 0:
                 raise ConfigError(f"rewarmup.from_step must not be negative, got {self.from_step}")

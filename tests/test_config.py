@@ -351,6 +351,8 @@ def test_a_split_is_read(text: str, shares: tuple[float, float] | None, name: st
         ({"from_step": 10, "ratio": 1, "steps": 0, "curve": "factor"}, "'factor'"),
         ({"from_step": 1.5, "ratio": 1, "steps": 0}, "integer"),
         ({"faster_decay": "much"}, "number"),
+        ({"faster_decay": 0.25, "scope": "none"}, "'none' leaves every rate"),
+        ({"from_step": 10, "ratio": 1, "steps": 0, "scope": "none"}, "'none' leaves every rate"),
         ({"curve": "weight_norm"}, "ratio 1"),
         ({"curve": "weight_norm", "ratio": 1, "steps": 0, "scope": "all"}, "scope 'new'"),
         ({"curve": "weight_norm", "ratio": 1, "steps": 0, "faster_decay": 0.5}, "neither faster_decay"),

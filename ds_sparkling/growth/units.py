@@ -76,18 +76,25 @@ def twin_units(before: int, after: int, groups: tuple[int, int] = (1, 1)) -> Ten
 
 
 def paired_units(before: int, after: int, groups: tuple[int, int] = (1, 1)) -> tuple[Tensor, Tensor]:
-    """The new units in pairs: the first half of them with the second, in order.
+    """The new units in pairs, so that the two of a pair are fed alike.
+
+    In a group that was there the first half of its new units is paired with the second, in order. Of new groups the
+    first half is, unit by unit, with the second; one that is left over is paired in itself.
 
     Returns:
         The first of its pair for every unit (itself for an old one), int64 of shape [after]; and a sign of the same
         shape, 1, or -1 for the second of a pair, or 0 for a new unit that is left over.
     """
-    new = (~old_units(before, after, groups)).nonzero().flatten()
-    half = len(new) // 2
+    old_groups, new_groups = groups[0], groups[1] - groups[0]
+    units = torch.arange(after).view(groups[1], -1)
+    within, apart = units[:old_groups, before // old_groups :], units[old_groups:]
     first, sign = torch.arange(after), torch.ones(after, dtype=torch.float64)
-    first[new[half : 2 * half]] = new[:half]
-    sign[new[half:]] = -1.0
-    sign[new[2 * half :]] = 0.0
+    even = apart[: new_groups // 2 * 2].reshape(1, -1)
+    for new in (within, even, apart[new_groups // 2 * 2 :]):
+        half = new.shape[1] // 2
+        first[new[:, half : 2 * half]] = new[:, :half]
+        sign[new[:, half:]] = -1.0
+        sign[new[:, 2 * half :]] = 0.0
     return first, sign
 
 

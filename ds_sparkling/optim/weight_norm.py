@@ -76,7 +76,8 @@ class NormRatios:
                     _add_squares(squares[part.parameter], tensor, block)
         self._add_up(squares)
         # Nothing original to compare with, or nothing but zeros: as if the norms were equal.
-        ratios = torch.where(squares[:, :1] > 0, squares / squares[:, :1].clamp(min=1e-300), 1.0).sqrt()
+        known = (squares > 0) & (squares[:, :1] > 0)
+        ratios = torch.where(known, squares / squares[:, :1].clamp(min=1e-300), 1.0).sqrt()
         self._ratios = ratios.tolist()
 
     def blocks(self, tensor: Tensor, stages: int) -> list[Block]:

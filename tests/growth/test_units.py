@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from fractions import Fraction
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,14 @@ from unit_maps import Groups, births, grown_units
 
 from ds_sparkling.errors import PlanError
 from ds_sparkling.growth.scaling import AxisGrowth
-from ds_sparkling.growth.units import birth_of_units, check_widths, multiplicities, old_units, source_units
+from ds_sparkling.growth.units import (
+    birth_of_units,
+    check_widths,
+    multiplicities,
+    old_units,
+    paired_units,
+    source_units,
+)
 
 #: (width before, width after), integer ratios and others.
 widenings = st.integers(1, 40).flatmap(lambda d: st.tuples(st.just(d), st.integers(d + 1, 6 * d + 7)))
@@ -191,3 +199,25 @@ def test_groups_that_shrank_have_no_births(widths: tuple[int, ...], groups: int 
 def test_an_axis_that_shrank_has_no_births() -> None:
     with pytest.raises(PlanError, match=r"\(4, 8, 6\).*stage 2"):
         birth_of_units((4, 8, 6))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "first", "sign"),
+    [
+        ((4, 8), [0, 1, 2, 3, 4, 5, 4, 5], [1, 1, 1, 1, 1, 1, -1, -1]),
+        ((4, 7), [0, 1, 2, 3, 4, 4, 6], [1, 1, 1, 1, 1, -1, 0]),
+        # Within groups, which are fed differently.
+        ((4, 8, (2, 2)), [0, 1, 2, 2, 4, 5, 6, 6], [1, 1, 1, -1, 1, 1, 1, -1]),
+        ((4, 6, (2, 2)), [0, 1, 2, 3, 4, 5], [1, 1, 0, 1, 1, 0]),
+        # New groups with new groups, whose feed is paired in the same way; one that is left over in itself.
+        ((4, 8, (2, 4)), [0, 1, 2, 3, 4, 5, 4, 5], [1, 1, 1, 1, 1, 1, -1, -1]),
+        ((4, 12, (2, 4)), [0, 1, 2, 3, 4, 5, 6, 7, 8, 6, 7, 8], [1, 1, 0, 1, 1, 0, 1, 1, 1, -1, -1, -1]),
+        ((4, 6, (2, 3)), [0, 1, 2, 3, 4, 4], [1, 1, 1, 1, 1, -1]),
+    ],
+)
+def test_units_are_paired_with_units_that_are_fed_alike(
+    sizes: tuple[Any, ...], first: list[int], sign: list[int]
+) -> None:
+    found, signs = paired_units(*sizes)
+    assert found.tolist() == first
+    assert signs.tolist() == sign

@@ -49,3 +49,10 @@ def test_without_original_weights_the_base_rate_holds() -> None:
     norms = NormRatios(lambda: (1, {tensor: [Part(0, (Block(0, 1, (Run(2, 0), Run(3, 1))),))]}))
     norms.measure([tensor], 2)
     assert norms._ratios == [[1.0, 1.0]]
+
+
+def test_new_elements_that_are_zero_yet_are_not_held_there() -> None:
+    tensor = torch.tensor([3.0, 4.0, 0.0])
+    norms = NormRatios(lambda: (1, {tensor: [Part(0, (Block(0, 1, (Run(2, 0), Run(3, 1))),))]}))
+    norms.measure([tensor], 2)
+    assert norms._ratios == [[1.0, 1.0]]
