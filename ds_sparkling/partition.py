@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 
 @dataclass(frozen=True)
@@ -18,9 +19,36 @@ class Piece:
         return self.stop - self.start
 
 
-def even_pieces(numel: int, ranks: int) -> list[Piece]:
+class Pieces(Sequence[Piece]):
+    """One piece per rank, made when it is asked for: of thousands of ranks mostly one is.
+
+    Args:
+        ranks: how many.
+        make: the piece of a rank.
+    """
+
+    def __init__(self, ranks: int, make: Callable[[int], Piece]) -> None:
+        self._ranks = range(ranks)
+        self._make = make
+
+    def __len__(self) -> int:
+        return len(self._ranks)
+
+    @overload
+    def __getitem__(self, index: int) -> Piece: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Piece]: ...
+
+    def __getitem__(self, index: int | slice) -> Piece | list[Piece]:
+        if isinstance(index, slice):
+            return [self._make(rank) for rank in self._ranks[index]]
+        return self._make(self._ranks[index])
+
+
+def even_pieces(numel: int, ranks: int) -> Pieces:
     """The pieces that ZeRO stage 3 makes of a parameter: ``ceil(numel / ranks)`` each, the last ones short or empty."""
-    return [even_piece(numel, ranks, rank) for rank in range(ranks)]
+    return Pieces(ranks, lambda rank: even_piece(numel, ranks, rank))
 
 
 def even_piece(numel: int, ranks: int, rank: int) -> Piece:
@@ -34,7 +62,7 @@ def padded_piece(numel: int, ranks: int) -> int:
     return -(-numel // ranks)
 
 
-def window_pieces(offset: int, numel: int, window: int, ranks: int) -> list[Piece]:
+def window_pieces(offset: int, numel: int, window: int, ranks: int) -> Pieces:
     """The pieces that ZeRO stages 1 and 2 make of a parameter.
 
     All parameters of a group lie end to end in one flat tensor, and rank ``r`` owns the window
@@ -46,7 +74,7 @@ def window_pieces(offset: int, numel: int, window: int, ranks: int) -> list[Piec
         window: elements of each rank's window.
         ranks: how many windows there are.
     """
-    return [window_piece(offset, numel, window, rank) for rank in range(ranks)]
+    return Pieces(ranks, lambda rank: window_piece(offset, numel, window, rank))
 
 
 def window_piece(offset: int, numel: int, window: int, rank: int) -> Piece:

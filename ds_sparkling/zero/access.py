@@ -10,7 +10,7 @@ import ctypes
 import gc
 import itertools
 import math
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,7 +64,7 @@ class Shard:
 
     name: str
     shape: tuple[int, ...]
-    pieces: list[Piece]
+    pieces: Sequence[Piece]
     rank: int
     group: Any
     weight: Tensor

@@ -57,12 +57,18 @@ class TwinProbe:
         self._axes: dict[str, ParamAxes] = {}
         self._grids: dict[str, Grid] = {}
         self._gradients: dict[str, Tensor] | None = None
+        self._seen: dict[str, Shard] | None = None
         self._grown: list[str] = []
         if not stages or stages[-1].strategy.fan_out is not Init.COPY:
             return
         self._grown = sorted(stages[-1].widths)
         axes, shards = engine_axes(engine, run.record.axes), access.shards(engine)
-        names = [name for name, shard in shards.items() if shard.master is not None and self._twins(axes[name])]
+        matrices = {name for name, shard in shards.items() if len(shard.shape) - axes[name].stacked_experts > 1}
+        names = [
+            name
+            for name, shard in shards.items()
+            if name in matrices and shard.master is not None and self._twins(axes[name])
+        ]
         for name in chosen(names, PARAMETERS):
             self._axes[name] = axes[name]
             self._grids[name] = thinned(shards[name].shape, ENTRIES, self._twins(axes[name]))
@@ -73,10 +79,13 @@ class TwinProbe:
         return not self._grids
 
     def keep_gradients(self, masters: Sequence[Tensor]) -> None:
-        """Keep this rank's part of the sampled gradients that the optimizer is about to get. Local."""
-        shards = self._shards()
-        if self._gradients is None:
-            self._gradients = {}
+        """Keep this rank's part of the sampled gradients that the optimizer is about to get. Local.
+
+        A step may come in parts, of which each calls this.
+        """
+        if self._seen is None or self._gradients is None:
+            self._seen, self._gradients = self._shards(), {}
+        shards = self._seen
         for name in self._grids:
             shard = shards[name]
             master = shard.master
@@ -90,7 +99,7 @@ class TwinProbe:
 
         Collective.
         """
-        shards = self._shards()
+        shards, self._seen = self._seen or self._shards(), None
         weights = {name: shards[name].held(shards[name].weight, grid) for name, grid in self._grids.items()}
         gradients, self._gradients = self._gradients, None
         # A step is skipped, and so has no gradients, on every rank or on none.
