@@ -32,6 +32,7 @@ from ds_sparkling.errors import CheckpointError, SparklingError
 from ds_sparkling.models.olmoe import OlmoeConfig, olmoe_factory
 from ds_sparkling.summary import RunSummary
 from ds_sparkling.variants import Variant, as_variant
+from ds_sparkling.zero.tensorboard import writer_of
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,8 @@ class Job:
 
     def train(self) -> None:
         """Train to the end of the budget, growing on the way, and save."""
+        if self.engine.global_steps < self.training.steps:  # a finished run that has been given more
+            self.progress.milestones = [mark for mark in self.progress.milestones if mark[0] != "end"]
         bar = tqdm(total=self.training.steps, initial=self.engine.global_steps, disable=self.rank != 0, unit="step")
         while (step := self.engine.global_steps) < self.training.steps:
             if self.engine.sparkling.due(step):
@@ -191,8 +194,10 @@ class Job:
         self.engine.monitor.write_events([(name, value, samples) for name, value in {**values, **spent}.items()])
 
     def _log_by_compute(self, name: str, value: float) -> None:
-        """A scalar over the training compute so far, in GFLOPs."""
-        self.engine.monitor.write_events([(f"By_compute/{name}", value, int(self.progress.flops / 1e9))])
+        """A scalar over the training compute so far, in GFLOPs; other monitors than TensorBoard have one x for all."""
+        writer = writer_of(self.engine)
+        if writer is not None:
+            writer.add_scalar(f"By_compute/{name}", value, int(self.progress.flops / 1e9))
 
     def _save(self) -> None:
         self.engine.save_checkpoint(str(self.checkpoints), client_state=self.progress.client_state)

@@ -13,10 +13,12 @@ _LOSSES, _FEWEST_LOSSES = 100, 20
 _DEVIATIONS, _SHARE = 6.0, 0.1
 #: From the median absolute deviation to a normal distribution's standard deviation.
 _SIGMA = 1.4826
-#: Twins whose mean cosine exceeds this are locked, unless they are still parting: below the next, at a distance of
-#: 1 - cosine that has grown by a fifth since the last measurement.
-LOCKED_COSINE = 0.99
-_SURELY_LOCKED, _PARTING = 0.999, 1.2
+#: Twins whose mean cosine doesn't exceed this have parted; above the next they are locked.
+PARTED_COSINE, LOCKED_COSINE = 0.99, 0.999
+#: In between they are parting if their distance, 1 - cosine, has grown by so much while their age did by the next.
+_PARTING, OLDER = 1.2, 1.5
+#: Measurements that are kept are so much older than one another.
+_APART = 1.05
 #: An expert is dead if its load (1 is even) falls below this, and alive again above the other.
 DEAD_LOAD = 0.01
 _ALIVE = 0.1
@@ -64,12 +66,24 @@ class LossAlarm:
         return None if raised else message
 
 
+def locked(cosine: float, earlier: float | None) -> bool:
+    """Whether copied units stay like their sources.
+
+    Args:
+        cosine: of the units with their sources.
+        earlier: that when they were younger by the factor :data:`OLDER`; None if it isn't known.
+    """
+    if cosine > LOCKED_COSINE or earlier is None:
+        return cosine > LOCKED_COSINE
+    return cosine > PARTED_COSINE and 1 - cosine <= _PARTING * (1 - earlier)
+
+
 class TwinAlarm:
     """Copied units that are still alike when their re-warm-up is over; once per growth stage."""
 
     def __init__(self) -> None:
         self._raised: set[int] = set()
-        self._last: dict[tuple[int, str], float] = {}
+        self._seen: tuple[int, deque[tuple[int, Mapping[str, float]]]] = 0, deque()
 
     def see(self, stage: int, age: int, rewarmup: int, cosines: Mapping[str, float]) -> str | None:
         """Look at a measurement.
@@ -77,28 +91,32 @@ class TwinAlarm:
         Args:
             stage: the growth stage that made the copies.
             age: optimizer steps since.
-            rewarmup: steps of its re-warm-up.
+            rewarmup: steps of its re-warm-up, before which nothing is an alarm.
             cosines: mean cosine of the copied units with their sources, by parameter.
         """
-        locked = {
-            name: cosine for name, cosine in cosines.items() if self._locked(cosine, self._last.get((stage, name)))
-        }
-        self._last = {(stage, name): cosine for name, cosine in cosines.items()}
-        if age < rewarmup or stage in self._raised or not locked:
+        earlier = self._earlier(stage, age, cosines)
+        alike = {name: cosine for name, cosine in cosines.items() if locked(cosine, earlier.get(name))}
+        if age < rewarmup or stage in self._raised or not alike:
             return None
         self._raised.add(stage)
-        worst = max(locked, key=lambda name: locked[name])
+        worst = max(alike, key=lambda name: alike[name])
         return (
-            f"locked twins: {age} steps after growth {stage}, whose re-warm-up took {rewarmup}, the units it copied "
-            f"are still like their sources in {len(locked)} of {len(cosines)} parameters looked at, most in {worst} "
-            f"(mean cosine {locked[worst]:.4f}, threshold {LOCKED_COSINE}). They learn the same and add no capacity: "
-            'grow with optimizer_state "asymmetric_reset", a larger rewarmup.ratio, or init.fan_in "random"'
+            f"locked twins: {age} steps after growth {stage} the units it copied are still like their sources in "
+            f"{len(alike)} of {len(cosines)} parameters looked at, most in {worst} (mean cosine {alike[worst]:.4f}; "
+            f"above {LOCKED_COSINE}, or above {PARTED_COSINE} and no longer falling). They learn the same and add no "
+            'capacity: grow with optimizer_state "asymmetric_reset", a larger rewarmup.ratio, or init.fan_in "random"'
         )
 
-    @staticmethod
-    def _locked(cosine: float, before: float | None) -> bool:
-        parting = before is not None and 1 - cosine > _PARTING * (1 - before)
-        return cosine > _SURELY_LOCKED or (cosine > LOCKED_COSINE and not parting)
+    def _earlier(self, stage: int, age: int, cosines: Mapping[str, float]) -> Mapping[str, float]:
+        """The last measurement of the stage at an age that is small enough beside this one's."""
+        if self._seen[0] != stage:
+            self._seen = stage, deque()
+        seen = self._seen[1]
+        if not seen or age >= _APART * seen[-1][0]:
+            seen.append((age, dict(cosines)))
+        while len(seen) > 1 and OLDER * seen[1][0] <= age:
+            seen.popleft()
+        return seen[0][1] if OLDER * seen[0][0] <= age else {}
 
 
 class ExpertAlarm:

@@ -7,6 +7,8 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from torch import Tensor
+
 from ds_sparkling.diagnostics.alarms import ExpertAlarm, LossAlarm, TwinAlarm
 from ds_sparkling.errors import CheckpointError
 
@@ -21,6 +23,7 @@ class Observations:
         ratios: RMS(out) / RMS(in) of every block when it was last measured.
         ratios_before: the same as of just before the latest growth; empty before the first.
         losses, twins, experts: the alarms.
+        unseen_losses: (step, loss) that no alarm has looked at yet.
     """
 
     ratios: dict[str, float] = field(default_factory=dict)
@@ -28,6 +31,7 @@ class Observations:
     losses: LossAlarm = field(default_factory=LossAlarm)
     twins: TwinAlarm = field(default_factory=TwinAlarm)
     experts: ExpertAlarm = field(default_factory=ExpertAlarm)
+    unseen_losses: list[tuple[int, Tensor]] = field(default_factory=list)
 
     def grown(self) -> None:
         """A growth has just happened."""

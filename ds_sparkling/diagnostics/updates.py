@@ -33,12 +33,13 @@ class UpdateMeter:
 
     @torch.no_grad()
     def stop(self) -> Tensor:
-        """Sum of squared changes and number of samples by birth stage; fp64 [stages, 2] on the CPU."""
+        """Sum of squared changes and number of elements by birth stage, as the samples tell; fp64 [stages, 2], CPU."""
         sums = torch.zeros(self._stages, 2, dtype=torch.float64)
         for (tensor, indices, births), before in zip(self._samples, self._before, strict=True):
-            squares = (tensor.data.view(-1)[indices] - before).double().square().cpu()
+            stand_for = tensor.numel() / max(len(indices), 1)
+            squares = stand_for * (tensor.data.view(-1)[indices] - before).double().square().cpu()
             sums[:, 0].index_add_(0, births, squares)
-            sums[:, 1].index_add_(0, births, torch.ones_like(squares))
+            sums[:, 1].index_add_(0, births, torch.full_like(squares, stand_for))
         self._before = []
         return sums
 

@@ -116,6 +116,11 @@ class Run:
     growths: tuple[Growth, ...]
     summary: RunSummary | None
 
+    @property
+    def grown_elsewhere(self) -> bool:
+        """Whether it shows new elements whose growth it hasn't recorded, as one that was widened offline does."""
+        return not self.growths and ("lr/stage_1" in self.curves or "twins/cosine" in self.curves)
+
     def curve(self, *tags: str) -> Curve | None:
         """The first of these tags that the run has points of."""
         return next((self.curves[tag] for tag in tags if tag in self.curves), None)

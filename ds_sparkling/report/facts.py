@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ds_sparkling.diagnostics.alarms import DEAD_LOAD
+from ds_sparkling.diagnostics.alarms import DEAD_LOAD, OLDER
 from ds_sparkling.report.events import Curve, Growth, Run
 
 if TYPE_CHECKING:
@@ -67,11 +67,13 @@ class Span:
 
     Attributes:
         first, last: values.
+        earlier: the last value before two thirds of the way; None if there is none.
         points: how many.
     """
 
     first: float
     last: float
+    earlier: float | None
     points: int
 
 
@@ -165,7 +167,9 @@ def since_growth(run: Run, tag: str) -> Span | None:
     curve = curve.since(run.growths[-1].stage)
     if not len(curve):
         return None
-    return Span(float(curve.values[0]), float(curve.values[-1]), len(curve))
+    age = curve.samples - run.growths[-1].samples
+    earlier = _last(curve.values[OLDER * age <= age[-1]])
+    return Span(float(curve.values[0]), float(curve.values[-1]), earlier, len(curve))
 
 
 def at_growth(curve: Curve, growth: Growth) -> float | None:
@@ -205,7 +209,7 @@ def _parameters(run: Run) -> tuple[int | None, int | None, bool]:
     if latest is not None and latest.active_parameters is not None:
         return latest.parameters, latest.active_parameters, False
     tokens, compute = run.curve(TOKENS), run.curve(COMPUTE)
-    if tokens is None or compute is None or latest is not None or not tokens.values[-1]:
+    if tokens is None or compute is None or latest is not None or run.grown_elsewhere or not tokens.values[-1]:
         return None, None, False
     return None, round(float(compute.values[-1] / tokens.values[-1] / 6)), True
 

@@ -14,6 +14,7 @@ from ds_sparkling.report.verdict import Finding, Kind
 
 HEADER = ("run", "validation loss", "jump at growth", "tokens", "compute [FLOPs]", "parameters", "active", "time [s]")
 _NOT_RECORDED = "-"
+_ELSEWHERE = "It has grown, but not while these files were written: offline, or in another directory."
 
 _MARKS = {Kind.GOOD: "✓", Kind.WATCH: "!", Kind.PLAIN: "•", Kind.MISSING: "?"}
 
@@ -59,7 +60,7 @@ def _row(run: Run) -> tuple[str, ...]:
     return (
         run.name,
         _number(end.loss, ".4f"),
-        ", ".join(jumps) or "no growth",
+        ", ".join(jumps) or (_NOT_RECORDED if run.grown_elsewhere else "no growth"),
         _number(end.tokens, ",.0f"),
         _number(end.compute, ".3e"),
         _number(end.parameters, ","),
@@ -97,7 +98,7 @@ def _figure(section: Section, png: bytes | None, missing: Sequence[str]) -> str:
 def _plans(run: Run) -> str:
     name = f"<h3>{escape(run.name)}</h3>"
     if not run.growths:
-        return f"{name}<p>Nothing grew.</p>"
+        return f"{name}<p>{_ELSEWHERE if run.grown_elsewhere else 'Nothing grew.'}</p>"
     return name + "".join(
         f"<pre>{escape(growth.plan)}</pre>"
         if growth.plan is not None

@@ -241,11 +241,15 @@ def _look_at_the_end(axes: Axes) -> None:
 
 
 def running_mean(values: FloatArray, window: int) -> FloatArray:
-    """The mean of each value and those before it, ``window`` in all or as many as there are."""
-    sums = np.cumsum(np.concatenate(([0.0], values)))
+    """The mean of each value and those before it, ``window`` in all or as many as there are; of the finite ones, and
+    NaN where there are none."""
+    finite = np.isfinite(values)
+    sums = np.cumsum(np.concatenate(([0.0], np.where(finite, values, 0.0))))
+    counts = np.cumsum(np.concatenate(([0], finite)))
     ends = np.arange(1, len(values) + 1)
     starts = np.maximum(ends - window, 0)
-    return (sums[ends] - sums[starts]) / (ends - starts)
+    with np.errstate(invalid="ignore"):
+        return (sums[ends] - sums[starts]) / (counts[ends] - counts[starts])
 
 
 def _rms(axes: Axes, run: Run, style: Style) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from ds_sparkling.diagnostics.alarms import LOCKED_COSINE
+from ds_sparkling.diagnostics.alarms import DEAD_LOAD, PARTED_COSINE, locked
 from ds_sparkling.report import facts
 from ds_sparkling.report.events import Growth, Run
 
@@ -45,6 +45,14 @@ def verdict(runs: Sequence[Run]) -> list[Finding]:
         if run.growths:
             for part in (_function, _twins, _gradients, _updates):
                 findings += part(run)
+        elif run.grown_elsewhere:
+            findings.append(
+                Finding(
+                    Kind.MISSING,
+                    f"{run.name} has grown, but not while these files were written (offline, or in another directory), "
+                    "so what the growth did isn't known.",
+                )
+            )
         findings += [*_activations(run), *_experts(run)]
     return findings
 
@@ -180,9 +188,11 @@ def _twins(run: Run) -> Iterator[Finding]:
     closest = facts.since_growth(run, "twins/cosine_max")
     if closest is not None:
         told += f" (closest pair {closest.last:.4f})"
-    if span.last > LOCKED_COSINE:
+    if locked(span.last, span.earlier):
         yield Finding(Kind.WATCH, f"{run.name}: twins are locked, {told}: the copies learn nothing of their own.")
-    elif closest is not None and closest.last > LOCKED_COSINE:
+    elif span.last > PARTED_COSINE:
+        yield Finding(Kind.PLAIN, f"{run.name}: twins are still parting, {told}.")
+    elif closest is not None and locked(closest.last, closest.earlier):
         yield Finding(Kind.WATCH, f"{run.name}: twins have parted on the whole, but some are still together; {told}.")
     else:
         yield Finding(Kind.GOOD, f"{run.name}: twins have parted, {told}.")
@@ -191,10 +201,11 @@ def _twins(run: Run) -> Iterator[Finding]:
 def _gradients(run: Run) -> Iterator[Finding]:
     span = facts.since_growth(run, "twins/gradient_cosine")
     if span is not None:
-        same = "the same gradients" if span.last > LOCKED_COSINE else "gradients of their own"
-        kind = Kind.WATCH if span.last > LOCKED_COSINE else Kind.GOOD
+        same = locked(span.last, span.earlier)
+        what = "the same gradients" if same else "gradients of their own"
         yield Finding(
-            kind, f"{run.name}: twins get {same}, mean cosine {span.first:.4f} at first, {span.last:.4f} in the end."
+            Kind.WATCH if same else Kind.GOOD,
+            f"{run.name}: twins get {what}, mean cosine {span.first:.4f} at first, {span.last:.4f} in the end.",
         )
 
 
@@ -204,7 +215,7 @@ def _updates(run: Run) -> Iterator[Finding]:
         yield Finding(
             Kind.PLAIN,
             f"{run.name}: the update of new elements has {new.first / old.first:.2f} times the RMS of the old ones' "
-            f"right after the growth, {new.last / old.last:.2f} times in the end.",
+            f"when first looked at after the growth, {new.last / old.last:.2f} times in the end.",
         )
 
 
@@ -254,6 +265,8 @@ def _experts(run: Run) -> Iterator[Finding]:
         told += f", highest {max(highest.values()):.2f}"
     if dead:
         yield Finding(Kind.WATCH, f"{run.name}: an expert is dead in {', '.join(dead)}; {told}.")
+    elif min(loads.values()) < DEAD_LOAD:
+        yield Finding(Kind.PLAIN, f"{run.name}: an expert got nothing lately, not yet long enough to be dead; {told}.")
     else:
         yield Finding(Kind.GOOD, f"{run.name}: no expert is dead, {told}, at the last measurement.")
 

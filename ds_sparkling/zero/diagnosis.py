@@ -7,6 +7,7 @@ step run. What has to be added up over ranks is added up after the step.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from ds_sparkling.autoep import BlockNames
 from ds_sparkling.diagnostics.activations import ActivationMeter, root_mean_squares
 from ds_sparkling.diagnostics.blocks import repeated_blocks, router_map, routers
+from ds_sparkling.diagnostics.observations import Observations
 from ds_sparkling.diagnostics.routing import Router, RoutingMeter
 from ds_sparkling.optim.step import BirthStep
 from ds_sparkling.routing import chosen_experts
@@ -99,7 +101,7 @@ class Diagnosis:
         activations, routing = self._activations.take(device), self._routing.take(device)
         sums = torch.cat([activations.flatten(), routing])
         dist.all_reduce(sums)
-        observations = run_of(self._engine).observations
+        observations, writer = run_of(self._engine).observations, writer_of(self._engine)
         events: list[Event] = []
         measured = root_mean_squares(sums[: activations.numel()].view_as(activations))
         for block, rms in zip(self._activations.names, measured, strict=True):
@@ -117,6 +119,8 @@ class Diagnosis:
             if routed.counts.sum() > 0:
                 events.append((f"router/load_max/{block}", float(routed.load.max()), samples))
                 events.append((f"router/load_min/{block}", float(routed.load.min()), samples))
+                if writer is not None:
+                    _write_loads(writer, f"router/load/{block}", routed.load.tolist(), samples)
                 self._warn(observations.experts.see(self._engine.global_steps, block, routed.counts.tolist()))
         return events
 
@@ -169,7 +173,6 @@ class LossWatch:
     def __init__(self, engine: DeepSpeedEngine) -> None:
         self._engine = engine
         self._micro: list[Tensor] = []
-        self._kept: list[tuple[int, Tensor]] = []
         if engine.global_rank != 0:
             return
         plain_backward = engine.backward
@@ -184,20 +187,36 @@ class LossWatch:
         engine.backward = backward
 
     def after_step(self) -> None:
+        observations = run_of(self._engine).observations
         if self._micro:
-            self._kept.append((self._engine.global_steps, torch.stack(self._micro).sum()))
+            observations.unseen_losses.append((self._engine.global_steps, torch.stack(self._micro).sum()))
             self._micro = []
-        if len(self._kept) >= _LOSSES:
-            self._look()
+        if len(observations.unseen_losses) >= _LOSSES:
+            self._look(observations)
 
-    def _look(self) -> None:
-        alarm = run_of(self._engine).observations.losses
-        steps, losses = zip(*self._kept, strict=True)
-        self._kept = []
+    def _look(self, observations: Observations) -> None:
+        steps, losses = zip(*observations.unseen_losses, strict=True)
+        observations.unseen_losses = []
         for step, loss in zip(steps, torch.stack(losses).tolist(), strict=True):
-            message = alarm.see(step, loss)
+            message = observations.losses.see(step, loss)
             if message is not None:
                 logger.warning("%s", message)
+
+
+def _write_loads(writer: Any, tag: str, loads: Sequence[float], samples: int) -> None:
+    """A histogram with a bar for each expert, as high as its load."""
+    experts = range(len(loads))
+    writer.add_histogram_raw(
+        tag,
+        min=0.0,
+        max=float(len(loads)),
+        num=sum(loads),
+        sum=sum(expert * load for expert, load in zip(experts, loads, strict=True)),
+        sum_squares=sum(expert**2 * load for expert, load in zip(experts, loads, strict=True)),
+        bucket_limits=[expert + 1.0 for expert in experts],
+        bucket_counts=list(loads),
+        global_step=samples,
+    )
 
 
 def _routers(engine: DeepSpeedEngine) -> dict[str, Router]:

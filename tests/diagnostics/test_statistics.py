@@ -54,6 +54,13 @@ def test_a_choice_of_names_is_the_same_everywhere_and_no_regular_pattern() -> No
 # -- effective rank ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_effective_rank_of_a_diverged_matrix_is_no_number(bad: float) -> None:
+    matrix = torch.randn(4, 6)
+    matrix[1, 2] = bad
+    assert math.isnan(effective_rank(matrix))
+
+
 @pytest.mark.parametrize("shape", [(20, 50), (50, 20)])
 def test_effective_rank_is_the_exponential_of_the_spectrums_entropy(shape: tuple[int, int]) -> None:
     torch.manual_seed(0)

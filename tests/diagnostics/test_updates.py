@@ -30,11 +30,14 @@ def test_of_large_tensors_a_sample_is_enough(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("ds_sparkling.diagnostics.updates._SAMPLE", 4000)
     tensor = torch.zeros(100_000)
     rows = Block(0, 1000, (Run(60, 0), Run(100, 1)))  # a row length that a strided sample would alias with
-    meter = UpdateMeter({tensor: [rows]}, 2)
+    small = torch.zeros(1000)  # counts for a hundredth, sampled or not
+    meter = UpdateMeter({tensor: [rows], small: [stretch(0, 1000, 0)]}, 2)
     meter.start()
+    small += 11.0
     tensor.view(1000, 100)[:, :60] += 1.0
     tensor.view(1000, 100)[:, 60:] += 3.0
     sums = meter.stop()
-    assert float(sums[:, 1].sum()) == 4000
-    assert float(sums[0, 1]) == pytest.approx(2400, rel=0.1)
-    assert (sums[:, 0] / sums[:, 1]).tolist() == [1.0, 9.0]
+    assert float(sums[:, 1].sum()) == pytest.approx(101_000)
+    assert float(sums[0, 1]) == pytest.approx(61_000, rel=0.1)
+    assert float(sums[1, 0] / sums[1, 1]) == pytest.approx(9.0)
+    assert float(sums[0, 0] / sums[0, 1]) == pytest.approx((60.0 + 121.0) / 61.0, rel=0.1)

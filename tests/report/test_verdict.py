@@ -140,6 +140,17 @@ def test_twins(tmp_path: Path, cosine: float, text: str) -> None:
     assert {found.kind, gradients.kind} == {Kind.GOOD if cosine == 0.9 else Kind.WATCH}
 
 
+def test_twins_on_their_way_are_not_called_locked(tmp_path: Path) -> None:
+    event_files.grown(tmp_path / "parting", event_files.diagnosis(twins=0.993))
+    findings = verdict([read_run(tmp_path / "parting", "run")])
+    assert the_one(findings, "twins are still parting").kind is Kind.PLAIN
+    assert "gradients of their own" in the_one(findings, "twins get").text
+    first, second = event_files.diagnosis(twins=0.993)
+    stuck = [p._replace(value=min(p.value, 0.9931)) if p.tag.startswith("twins/") else p for p in second]
+    event_files.grown(tmp_path / "stuck", (first, stuck))
+    assert the_one(verdict([read_run(tmp_path / "stuck", "run")]), "twins are locked").kind is Kind.WATCH
+
+
 def test_some_pairs_may_be_together_when_the_mean_is_not(tmp_path: Path) -> None:
     first, second = event_files.diagnosis()
     second = [p._replace(value=0.9999) if p.tag == "twins/cosine_max" else p for p in second]
@@ -161,8 +172,23 @@ def test_dead_experts(tmp_path: Path) -> None:
     event_files.grown(tmp_path / "dead", event_files.diagnosis(least_load=0.001))
     found = the_one(verdict([read_run(tmp_path / "dead", "run")]), "an expert is dead in layers.0, layers.1")
     assert found.kind is Kind.WATCH
+    first, second = event_files.diagnosis()
+    late = max(p.samples for p in second)
+    second = [p._replace(value=0.0) if p.tag.startswith("router/load_min") and p.samples == late else p for p in second]
+    event_files.grown(tmp_path / "once", (first, second))
+    assert the_one(verdict([read_run(tmp_path / "once", "run")]), "not yet long enough to be dead").kind is Kind.PLAIN
     event_files.grown(tmp_path / "alive", event_files.diagnosis(least_load=0.4))
     assert "least load 0.40" in the_one(verdict([read_run(tmp_path / "alive", "run")]), "no expert is dead").text
+
+
+def test_a_growth_that_was_elsewhere_is_not_denied(tmp_path: Path) -> None:
+    first, second = event_files.diagnosis()
+    whole = [p for p in (*first, *second) if not p.tag.startswith("Growth/")]
+    event_files.write(tmp_path / "run", whole)
+    run = read_run(tmp_path / "run", "run")
+    assert the_one(verdict([run]), "has grown, but not while").kind is Kind.MISSING
+    event_files.write(tmp_path / "narrow", first)
+    assert not read_run(tmp_path / "narrow", "narrow").grown_elsewhere
 
 
 def test_what_was_not_recorded_is_named_for_grown_runs_only(tmp_path: Path, scratch: Run) -> None:

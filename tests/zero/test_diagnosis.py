@@ -444,12 +444,13 @@ def test_tensorboard_has_a_page_of_curves_and_the_settings_in_the_runs_own_file(
 
     workers(2).run(in_tensorboard, str(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["run"]  # no run of its own for the settings
-    files = sorted((tmp_path / "run").iterdir())
+    files = list((tmp_path / "run").iterdir())
     assert len(files) == 2
     assert all(file.is_file() for file in files)
-    first, second = (EventAccumulator(str(file)) for file in files)
-    first.Reload()
-    second.Reload()
+    found = [EventAccumulator(str(file)) for file in files]
+    for events in found:
+        events.Reload()
+    first, second = sorted(found, key=lambda events: events.FirstEventTimestamp())
     layout = Layout()
     layout.ParseFromString(second.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
     assert layout.category[0].title == "Growth"
@@ -463,6 +464,10 @@ def test_tensorboard_has_a_page_of_curves_and_the_settings_in_the_runs_own_file(
     assert "Run/config/text_summary" in first.Tags()["tensors"]
     assert "_hparams_/session_start_info" not in second.Tags()["tensors"]
     assert "twins/cosines" in second.Tags()["histograms"]
+    loads = second.Histograms("router/load/layers.0")[-1].histogram_value
+    assert list(loads.bucket_limit) == list(range(1, 13))  # a bar per expert
+    assert sum(loads.bucket) == pytest.approx(12)
+    assert max(loads.bucket) == pytest.approx(second.Scalars("router/load_max/layers.0")[-1].value)
     assert math.isclose(second.Scalars("twins/cosine")[0].step, 12)
 
 
