@@ -77,7 +77,7 @@ def test_tensorboard_shows_the_run(finished: tuple[Path, subprocess.CompletedPro
             steps.setdefault(tag, []).extend(event.step for event in events.Scalars(tag))
             last[tag] = events.Scalars(tag)[-1].value
     samples = [16 * step for step in range(1, 9)]
-    for tag in ("Train/loss", "Train/grad_norm", "Train/Samples/lr"):
+    for tag in ("Train/loss", "Train/Samples/train_loss", "Train/grad_norm", "Train/Samples/lr"):
         assert steps[tag] == samples
     assert steps["Growth/stage"] == [64]
     assert {"Train/tokens", "Train/compute_flops", "Validation/loss"} <= steps.keys()
@@ -107,6 +107,27 @@ def test_resume_ends_like_the_run_that_never_stopped(
         resumed = train("--deepspeed_config", str(config), "--output", str(stopped), "--resume")
         assert resumed.returncode == 0, resumed.stderr[-3000:]
         assert table(resumed.stdout) == table(run.stdout)
+
+
+def test_a_finished_run_that_is_given_more_steps_ends_anew(
+    config: Path, finished: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    output, run = finished
+    more = read_json(config)
+    more["training"]["steps"] = 9
+    (tmp_path / "more.json").write_text(json.dumps(more))
+    (tmp_path / "checkpoints").mkdir()
+    shutil.copytree(output / "checkpoints" / "global_step8", tmp_path / "checkpoints" / "global_step8")
+    (tmp_path / "checkpoints" / "latest").write_text("global_step8")
+    resumed = train("--deepspeed_config", str(tmp_path / "more.json"), "--output", str(tmp_path), "--resume")
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert table(resumed.stdout)[:3] == table(run.stdout)[:3]
+    (name, step, loss), (_, _, earlier) = (row.split() for row in (table(resumed.stdout)[3], table(run.stdout)[3]))
+    assert (name, step) == ("end", "9")
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["steps"] == 9
+    assert f"{summary['validation_loss']:.4f}" == loss != earlier
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "global_step9"
 
 
 def test_a_finished_run_is_not_overwritten(

@@ -138,6 +138,8 @@ def birth(strategy: Strategy, starts: Sequence[float], now: Phase | None, kind: 
             why = "the base schedule is still warming up"
         elif (left := round(now.left.remaining * (1 - rewarmup.faster_decay))) <= rewarmup.steps:
             why = f"the base schedule ends in {left} steps, before the re-warm-up does"
+        elif rewarmup.from_step is not None and rewarmup.from_step >= now.left.total:
+            why = f"the base schedule has only {now.left.total} steps"
         else:
             why, base = "", now.left
         if base is None and rewarmup.curve is Curve.COSINE:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 VALIDATION = "Validation/loss"
 TOKENS, COMPUTE = "Train/tokens", "Train/compute_flops"
-#: The main job's training loss, else the one that DeepSpeed itself writes in any loop.
+#: The main job's training loss, over all ranks; else the first rank's, which there is in any loop.
 TRAINING = ("Train/loss", "Train/Samples/train_loss")
 
 #: Validations at the end whose scatter about a parabola is taken for noise, at most and at least.

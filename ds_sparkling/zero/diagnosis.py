@@ -33,6 +33,9 @@ logger = logging.getLogger(__name__)
 #: Losses that are kept before they are looked at: reading one waits for the device.
 _LOSSES = 10
 
+#: As DeepSpeed's documentation calls it; only its pipeline engine writes it by itself.
+LOSS = "Train/Samples/train_loss"
+
 Event = tuple[str, float, int]
 
 
@@ -165,7 +168,8 @@ class Diagnosis:
 
 
 class LossWatch:
-    """Keeps the first rank's losses as they are passed to ``engine.backward``, and looks at them a few at a time.
+    """Keeps the first rank's losses as they are passed to ``engine.backward``, and looks at them a few at a time; every
+    ``log_every`` steps it writes the latest.
 
     A loss that is put through its own ``backward`` isn't seen.
     """
@@ -187,10 +191,14 @@ class LossWatch:
         engine.backward = backward
 
     def after_step(self) -> None:
-        observations = run_of(self._engine).observations
+        engine, run = self._engine, run_of(self._engine)
+        observations, every = run.observations, run.config.log_every
         if self._micro:
-            observations.unseen_losses.append((self._engine.global_steps, torch.stack(self._micro).sum()))
+            loss, step = torch.stack(self._micro).sum(), engine.global_steps
+            observations.unseen_losses.append((step, loss))
             self._micro = []
+            if every and step % every == 0 and engine.monitor.enabled:
+                engine.monitor.write_events([(LOSS, float(loss), engine.global_samples)])
         if len(observations.unseen_losses) >= _LOSSES:
             self._look(observations)
 

@@ -159,6 +159,14 @@ def test_what_changes_a_cosine_needs_one(name: str, rewarmup: Rewarmup) -> None:
         scheduler.check(Strategy(rewarmup=rewarmup))
 
 
+@pytest.mark.parametrize("name", COSINES)
+def test_there_is_no_going_on_from_beyond_the_end(name: str) -> None:
+    scheduler = make(COSINES[name])
+    run(scheduler, 12)
+    with pytest.raises(ConfigError, match=r"has only \d+ steps; leave them out"):
+        scheduler.check(Strategy(rewarmup=Rewarmup(1.0, 0, from_step=500)))
+
+
 @pytest.mark.parametrize("name", [*COSINES, *OTHERS])
 def test_otherwise_they_follow_a_factor_on_the_base_rate(name: str) -> None:
     scheduler = make({**COSINES, **OTHERS}[name])

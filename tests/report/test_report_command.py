@@ -10,12 +10,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import event_files
+import numpy as np
 import pytest
 from event_files import SAMPLES, Point
 
 from ds_sparkling.report import command
 from ds_sparkling.report.command import main
-from ds_sparkling.report.pictures import SECTIONS
+from ds_sparkling.report.pictures import SECTIONS, running_mean
 
 ROOT = Path(__file__).parents[2]
 PNG = b"\x89PNG\r\n"
@@ -187,3 +188,8 @@ def test_it_starts_without_torch_and_deepspeed(runs: list[str], tmp_path: Path) 
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=120, check=True, cwd=ROOT)
     assert done.stdout.splitlines()[-1] == "[]"
     assert command.__doc__ is not None
+
+
+def test_a_loss_that_is_not_finite_leaves_a_gap_and_no_more() -> None:
+    means = running_mean(np.array([1.0, np.nan, 3.0, np.inf, np.nan, 5.0]), 2)
+    np.testing.assert_array_equal(means, [1.0, 1.0, 3.0, 3.0, np.nan, 5.0])
