@@ -109,13 +109,16 @@ class Experts(nn.Module):
         nn.init.normal_(self.down_proj, std=_INIT_STD)
 
     def forward(self, x_NH: Tensor, weight_NK: Tensor, expert_NK: Tensor) -> Tensor:
-        out_NH = torch.zeros_like(x_NH)
-        for expert in range(self.down_proj.shape[0]):
-            token, slot = (expert_NK == expert).nonzero(as_tuple=True)
-            gate, up = F.linear(x_NH[token], self.gate_up_proj[expert]).chunk(2, dim=-1)
-            y = F.linear(F.silu(gate) * up, self.down_proj[expert])
-            out_NH = out_NH.index_add(0, token, y * weight_NK[token, slot, None].to(y.dtype))
-        return out_NH
+        order = expert_NK.flatten().argsort(stable=True)
+        loads = expert_NK.flatten().bincount(minlength=self.down_proj.shape[0]).tolist()
+        token = order // expert_NK.shape[1]
+        outputs = []
+        for x, gate_up, down in zip(x_NH[token].split(loads), self.gate_up_proj, self.down_proj, strict=True):
+            gate, up = F.linear(x, gate_up).chunk(2, dim=-1)
+            outputs.append(F.linear(F.silu(gate) * up, down))
+        y = torch.cat(outputs)
+        y = y * weight_NK.flatten()[order, None].to(y.dtype)
+        return torch.zeros_like(x_NH).index_add(0, token, y)
 
 
 class MoE(nn.Module):

@@ -389,8 +389,6 @@ def _horizons(lab: Lab) -> Iterator[Variant]:
             yield Variant(
                 f"{horizon} steps: {name}", run, "" if name == "SPARKLING" else reference, series=name, x=horizon
             )
-        scratch = lab.scratch("inner", base)
-        yield Variant(f"{horizon} steps: from scratch", scratch, reference, series="from scratch", x=horizon)
 
 
 def _bias_correction(lab: Lab) -> Iterator[Variant]:
@@ -585,8 +583,7 @@ EXPERIMENTS = {
             _horizons,
             (),
             "steps after the growth",
-            setup="As many steps before the growth as after it, with sequences of half the length; from scratch has "
-            "the narrow model's peak rate, without a sweep.",
+            setup="As many steps before the growth as after it, with sequences of half the length.",
         ),
         Experiment(
             "bias-correction",
