@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,23 @@ class StageRecord:
 
 
 @dataclass(frozen=True)
+class Spent:
+    """What a run has spent so far.
+
+    Attributes:
+        tokens: tokens trained on.
+        flops: training compute, 6 x active parameters x tokens (Eq. 29).
+    """
+
+    tokens: int = 0
+    flops: float = 0.0
+
+    def plus(self, tokens: int, active: int) -> Spent:
+        """What it is after ``tokens`` more, on a model of ``active`` parameters per token."""
+        return Spent(self.tokens + tokens, self.flops + 6.0 * active * tokens)
+
+
+@dataclass(frozen=True)
 class GrowthRecord:
     """The widths a run started with, what its parameters' dimensions are, and the growths so far.
 
@@ -55,12 +72,14 @@ class GrowthRecord:
         axes: of the model's parameters as built.
         stages: the growths.
         tried: the axes of which ``axes`` is known to be right.
+        spent: by the time of the checkpoint that the record is in; None if nobody knows.
     """
 
     initial_widths: dict[str, int]
     axes: dict[str, ParamAxes]
     stages: tuple[StageRecord, ...] = ()
     tried: tuple[str, ...] = ()
+    spent: Spent | None = field(default=None, compare=False)
 
     @property
     def widths(self) -> dict[str, int]:
@@ -92,6 +111,7 @@ class GrowthRecord:
             "widths": self.widths,
             "stages": [stage.to_dict() for stage in self.stages],
             "tried": list(self.tried),
+            "spent": None if self.spent is None else asdict(self.spent),
             "axes": {name: axes.to_dict() for name, axes in self.axes.items()},
         }
 
@@ -107,6 +127,7 @@ class GrowthRecord:
                 for s in data["stages"]
             ),
             tuple(data["tried"]),
+            Spent(**data["spent"]) if data.get("spent") else None,
         )
 
     def write(self, checkpoint: Path) -> None:

@@ -30,9 +30,11 @@ from ds_sparkling.config import read_json, typed_block
 from ds_sparkling.data import Corpus
 from ds_sparkling.errors import CheckpointError, SparklingError
 from ds_sparkling.models.olmoe import OlmoeConfig, olmoe_factory
+from ds_sparkling.record import Spent
 from ds_sparkling.summary import RunSummary
 from ds_sparkling.variants import Variant, as_variant
-from ds_sparkling.zero.tensorboard import writer_of
+from ds_sparkling.zero.spending import spent_events
+from ds_sparkling.zero.tensorboard import write_by_compute
 
 
 @dataclass(frozen=True)
@@ -60,17 +62,13 @@ class TrainingConfig:
 
 @dataclass
 class Progress:
-    """What a run has spent and seen so far; it travels in the checkpoint's client state.
+    """What a run has seen so far; it travels in the checkpoint's client state.
 
     Attributes:
-        tokens: tokens trained on.
-        flops: training compute, 6 x active parameters x tokens (Eq. 29).
         seconds: time from the first step on, while it ran.
         milestones: (name, step, validation loss).
     """
 
-    tokens: int = 0
-    flops: float = 0.0
     seconds: float = 0.0
     milestones: list[tuple[str, int, float]] = field(default_factory=list)
 
@@ -115,7 +113,6 @@ class Job:
                 mean = self._mean(loss)
                 bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
                 self._log({"Train/loss": mean, "Train/grad_norm": float(self.engine.get_global_grad_norm() or 0.0)})
-                self._log_by_compute("train_loss", mean)
             if done < self.training.steps:
                 if done % self.training.evaluate_every == 0:
                     self.evaluate()
@@ -143,9 +140,6 @@ class Job:
             self.engine.backward(loss)
             self.engine.step()
             losses.append(loss.detach())
-        tokens = self.engine.train_batch_size() * self.training.sequence_length
-        self.progress.tokens += tokens
-        self.progress.flops += 6.0 * self.engine.sparkling.parameters[1] * tokens
         self._look_at_the_clock()
         return torch.stack(losses).mean()
 
@@ -176,7 +170,7 @@ class Job:
         self.engine.train()
         loss = self._mean(torch.stack(losses).mean())
         self._log({"Validation/loss": loss})
-        self._log_by_compute("validation_loss", loss)
+        write_by_compute(self.engine, "validation_loss", loss)
         return loss
 
     def _on_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -189,15 +183,9 @@ class Job:
         return float(total) / self.ranks
 
     def _log(self, values: dict[str, float]) -> None:
-        spent = {"Train/tokens": float(self.progress.tokens), "Train/compute_flops": self.progress.flops}
         samples = self.engine.global_samples
-        self.engine.monitor.write_events([(name, value, samples) for name, value in {**values, **spent}.items()])
-
-    def _log_by_compute(self, name: str, value: float) -> None:
-        """A scalar over the training compute so far, in GFLOPs; other monitors than TensorBoard have one x for all."""
-        writer = writer_of(self.engine)
-        if writer is not None:
-            writer.add_scalar(f"By_compute/{name}", value, int(self.progress.flops / 1e9))
+        events = [(name, value, samples) for name, value in values.items()]
+        self.engine.monitor.write_events([*events, *spent_events(self.engine)])
 
     def _save(self) -> None:
         self.engine.save_checkpoint(str(self.checkpoints), client_state=self.progress.client_state)
@@ -206,25 +194,31 @@ class Job:
         """The finished run's figures."""
         total, active = self.engine.sparkling.parameters
         (loss,) = (loss for name, _, loss in self.progress.milestones if name == "end")
-        spent = self.progress
+        spent, seconds = self._spent, self.progress.seconds
         return RunSummary(
-            variant.value, loss, self.engine.global_steps, spent.tokens, spent.flops, spent.seconds, total, active
+            variant.value, loss, self.engine.global_steps, spent.tokens, spent.flops, seconds, total, active
         )
+
+    @property
+    def _spent(self) -> Spent:
+        spent: Spent | None = self.engine.sparkling.spent
+        return spent or Spent()
 
     def summary(self) -> str:
         """The run's outcome as a short table."""
         total, active = self.engine.sparkling.parameters
         lines = [f"{'validation loss':<16}{'step':>8}{'loss':>10}"]
         lines += [f"{name:<16}{step:>8}{loss:>10.4f}" for name, step, loss in self.progress.milestones]
-        compute = f"compute     {self.progress.flops:.3e} FLOPs"
+        spent = self._spent
+        compute = f"compute     {spent.flops:.3e} FLOPs"
         if any(name == "after growth" for name, *_ in self.progress.milestones):
-            scratch = 6.0 * active * self.progress.tokens
-            compute += f"; the wide model from scratch: {scratch:.3e} ({1 - self.progress.flops / scratch:.1%} saved)"
+            scratch = 6.0 * active * spent.tokens
+            compute += f"; the wide model from scratch: {scratch:.3e} ({1 - spent.flops / scratch:.1%} saved)"
         return "\n".join(
             [
                 *lines,
                 f"parameters  {total:,} ({active:,} active per token)",
-                f"tokens      {self.progress.tokens:,}",
+                f"tokens      {spent.tokens:,}",
                 compute,
             ]
         )

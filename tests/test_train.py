@@ -86,7 +86,8 @@ def test_tensorboard_shows_the_run(finished: tuple[Path, subprocess.CompletedPro
     curves = ("lr/old", "lr/new", "lr/stage_0", "lr/stage_1", "update_rms/old", "update_rms/new")
     for tag in (*curves, "twins/cosine", "twins/gradient_cosine", "activation_drift/layers.0"):
         assert steps[tag] == [sample for sample in samples if sample > 64]
-    for tag, losses in (("By_compute/train_loss", "Train/loss"), ("By_compute/validation_loss", "Validation/loss")):
+    for name, losses in (("train_loss", "Train/Samples/train_loss"), ("validation_loss", "Validation/loss")):
+        tag = f"By_compute/{name}"
         assert len(steps[tag]) == len(steps[losses])
         assert last[tag] == last[losses]
         assert steps[tag][-1] == int(last["Train/compute_flops"] / 1e9)

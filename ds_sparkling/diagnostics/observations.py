@@ -11,23 +11,27 @@ from torch import Tensor
 
 from ds_sparkling.diagnostics.alarms import ExpertAlarm, LossAlarm, TwinAlarm
 from ds_sparkling.errors import CheckpointError
+from ds_sparkling.record import Spent
 
 FILE_NAME = "ds_sparkling_diagnostics.json"
 
 
 @dataclass
 class Observations:
-    """Travels over growths with the run. A checkpoint has the ratios; alarms begin anew when the process does.
+    """Travels over growths with the run. A checkpoint has the ratios, and its growth record what has been spent; alarms
+    begin anew when the process does.
 
     Attributes:
         ratios: RMS(out) / RMS(in) of every block when it was last measured.
         ratios_before: the same as of just before the latest growth; empty before the first.
+        spent: tokens and compute so far; None if nobody knows.
         losses, twins, experts: the alarms.
         unseen_losses: (step, loss) that no alarm has looked at yet.
     """
 
     ratios: dict[str, float] = field(default_factory=dict)
     ratios_before: dict[str, float] = field(default_factory=dict)
+    spent: Spent | None = field(default_factory=Spent)
     losses: LossAlarm = field(default_factory=LossAlarm)
     twins: TwinAlarm = field(default_factory=TwinAlarm)
     experts: ExpertAlarm = field(default_factory=ExpertAlarm)

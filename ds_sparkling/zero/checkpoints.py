@@ -33,8 +33,9 @@ def hook_checkpoints(engine: DeepSpeedEngine, step: BirthStep) -> None:
         consensus = Consensus(f"saving to {save_dir}")
         with consensus:
             if rank == 0:
-                run_of(engine).record.write(Path(save_dir) / tag)
-                run_of(engine).observations.write(Path(save_dir) / tag)
+                run = run_of(engine)
+                replace(run.record, spent=run.spent).write(Path(save_dir) / tag)
+                run.observations.write(Path(save_dir) / tag)
         consensus.settle()
         return save(save_dir, tag, *args, **kwargs)
 
@@ -46,6 +47,7 @@ def hook_checkpoints(engine: DeepSpeedEngine, step: BirthStep) -> None:
             if found is not None:
                 _check_record(run_of(engine).record, record, found)
                 run_of(engine).observations.read(found)
+                run_of(engine).observations.spent = None if record is None else record.spent
         consensus.settle()
         if found is not None and record is None and engine.global_rank == 0:
             logger.warning("%s has no growth record; taken as saved at %s", found, run_of(engine).widths)

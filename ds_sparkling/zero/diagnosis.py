@@ -25,7 +25,7 @@ from ds_sparkling.routing import chosen_experts
 from ds_sparkling.zero import access
 from ds_sparkling.zero.ranks import RankProbe
 from ds_sparkling.zero.run import run_of
-from ds_sparkling.zero.tensorboard import writer_of
+from ds_sparkling.zero.tensorboard import write_by_compute, writer_of
 from ds_sparkling.zero.twins import TwinProbe
 
 logger = logging.getLogger(__name__)
@@ -199,6 +199,7 @@ class LossWatch:
             self._micro = []
             if every and step % every == 0 and engine.monitor.enabled:
                 engine.monitor.write_events([(LOSS, float(loss), engine.global_samples)])
+                write_by_compute(engine, "train_loss", float(loss))
         if len(observations.unseen_losses) >= _LOSSES:
             self._look(observations)
 

@@ -40,6 +40,7 @@ from ds_sparkling.zero.observing import observe_steps
 from ds_sparkling.zero.planning import agreed, knowing, parameter_counts, plan_growth, starting_record
 from ds_sparkling.zero.regrow import move
 from ds_sparkling.zero.run import GrowingRun, at_boundary, run_of
+from ds_sparkling.zero.spending import SpentMeter
 from ds_sparkling.zero.stepping import check_optimizer, hook_step
 from ds_sparkling.zero.support import refuse_unsupported, zero_stage
 from ds_sparkling.zero.tensorboard import close_writer, introduce_run
@@ -297,4 +298,4 @@ def fit_out(engine: DeepSpeedEngine, run: GrowingRun) -> None:
     step = hook_step(engine)
     hook_checkpoints(engine, step)
     introduce_run(engine)
-    observe_steps(engine, [GrowthCurves(engine, step), Diagnosis(engine, step)])
+    observe_steps(engine, [SpentMeter(engine), GrowthCurves(engine, step), Diagnosis(engine, step)])

@@ -9,6 +9,7 @@ from ds_sparkling.diagnostics.updates import UpdateMeter
 from ds_sparkling.growth import GrowthPlan
 from ds_sparkling.optim.step import BirthStep
 from ds_sparkling.zero.run import run_of
+from ds_sparkling.zero.spending import spent_events
 from ds_sparkling.zero.tensorboard import writer_of
 
 
@@ -63,6 +64,7 @@ def mark_growth(engine: DeepSpeedEngine, plan: GrowthPlan, text: str) -> None:
             ("Growth/parameters", total[1], samples),
             ("Growth/active_parameters", active[1], samples),
             *((f"Growth/{growth.axis}", growth.after, samples) for growth in plan.growths),
+            *spent_events(engine),
         ]
     )
     writer = writer_of(engine)

@@ -13,7 +13,7 @@ from ds_sparkling.diagnostics.observations import Observations
 from ds_sparkling.errors import GrowthError
 from ds_sparkling.growth import GrowthPlan
 from ds_sparkling.probe import BuildModel
-from ds_sparkling.record import GrowthRecord
+from ds_sparkling.record import GrowthRecord, Spent
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,11 @@ class GrowingRun:
     def widths(self) -> dict[str, int]:
         """The widths in force."""
         return self.record.widths
+
+    @property
+    def spent(self) -> Spent | None:
+        """Tokens and training compute so far; None after a checkpoint that doesn't tell, until the next step."""
+        return self.observations.spent
 
     def due(self, step: int) -> StageConfig | None:
         """The first planned stage that is due when ``step`` optimizer steps are done and hasn't happened."""

@@ -75,6 +75,13 @@ def settings(run: GrowingRun) -> dict[str, int | float | str | bool]:
     return found
 
 
+def write_by_compute(engine: DeepSpeedEngine, name: str, value: float) -> None:
+    """A scalar over the training compute so far, in GFLOPs; other monitors than TensorBoard have one x for all."""
+    writer, spent = writer_of(engine), run_of(engine).spent
+    if writer is not None and spent is not None and spent.flops:
+        writer.add_scalar(f"By_compute/{name}", value, int(spent.flops / 1e9))
+
+
 def close_writer(engine: DeepSpeedEngine) -> None:
     """Close the engine's TensorBoard file; the grown engine opens the next one in the same directory."""
     writer = writer_of(engine)
