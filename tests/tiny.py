@@ -5,6 +5,7 @@ Sizes are chosen so that element counts don't divide by the ranks.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -107,6 +108,22 @@ class Case:
                 "use_grouped_mm": False,
             }
         return config
+
+
+class Logged(logging.Handler):
+    """What the package logs, until it is closed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages: list[str] = []
+        logging.getLogger("ds_sparkling").addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+    def close(self) -> None:
+        logging.getLogger("ds_sparkling").removeHandler(self)
+        super().close()
 
 
 def initialize(case: Case, **arguments: Any) -> Any:

@@ -217,7 +217,7 @@ def _grow(
         if run.checkpoint_dir is not None and widths:
             engine.save_checkpoint(run.checkpoint_dir, tag=tag, client_state=dict(client_state or {}))
         text = plan.describe()
-        module = engine.module
+        module, compiled = engine.module, engine.is_compiled
         if dist.get_rank() == 0:
             logger.info("%s", text)
         carried, group = Carried(engine), access.ordinary_group(engine, expert_slices(engine))
@@ -241,6 +241,8 @@ def _grow(
     if widths:
         run.observations.grown()
         mark_growth(grown, plan, text)
+    if compiled and grown.global_rank == 0:
+        logger.warning("the engine was compiled and the grown one isn't yet: call engine.compile() on it")
     if run.on_growth is not None:
         grown = take_place(grown, engine, module)
         run.on_growth(grown)

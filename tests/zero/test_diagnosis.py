@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -14,7 +13,7 @@ import tiny
 import torch
 import torch.nn.functional as F
 from distributed import Workers
-from tiny import Case
+from tiny import Case, Logged
 from torch import Tensor
 
 from ds_sparkling.diagnostics.observations import Observations
@@ -323,20 +322,6 @@ def test_an_adopted_engine_is_diagnosed_like_any_other(workers: Pool) -> None:
 
 
 # -- alarms -----------------------------------------------------------------------------------------------------
-
-
-class Logged(logging.Handler):
-    def __init__(self) -> None:
-        super().__init__()
-        self.messages: list[str] = []
-        logging.getLogger("ds_sparkling").addHandler(self)
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.messages.append(record.getMessage())
-
-    def close(self) -> None:
-        logging.getLogger("ds_sparkling").removeHandler(self)
-        super().close()
 
 
 def spiking(factor: float) -> list[str]:

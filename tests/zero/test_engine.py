@@ -13,7 +13,7 @@ import pytest
 import tiny
 import torch
 from distributed import Workers
-from tiny import Case
+from tiny import Case, Logged
 
 from ds_sparkling.strategy import OptimizerState, Rewarmup, Scope, Strategy
 
@@ -179,6 +179,27 @@ def test_the_old_engine_says_that_it_is_gone(workers: Pool) -> None:
     (messages,) = workers(1).run(used_up)
     assert len(messages) == 3
     assert all("gone" in message for message in messages)
+
+
+def grown_after_compiling() -> list[str]:
+    """What is logged by a growth of an engine that isn't compiled, and by one of an engine that is."""
+    import ds_sparkling
+
+    logged = Logged()
+    engine = ds_sparkling.grow(tiny.initialize(Case(1, 1)), {"hidden_size": 12})
+    logged.messages.append("--")
+    engine.compile(backend="eager")
+    engine = ds_sparkling.grow(engine, {"moe_intermediate_size": 10})
+    logged.close()
+    tiny.train(engine, 1)
+    return logged.messages
+
+
+def test_a_growth_of_a_compiled_engine_says_that_the_new_one_isnt(workers: Pool) -> None:
+    (said,) = workers(1).run(grown_after_compiling)
+    before, after = " ".join(said).split("--")
+    assert "engine.compile()" not in before
+    assert "call engine.compile()" in after
 
 
 def live_bytes() -> int:
