@@ -147,21 +147,24 @@ def _sweeps(table: Table) -> Iterator[str]:
 
 
 def _on_the_way(table: Table, rows: Mapping[str, Row]) -> Iterator[str]:
-    """Where the dearer runs stood when they had spent what their reference spends in all."""
+    """How far models that grow end from where dearer ones, which don't, stood at the same compute."""
     for row in table.rows:
         reference = rows.get(row.variant.reference)
         if reference is None or row.variant.run.stages:
             continue
-        pairs = [(a, b) for a, b in zip(row.outcomes, reference.outcomes, strict=True) if a and b and b.curve]
-        stood = [(a.loss_at(b.flops), b.curve[-1].loss) for a, b in pairs if a.flops > b.flops]
-        losses = Estimate.of([loss for loss, _ in stood if loss is not None])
-        gaps = Estimate.of([end - loss for loss, end in stood if loss is not None])
-        if losses is not None and gaps is not None:
+        gaps = []
+        for rival in [reference, *(r for r in table.rows if r.variant.reference == row.variant.reference)]:
+            pairs = [(a, b) for a, b in zip(row.outcomes, rival.outcomes, strict=True) if a and b and b.curve]
+            stood = [(a.loss_at(b.flops), b.curve[-1].loss) for a, b in pairs if a.flops > b.flops]
+            gap = Estimate.of([end - loss for loss, end in stood if loss is not None])
+            if gap is not None and rival.variant.run.stages:
+                gaps.append(f"{rival.variant.name} {gap.text(signed=True)}")
+        if gaps:
             yield ""
             yield (
-                f"{row.variant.name}, when it had spent the compute of {reference.variant.name} and its learning rate "
-                f"was still to decay, stood at {losses.text()}; {reference.variant.name} ends {gaps.text(signed=True)} "
-                f"from there (paired by seed; over the {row.variant.run.shape.curve_windows} windows of the curves)."
+                f"From where {row.variant.name} stood when it had spent as much compute, its learning rate still to "
+                f"decay, others end at: {', '.join(gaps)} (paired by seed; over the "
+                f"{row.variant.run.shape.curve_windows} windows of the curves)."
             )
 
 
