@@ -14,7 +14,7 @@ from ds_sparkling.reproduce.experiments import Claim, Experiment, Lab, Variant
 from ds_sparkling.reproduce.loop import active_parameters
 from ds_sparkling.reproduce.page import write_page
 from ds_sparkling.reproduce.results import Estimate, table_of
-from ds_sparkling.reproduce.runs import Outcome, Point
+from ds_sparkling.reproduce.runs import Outcome, Point, Stage
 from ds_sparkling.reproduce.scales import SCALES
 
 
@@ -135,20 +135,28 @@ def test_only_a_sweep_is_there_yet(tmp_path: Path) -> None:
 
 
 def test_a_dearer_run_is_looked_at_where_it_had_spent_as_much(tmp_path: Path) -> None:
-    def variants(lab: Lab) -> Iterator[Variant]:
-        yield Variant("grown", replace(lab.narrow, lr=1.0))
-        yield Variant("long", replace(lab.narrow, lr=2.0), "grown")
-
     narrow = SCALES["tiny"].base("")
+    first, second = (replace(narrow, stages=(Stage(step, narrow.widths),)) for step in (1, 2))
+    long, short = (replace(narrow, lr=lr) for lr in (1.0, 2.0))
+
+    def variants(_lab: Lab) -> Iterator[Variant]:
+        yield Variant("grown", first)
+        yield Variant("grown later", second, "grown")
+        yield Variant("short", short, "grown")
+        yield Variant("long", long, "grown")
+
     outcomes = {
-        replace(narrow, lr=1.0).key: Outcome(1.5, 6.0, 1.0, curve=(Point(1, 1.0, 3.0), Point(6, 6.0, 1.5))),
-        replace(narrow, lr=2.0).key: Outcome(1.0, 9.0, 1.0, curve=(Point(5, 5.0, 2.0), Point(9, 9.0, 1.0))),
+        first.key: Outcome(1.5, 6.0, 1.0, curve=(Point(1, 1.0, 3.0), Point(6, 6.0, 1.5))),
+        second.key: Outcome(1.4, 7.0, 1.0, curve=(Point(1, 1.0, 3.0), Point(7, 7.0, 1.4))),
+        short.key: Outcome(1.6, 6.0, 1.0, curve=(Point(1, 1.0, 3.0), Point(6, 6.0, 1.6))),
+        long.key: Outcome(1.0, 9.0, 1.0, curve=(Point(5, 5.0, 2.0), Point(9, 9.0, 1.0))),
     }
     table = table_of(Experiment("e", "E", "", "?", variants, by_compute=True), Lab(SCALES["tiny"], "", 1, outcomes))
     page = write_page(tmp_path, SCALES["tiny"], [table]).read_text()
-    assert "long, when it had spent the compute of grown" in page
-    assert "stood at 1.7500; grown ends -0.2500 from there" in page
-    assert outcomes[replace(narrow, lr=2.0).key].loss_at(9.5) is None
+    assert "From where long stood when it had spent as much compute" in page
+    assert "others end at: grown -0.2500, grown later -0.1000 (" in page
+    assert "From where short" not in page
+    assert outcomes[long.key].loss_at(9.5) is None
 
 
 def test_a_shortened_run_takes_the_compute_of_the_grown_one() -> None:
