@@ -151,6 +151,7 @@ class Experiment:
         claims: orderings to be checked.
         xlabel: of the quantity that variants are a curve over, if they are.
         by_compute: whether its plot is of losses by training compute, and not of differences by steps.
+        timed: whether times are asked for; they compare only where all runs were made on one machine.
         setup: where its runs are not those of the other experiments.
     """
 
@@ -162,6 +163,7 @@ class Experiment:
     claims: tuple[Claim, ...] = ()
     xlabel: str = ""
     by_compute: bool = False
+    timed: bool = False
     setup: str = ""
 
 
@@ -559,6 +561,7 @@ EXPERIMENTS = {
             "What does growing at half of the tokens save?",
             _savings,
             by_compute=True,
+            timed=True,
         ),
         Experiment(
             "parting",

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ds_sparkling.reproduce.pictures import draw, draw_overview
-from ds_sparkling.reproduce.results import Estimate, Row, Table
+from ds_sparkling.reproduce.results import Estimate, Row, Table, Verdict
 from ds_sparkling.reproduce.runs import Shape
 from ds_sparkling.reproduce.scales import Scale
 from ds_sparkling.whole_file import whole_file
@@ -69,8 +69,8 @@ def _setup(scale: Scale) -> Iterator[str]:
         "confidence interval of the mean over seeds (Student's t). Jump is the change of the validation loss at the "
         "growth, shock the most that it is above its value before the growth at any later point; twins, the mean "
         "cosine between copied units and their sources at the end, over the rows that produce them; drift, "
-        "RMS(out)/RMS(in) of the blocks right after the growth over that before; time, that of the processor in "
-        "training steps. Percentages beside compute and time are against the reference."
+        "RMS(out)/RMS(in) of the blocks right after the growth over that before; time, where it is asked for, that of "
+        "the processor in training steps. Percentages beside compute and time are against the reference."
     )
 
 
@@ -86,11 +86,18 @@ def _summary(tables: Sequence[Table]) -> Iterator[str]:
         if not any(row.loss for row in table.rows):
             yield f"| {title} | {table.experiment.source} | not run: `python tools/reproduce.py {name}` | | |"
             continue
-        texts = [verdict.text for verdict in table.verdicts]
-        counts = [sum(text.startswith(start) for text in texts) for start in ("holds", "not resolved", "does NOT")]
-        cells = [str(count) if texts else "" for count in counts]
+        cells = [str(count) if table.verdicts else "" for count in _counts(table.verdicts)]
         state = "" if table.finished else " (unfinished)"
         yield f"| [{title}](#{_anchor(title)}){state} | {table.experiment.source} | {' | '.join(cells)} |"
+    verdicts = [verdict for table in tables for verdict in table.verdicts]
+    for whose in dict.fromkeys(verdict.claim.source for verdict in verdicts):
+        cells = [str(count) for count in _counts([verdict for verdict in verdicts if verdict.claim.source == whose])]
+        yield f"| all | {whose} | {' | '.join(cells)} |"
+
+
+def _counts(verdicts: Sequence[Verdict]) -> list[int]:
+    """How many orderings hold, how many aren't resolved, and how many are the other way round."""
+    return [sum(v.text.startswith(start) for v in verdicts) for start in ("holds", "not resolved", "does NOT")]
 
 
 def _anchor(title: str) -> str:
@@ -109,12 +116,14 @@ def _section(table: Table) -> Iterator[str]:
     if not any(row.loss for row in table.rows):
         yield "Not run yet."
         return
-    yield "| variant | seeds | loss | against the reference | jump | shock | twins | drift | compute, FLOPs | time, s |"
-    yield "|---|---|---|---|---|---|---|---|---|---|"
+    columns = ["variant", "seeds", "loss", "against the reference", "jump", "shock", "twins", "drift", "compute, FLOPs"]
+    columns += ["time, s"] if experiment.timed else []
+    yield f"| {' | '.join(columns)} |"
+    yield "|---" * len(columns) + "|"
     rows = {row.variant.name: row for row in table.rows}
     for row in table.rows:
         # Where compute is what is compared, with its ratio to the reference's.
-        yield _line(row, rows.get(row.variant.reference) if experiment.by_compute else None)
+        yield _line(row, rows.get(row.variant.reference) if experiment.by_compute else None, timed=experiment.timed)
     yield from _sweeps(table)
     if experiment.by_compute:
         yield from _on_the_way(table, rows)
@@ -168,7 +177,7 @@ def _on_the_way(table: Table, rows: Mapping[str, Row]) -> Iterator[str]:
             )
 
 
-def _line(row: Row, reference: Row | None) -> str:
+def _line(row: Row, reference: Row | None, *, timed: bool) -> str:
     variant = row.variant
     finished = sum(outcome is not None for outcome in row.outcomes)
     jump, shock, twins, drift = (row.mean(name) for name in ("jump", "shock", "twins", "drift"))
@@ -182,8 +191,8 @@ def _line(row: Row, reference: Row | None) -> str:
         _number(twins, ".3f"),
         _number(drift, ".3f"),
         _cost(row, reference, "flops", ".3g"),
-        _cost(row, reference, "seconds", ".0f"),
     ]
+    cells += [_cost(row, reference, "seconds", ".0f")] if timed else []
     return f"| {' | '.join(cells)} |"
 
 
