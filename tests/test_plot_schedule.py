@@ -323,7 +323,7 @@ def test_a_picture_is_overwritten_by_force_only(tmp_path: Path, capsys: pytest.C
 
 def test_a_picture_that_cannot_be_written_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_tool(QUICKSTART, "--output", tmp_path / "none" / "rates.png") == 2
-    assert "rates.png: No such file or directory" in capsys.readouterr().err
+    assert "rates.png can't be written: No such file or directory" in capsys.readouterr().err
     assert run_tool(QUICKSTART, "--output", tmp_path / "rates.svg") == 2
     assert "must end in .png" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

@@ -129,7 +129,10 @@ def test_a_start_of_ones_own(capsys: pytest.CaptureFixture[str]) -> None:
             ("--model", MODEL, "--widths", "hidden_size=64", "--init", "random-copy", "--scaling", "function"),
             "scaling 'function' can't hold with init random-copy",
         ),
-        (("--model", MODEL, "--widths", "hidden_size=64", "--output", "none/a.png"), "none/a.png: No such file"),
+        (
+            ("--model", MODEL, "--widths", "hidden_size=64", "--output", "none/a.png"),
+            "none/a.png can't be written: No such file",
+        ),
     ],
 )
 def test_errors_are_a_line_and_a_status(
