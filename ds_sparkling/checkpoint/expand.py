@@ -290,7 +290,7 @@ def _record(source: Source, model: ModelAxes, plan: GrowthPlan, block: Sparkling
     # Axes of a hints file are in the checkpoint's names; the engine then finds out those of the model as built.
     same = started.keys() == before.initial_widths.keys()
     axes, tried = (model.built, model.tried) if model.built else (before.axes, before.tried) if same else ({}, ())
-    record = GrowthRecord(started, dict(axes), before.stages, tried, before.spent)
+    record = GrowthRecord(started, dict(axes), before.stages, tried, spent=before.spent)
     widths = {growth.axis: growth.after for growth in plan.growths}
     happened = {stage.planned_step for stage in record.stages}
     planned = (stage.at_step for stage in block.stages if stage.widths == widths and stage.at_step not in happened)

@@ -162,11 +162,12 @@ def _on_the_way(table: Table, rows: Mapping[str, Row]) -> Iterator[str]:
         if reference is None or row.variant.run.stages:
             continue
         gaps = []
-        for rival in [reference, *(r for r in table.rows if r.variant.reference == row.variant.reference)]:
+        rivals = [reference, *(other for other in table.rows if other.variant.reference == row.variant.reference)]
+        for rival in [rival for rival in rivals if rival.variant.run.stages]:
             pairs = [(a, b) for a, b in zip(row.outcomes, rival.outcomes, strict=True) if a and b and b.curve]
             stood = [(a.loss_at(b.flops), b.curve[-1].loss) for a, b in pairs if a.flops > b.flops]
             gap = Estimate.of([end - loss for loss, end in stood if loss is not None])
-            if gap is not None and rival.variant.run.stages:
+            if gap is not None:
                 gaps.append(f"{rival.variant.name} {gap.text(signed=True)}")
         if gaps:
             yield ""

@@ -23,6 +23,7 @@ from ds_sparkling.diagnostics.routing import Router, RoutingMeter
 from ds_sparkling.optim.step import BirthStep
 from ds_sparkling.routing import chosen_experts
 from ds_sparkling.zero import access
+from ds_sparkling.zero.observing import Event
 from ds_sparkling.zero.ranks import RankProbe
 from ds_sparkling.zero.run import run_of
 from ds_sparkling.zero.tensorboard import write_by_compute, writer_of
@@ -35,8 +36,6 @@ _LOSSES = 10
 
 #: As DeepSpeed's documentation calls it; only its pipeline engine writes it by itself.
 LOSS = "Train/Samples/train_loss"
-
-Event = tuple[str, float, int]
 
 
 class Diagnosis:

@@ -7,6 +7,9 @@ from typing import Any, Protocol
 
 from deepspeed.runtime.engine import DeepSpeedEngine
 
+#: What monitors are given: tag, value, and the samples trained on.
+Event = tuple[str, float, int]
+
 
 class StepObserver(Protocol):
     """What wants to know of optimizer steps; micro steps that only accumulate gradients are none."""

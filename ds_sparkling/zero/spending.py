@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ds_sparkling.record import Spent
+from ds_sparkling.zero.observing import Event
 from ds_sparkling.zero.run import run_of
-
-Event = tuple[str, float, int]
 
 
 class SpentMeter:

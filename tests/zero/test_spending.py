@@ -13,7 +13,7 @@ import torch
 from distributed import Workers
 from tiny import Case
 
-from ds_sparkling.record import FILE_NAME, Spent, read_record
+from ds_sparkling.record import FILE_NAME, GrowthRecord, Spent, read_record
 from ds_sparkling.zero.spending import token_ids
 
 Pool = Callable[[int], Workers]
@@ -104,8 +104,6 @@ def test_tokens_are_found_among_a_modules_inputs() -> None:
 
 
 def test_a_record_tells_what_was_spent_if_it_knows(tmp_path: Path) -> None:
-    from ds_sparkling.record import GrowthRecord
-
     for spent in (Spent(3, 1e15), Spent(), None):
         GrowthRecord({"hidden": 4}, {}, spent=spent).write(tmp_path)
         record = read_record(tmp_path)
