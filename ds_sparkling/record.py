@@ -16,6 +16,7 @@ from ds_sparkling.axes import ParamAxes
 from ds_sparkling.errors import CheckpointError
 from ds_sparkling.growth.plan import GrowthPlan
 from ds_sparkling.strategy import Strategy
+from ds_sparkling.whole_file import whole_file
 
 FILE_NAME = "ds_sparkling.json"
 _FORMAT = 2
@@ -131,11 +132,14 @@ class GrowthRecord:
         )
 
     def write(self, checkpoint: Path) -> None:
-        """Write the record into the checkpoint directory ``checkpoint`` (DIR/TAG), atomically."""
-        checkpoint.mkdir(parents=True, exist_ok=True)
-        temporary = checkpoint / f".{FILE_NAME}.{os.getpid()}"
-        temporary.write_text(json.dumps(self.to_dict(), indent=1))
-        temporary.replace(checkpoint / FILE_NAME)
+        """Write the record into the checkpoint directory ``checkpoint`` (DIR/TAG), by a rename.
+
+        Raises:
+            SparklingError: if the file system refuses.
+        """
+        with whole_file(checkpoint / FILE_NAME) as part:
+            checkpoint.mkdir(parents=True, exist_ok=True)
+            part.write_text(json.dumps(self.to_dict(), indent=1))
 
 
 def read_record(checkpoint: Path) -> GrowthRecord | None:

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ds_sparkling.axes import FIXED, Dim, Norm, ParamAxes, Role
-from ds_sparkling.errors import CheckpointError
+from ds_sparkling.errors import CheckpointError, SparklingError
 from ds_sparkling.growth import make_plan
 from ds_sparkling.record import FILE_NAME, GrowthRecord, StageRecord, find_checkpoint, read_record
 from ds_sparkling.strategy import Init, NewIndex, OptimizerState, Scaling, Strategy
@@ -163,7 +163,7 @@ def test_a_write_that_breaks_off_leaves_the_old_record_whole(tmp_path: Path, mon
         raise OSError("No space left on device")
 
     monkeypatch.setattr(Path, "write_text", disk_full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(SparklingError, match=r"ds_sparkling\.json can't be written: No space"):
         GrowthRecord({"hidden": 1}, AXES).write(tmp_path)
     monkeypatch.undo()
     assert read_record(tmp_path) == RECORD

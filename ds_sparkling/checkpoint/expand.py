@@ -32,7 +32,7 @@ from ds_sparkling.config import SparklingConfig, read_json, sparkling_config
 from ds_sparkling.errors import CheckpointError
 from ds_sparkling.growth import GrowthPlan, make_plan
 from ds_sparkling.optim.scheduler import grown_state, regrouped_state
-from ds_sparkling.record import FILE_NAME, GrowthRecord
+from ds_sparkling.record import GrowthRecord
 
 logger = logging.getLogger(__name__)
 
@@ -334,8 +334,7 @@ def _finish(expansion: Expansion, root: Path) -> None:
     if expansion.request.format == "hf":
         return
     if expansion.record is not None:
-        with writing(root / expansion.tag / FILE_NAME):
-            expansion.record.write(root / expansion.tag)
+        expansion.record.write(root / expansion.tag)
     for script in _RECOVERY_SCRIPTS:
         if (expansion.request.checkpoint / script).is_file():
             with writing(root / script):

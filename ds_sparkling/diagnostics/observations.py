@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from ds_sparkling.diagnostics.alarms import ExpertAlarm, LossAlarm, TwinAlarm
 from ds_sparkling.errors import CheckpointError
 from ds_sparkling.record import Spent
+from ds_sparkling.whole_file import whole_file
 
 FILE_NAME = "ds_sparkling_diagnostics.json"
 
@@ -42,12 +42,15 @@ class Observations:
         self.ratios_before = dict(self.ratios)
 
     def write(self, checkpoint: Path) -> None:
-        """Write the ratios, if any were measured, into the checkpoint directory (DIR/TAG), atomically."""
+        """Write the ratios, if any were measured, into the checkpoint directory (DIR/TAG), by a rename.
+
+        Raises:
+            SparklingError: if the file system refuses.
+        """
         if not self.ratios:
             return
-        temporary = checkpoint / f".{FILE_NAME}.{os.getpid()}"
-        temporary.write_text(json.dumps({"ratios": self.ratios, "ratios_before": self.ratios_before}, indent=1))
-        temporary.replace(checkpoint / FILE_NAME)
+        with whole_file(checkpoint / FILE_NAME) as part:
+            part.write_text(json.dumps({"ratios": self.ratios, "ratios_before": self.ratios_before}, indent=1))
 
     def read(self, checkpoint: Path) -> None:
         """Take the ratios over from a checkpoint directory; none are known if it has none.
