@@ -19,7 +19,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     Raises:
         SparklingError: if the file system refuses.
     """
-    part = path.with_name(f"{path.name}.part")
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")  # another process may be writing the same file
     try:
         yield part
         os.replace(part, path)

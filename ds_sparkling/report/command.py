@@ -36,9 +36,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if target is not None:
             target.check(args.force)
         runs = read_runs(args.runs, args.names)
-        style = style_of(runs, args.smooth)
         findings = verdict(runs)
         if target is not None:
+            style = style_of(runs, args.smooth)
             figures = [(section, draw(section, runs, style)) for section in SECTIONS]
             pictures = {section.name: png for section, png in figures if png is not None}
             target.write(page(runs, findings, figures, style), pictures)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -66,7 +67,10 @@ def _comparison(runs: Sequence[Run]) -> Iterator[Finding]:
         yield Finding(
             Kind.MISSING, f"{name} has no {facts.VALIDATION}, so how it ends can't be compared; validate at the end."
         )
-    ranked = sorted((run for run in runs if ends[run.name].loss is not None), key=lambda run: ends[run.name].loss or 0)
+    losses = {name: end.loss for name, end in ends.items() if end.loss is not None}
+    for name in [name for name, loss in losses.items() if not math.isfinite(loss)]:
+        yield Finding(Kind.WATCH, f"{name} has diverged: its last validation loss is {losses.pop(name)}.")
+    ranked = sorted((run for run in runs if run.name in losses), key=lambda run: losses[run.name])
     if not ranked:
         return
     best, others = ranked[0], ranked[1:]

@@ -14,7 +14,7 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -24,8 +24,8 @@ from ds_sparkling.reproduce.experiments import EXPERIMENTS, Experiment, Lab
 from ds_sparkling.reproduce.loop import VOCABULARY, corpus_of
 from ds_sparkling.reproduce.page import write_page
 from ds_sparkling.reproduce.queue import Queue
-from ds_sparkling.reproduce.results import table_of
-from ds_sparkling.reproduce.runs import Run
+from ds_sparkling.reproduce.results import fullest_table
+from ds_sparkling.reproduce.runs import Outcome, Run
 from ds_sparkling.reproduce.scales import SCALES
 from ds_sparkling.reproduce.store import Store
 
@@ -42,7 +42,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help="which ones; all by default")
     parser.add_argument("--scale", choices=list(SCALES), default="small", help="how large (default: small)")
-    parser.add_argument("--seeds", type=int, metavar="N", help="seeds per variant (default: the scale's)")
+    parser.add_argument("--seeds", type=int, metavar="N", help="seeds per variant, at least (default: the scale's)")
     parser.add_argument("--jobs", type=int, metavar="K", help="runs at a time (default: one per core; one on a GPU)")
     parser.add_argument(
         "--data",
@@ -95,11 +95,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     seeds = args.seeds or scale.seeds
     chosen = [EXPERIMENTS[name] for name in args.experiments] or list(EXPERIMENTS.values())
     output = args.output / scale.name
+    finished: Mapping[str, Outcome] = {}
     try:
         corpus = corpus_of(args.data)
         corpus.check(length=scale.shape.length, vocabulary=VOCABULARY)
         store = Store(output / "runs.jsonl", corpus.fingerprint, adding=not args.page_only)
-        lab = Lab(scale, args.data, seeds, store.outcomes)
+        finished = store.outcomes
+        lab = Lab(scale, args.data, seeds, finished)
         failures: dict[str, str] = {}
         if not args.page_only:
             snapshots = args.snapshots / scale.name / corpus.fingerprint
@@ -107,14 +109,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             with contextlib.closing(store):
                 queue.finish(lambda: wanted_runs(chosen, lab))
             failures = queue.failures
-        # The page has all experiments, whichever were asked for now.
-        page = write_page(output, scale, [table_of(e, lab) for e in EXPERIMENTS.values()])
+        # The page has all experiments, whichever were asked for now, and all seeds.
+        usual = lab.with_seeds(scale.seeds)
+        tables = [fullest_table(e, lab if e in chosen else usual) for e in EXPERIMENTS.values()]
+        page = write_page(output, scale, tables)
     except SparklingError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.stderr.write(f"\nstopped; {len(store.outcomes)} finished runs are kept, and the same command goes on\n")
+        sys.stderr.write(f"\nstopped; {len(finished)} finished runs are kept, and the same command goes on\n")
         sys.exit(130)
-    sys.stdout.write(f"{len(store.outcomes)} runs are finished; the results are in {page}\n")
+    sys.stdout.write(f"{len(finished)} runs are finished; the results are in {page}\n")
     for key, reason in failures.items():
         sys.stderr.write(f"run {key} failed: {reason}\n")
     if failures:

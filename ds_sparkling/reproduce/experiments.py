@@ -8,6 +8,7 @@ it reaches a loss) come up once those are known.
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -15,12 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from ds_sparkling.errors import SparklingError
-from ds_sparkling.reproduce.loop import MUON_LR, active_parameters
+from ds_sparkling.reproduce.loop import active_parameters
 from ds_sparkling.reproduce.runs import HIDDEN, INNER, Outcome, Run, Stage, block_text, widths_of
 from ds_sparkling.reproduce.scales import Scale
 from ds_sparkling.strategy import INIT_PAIRS, OptimizerState
 
 STRATEGIES = Path(__file__).parents[2] / "configs" / "strategies"
+
+#: How many learning rates a sweep may have beyond the scale's.
+_MORE_RATES = 4
 
 Block = dict[str, Any]
 
@@ -67,6 +71,10 @@ class Lab:
         self.seeds = seeds
         self.outcomes = outcomes
 
+    def with_seeds(self, seeds: int) -> Lab:
+        """The same with so many seeds."""
+        return Lab(self.scale, self.data, seeds, self.outcomes)
+
     @property
     def narrow(self) -> Run:
         return self.scale.base(self.data)
@@ -97,25 +105,35 @@ class Lab:
             widths.update(stage.widths)
         return replace(run, steps=round(spent / active_parameters(run.shape, dict(run.widths))))
 
-    def sweep(self, run: Run) -> list[Run]:
-        """A run at the learning rates of the sweep."""
-        return [replace(run, lr=run.lr * factor) for factor in self.scale.lr_factors]
+    def sweep(self, run: Run) -> dict[float, float | None]:
+        """The learning rates of a sweep, as factors on the run's own, with the mean final losses as far as known.
+
+        While the lowest loss is that of the lowest or of the highest rate, the sweep goes on beyond it.
+        """
+        losses = {factor: self._mean_loss(run.at_rate(factor)) for factor in sorted(self.scale.lr_factors)}
+        for _ in range(_MORE_RATES):
+            best, lowest, highest = _best(losses), min(losses), max(losses)
+            if best is None or lowest < best < highest:
+                break
+            beyond = float(f"{best / math.sqrt(2) if best == lowest else best * math.sqrt(2):.2g}")
+            losses[beyond] = self._mean_loss(run.at_rate(beyond))
+        return dict(sorted(losses.items()))
+
+    def _mean_loss(self, run: Run) -> float | None:
+        """Of the final losses over the seeds; None until all are known."""
+        outcomes = [self.outcomes.get(replace(run, seed=seed).key) for seed in range(self.seeds)]
+        losses = [outcome.loss for outcome in outcomes if outcome is not None]
+        return statistics.fmean(losses) if len(losses) == self.seeds else None
 
     def tuned(self, run: Run) -> Run | None:
         """A run at the learning rate that ends lowest in the mean over the seeds; None until the sweep is done."""
-        losses: dict[Run, float] = {}
-        for candidate in self.sweep(run):
-            outcomes = [self.outcomes.get(replace(candidate, seed=seed).key) for seed in range(self.seeds)]
-            finished = [outcome.loss for outcome in outcomes if outcome is not None]
-            if len(finished) < self.seeds:
-                return None
-            losses[candidate] = statistics.fmean(finished)
-        return min(losses, key=lambda candidate: losses[candidate])
+        best = _best(self.sweep(run))
+        return None if best is None else run.at_rate(best)
 
     def from_scratch(self, name: str, run: Run, reference: str = "") -> Iterator[Variant]:
         """The sweep over a run's learning rate, and the run at the best one."""
-        for candidate, factor in zip(self.sweep(run), self.scale.lr_factors, strict=True):
-            yield Variant(f"{name}, lr x{factor:g}", candidate, swept=True)
+        for factor in self.sweep(run):
+            yield Variant(f"{name}, lr x{factor:g}", run.at_rate(factor), swept=True)
         best = self.tuned(run)
         if best is not None:
             yield Variant(name, best, reference)
@@ -136,6 +154,12 @@ class Lab:
         for key, value in changes.items():
             block[key] = {**block[key], **value} if isinstance(value, dict) else value
         return block
+
+
+def _best(losses: Mapping[float, float | None]) -> float | None:
+    """The rate of the lowest loss; None until all are known."""
+    known = {rate: loss for rate, loss in losses.items() if loss is not None}
+    return min(known, key=lambda rate: known[rate]) if len(known) == len(losses) else None
 
 
 @dataclass(frozen=True)
@@ -294,7 +318,7 @@ def _muon(lab: Lab) -> Iterator[Variant]:
     dropped = lab.recipe("function-preserving", optimizer_state="drop")
     yield Variant("momentum dropped", lab.grown("inner", dropped, base), reference)
     yield Variant("narrow, never grown", base, reference)
-    yield Variant("from scratch", lab.scratch("inner", base), reference)
+    yield from lab.from_scratch("from scratch", lab.scratch("inner", base), reference)
 
 
 def _dense(lab: Lab) -> Iterator[Variant]:
@@ -514,8 +538,8 @@ EXPERIMENTS = {
             "Does it hold for an optimizer that orthogonalises whole matrices?",
             _muon,
             (Claim("SPARKLING", "momentum copied"), Claim("SPARKLING", "momentum dropped")),
-            setup=f"Muon steps the matrices in the layers, at a peak rate of {MUON_LR:g} that no sweep has chosen, and "
-            "AdamW the rest.",
+            setup="Muon steps the matrices in the layers, and AdamW the rest. The sweep from scratch scales the rates "
+            "of both; narrow and grown models have Muon's at 0.02, which no sweep has chosen.",
         ),
         Experiment(
             "dense",

@@ -24,15 +24,11 @@ from ds_sparkling.optim.scheduler import RewarmupScheduler
 from ds_sparkling.optim.step import BirthStep
 from ds_sparkling.optim.weight_norm import NormRatios, Part, Parts
 from ds_sparkling.reproduce.muon import orthogonalise
-from ds_sparkling.reproduce.runs import HIDDEN, INNER, Outcome, Point, Run, Shape
+from ds_sparkling.reproduce.runs import FINAL_RATIO, HIDDEN, INNER, Outcome, Point, Run, Shape
 from ds_sparkling.strategy import Init, OptimizerState, Strategy
 from ds_sparkling.whole_file import whole_file
 
-#: Of the learning-rate schedule, as in the paper's App. D.
-WARMUP_SHARE, FINAL_RATIO = 0.03, 0.01
 WEIGHT_DECAY, BETA1, CLIP = 0.1, 0.9, 1.0
-#: Peak learning rate of Muon, whose updates have another scale than AdamW's.
-MUON_LR = 0.02
 #: Bytes.
 VOCABULARY = 256
 #: Points on a run's validation curve.
@@ -132,11 +128,10 @@ class Trainer:
         if not muon:
             return [adamw]
         # Coupled and decoupled weight decay are the same without a momentum of its own.
-        return [adamw, torch.optim.SGD([params[name] for name in muon], lr=MUON_LR, weight_decay=WEIGHT_DECAY)]
+        return [adamw, torch.optim.SGD([params[name] for name in muon], lr=run.muon_lr, weight_decay=WEIGHT_DECAY)]
 
     def _schedule(self, optimizer: torch.optim.Optimizer) -> SequentialLR:
-        steps, peak = self.run.steps, optimizer.param_groups[0]["lr"]
-        warmup = max(1, round(WARMUP_SHARE * steps))
+        steps, warmup, peak = self.run.steps, self.run.warmup, optimizer.param_groups[0]["lr"]
         return SequentialLR(
             optimizer,
             [
@@ -180,7 +175,7 @@ class Trainer:
         return loss.detach()
 
     def _now(self) -> float:
-        """Seconds; the processor's own, which other runs beside this one don't lengthen, but on a GPU."""
+        """Seconds; the processor's own, which go on only while this run is worked on, but on a GPU."""
         if self.device.type == "cpu":
             return time.process_time()
         torch.cuda.synchronize(self.device)

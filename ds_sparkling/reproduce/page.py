@@ -59,7 +59,7 @@ def _setup(scale: Scale) -> Iterator[str]:
         f"growth after half of {scale.steps} steps of {shape.batch} x {shape.length} bytes. AdamW (0.9, 0.95), weight "
         f"decay 0.1, peak learning rate {scale.lr:g} for narrow and grown models, 3% warm-up, cosine to 1%; re-warm-up "
         f"in {scale.rewarmup_steps} steps. Models trained from scratch get the best of {factors} times that rate, by "
-        "the mean over the seeds."
+        "the mean over the seeds, and beyond these while the best is the lowest or the highest."
     )
     yield ""
     yield (
@@ -89,10 +89,11 @@ def _summary(tables: Sequence[Table]) -> Iterator[str]:
         cells = [str(count) if table.verdicts else "" for count in _counts(table.verdicts)]
         state = "" if table.finished else " (unfinished)"
         yield f"| [{title}](#{_anchor(title)}){state} | {table.experiment.source} | {' | '.join(cells)} |"
-    verdicts = [verdict for table in tables for verdict in table.verdicts]
-    for whose in dict.fromkeys(verdict.claim.source for verdict in verdicts):
-        cells = [str(count) for count in _counts([verdict for verdict in verdicts if verdict.claim.source == whose])]
-        yield f"| all | {whose} | {' | '.join(cells)} |"
+    # Experiments share some orderings, under other names.
+    verdicts = {verdict.runs: verdict for table in tables for verdict in table.verdicts if len(verdict.runs) == 2}
+    for whose in dict.fromkeys(verdict.claim.source for verdict in verdicts.values()):
+        cells = [str(count) for count in _counts([v for v in verdicts.values() if v.claim.source == whose])]
+        yield f"| all, each once | {whose} | {' | '.join(cells)} |"
 
 
 def _counts(verdicts: Sequence[Verdict]) -> list[int]:
@@ -161,7 +162,7 @@ def _on_the_way(table: Table, rows: Mapping[str, Row]) -> Iterator[str]:
         reference = rows.get(row.variant.reference)
         if reference is None or row.variant.run.stages:
             continue
-        gaps = []
+        gaps, places = [], []
         rivals = [reference, *(other for other in table.rows if other.variant.reference == row.variant.reference)]
         for rival in [rival for rival in rivals if rival.variant.run.stages]:
             pairs = [(a, b) for a, b in zip(row.outcomes, rival.outcomes, strict=True) if a and b and b.curve]
@@ -169,12 +170,17 @@ def _on_the_way(table: Table, rows: Mapping[str, Row]) -> Iterator[str]:
             gap = Estimate.of([end - loss for loss, end in stood if loss is not None])
             if gap is not None:
                 gaps.append(f"{rival.variant.name} {gap.text(signed=True)}")
+                run, (a, b) = row.variant.run, pairs[0]
+                step = run.steps * b.flops / a.flops
+                places.append(
+                    f"after {step:.0f} of {run.steps} steps, the learning rate at {run.rate_at(step):.0%} of its peak"
+                )
         if gaps:
             yield ""
             yield (
-                f"From where {row.variant.name} stood when it had spent as much compute, its learning rate still to "
-                f"decay, others end at: {', '.join(gaps)} (paired by seed; over the "
-                f"{row.variant.run.shape.curve_windows} windows of the curves)."
+                f"From where {row.variant.name} stood when it had spent as much compute "
+                f"({', or '.join(dict.fromkeys(places))}), others end at: {', '.join(gaps)} (paired by "
+                f"seed; over the {row.variant.run.shape.curve_windows} windows of the curves)."
             )
 
 

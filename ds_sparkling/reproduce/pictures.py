@@ -90,11 +90,13 @@ def draw_overview(table: Table, path: Path) -> None:
 
 
 def _dots(axes: Axes, rows: list[Row]) -> None:
-    """The difference of every row to its reference."""
+    """The difference of every row to its reference; hollow where one seed gives no interval."""
     shown = [row for row in rows if row.difference is not None and math.isfinite(row.difference.mean)]
     for place, row in enumerate(shown):
         assert row.difference is not None
-        axes.errorbar(row.difference.mean, place, xerr=row.difference.half or 0, fmt="o", capsize=3, color="C0")
+        half = row.difference.half
+        fill = "none" if half is None else "C0"
+        axes.errorbar(row.difference.mean, place, xerr=half, fmt="o", capsize=3, color="C0", markerfacecolor=fill)
     axes.set_yticks(range(len(shown)), [row.variant.name for row in shown], fontsize=8)
     axes.invert_yaxis()
     axes.axvline(0, color="0.4", linewidth=0.8)
@@ -103,16 +105,26 @@ def _dots(axes: Axes, rows: list[Row]) -> None:
 
 
 def _lines(axes: Axes, rows: list[Row], xlabel: str) -> None:
-    """The difference of every series to the reference, over what it varies; the reference itself is zero."""
+    """The difference of every series to the reference, over what it varies; the reference itself is zero.
+
+    Hollow where one seed gives no interval.
+    """
     series: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
     for row in rows:
-        if row.variant.x is not None and (row.difference is None or math.isfinite(row.difference.mean)):
-            mean, half = (row.difference.mean, row.difference.half or 0.0) if row.difference else (0.0, 0.0)
-            series[row.variant.series].append((row.variant.x, mean, half))
-    for name, points in series.items():
+        if row.variant.x is None:
+            continue
+        if not row.variant.reference:
+            series[row.variant.series].append((row.variant.x, 0.0, 0.0))
+        elif row.difference is not None and math.isfinite(row.difference.mean):
+            half = math.nan if row.difference.half is None else row.difference.half
+            series[row.variant.series].append((row.variant.x, row.difference.mean, half))
+    for number, (name, points) in enumerate(series.items()):
         points.sort()
         x, y, halves = ([point[place] for point in points] for place in range(3))
-        axes.errorbar(x, y, yerr=halves, marker="o", capsize=3, label=name)
+        colour = f"C{number}"
+        axes.errorbar(x, y, yerr=halves, color=colour, capsize=3, label=name)
+        for place, level, half in points:
+            axes.plot(place, level, "o", color=colour, markerfacecolor="none" if math.isnan(half) else colour)
     values = [x for points in series.values() for x, _, _ in points]
     if values and min(values) > 0 and max(values) / min(values) > 10:
         axes.set_xscale("log")

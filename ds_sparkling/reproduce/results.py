@@ -13,9 +13,16 @@ from ds_sparkling.reproduce.experiments import Claim, Experiment, Lab, Variant
 from ds_sparkling.reproduce.runs import Outcome
 from ds_sparkling.whole_file import whole_file
 
-#: Student's t for a two-sided interval of 95%, by degrees of freedom from 1 on; the normal's beyond.
+#: Student's t for a two-sided interval of 95%, by degrees of freedom from 1 on.
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
-_NORMAL95 = 1.960
+
+
+def _t95(freedom: int) -> float:
+    """Student's t for a two-sided interval of 95%; beyond the table by Fisher's expansion about the normal's."""
+    if freedom <= len(_T95):
+        return _T95[freedom - 1]
+    z = statistics.NormalDist().inv_cdf(0.975)
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
 
 
 @dataclass(frozen=True)
@@ -31,12 +38,12 @@ class Estimate:
         """None if there are no values."""
         if not values:
             return None
+        if not all(map(math.isfinite, values)):  # of two infinite ones nan, where fmean would raise
+            return cls(sum(values) / len(values), None, len(values))
         mean = statistics.fmean(values)
-        if len(values) < 2 or not math.isfinite(mean):
+        if len(values) < 2:
             return cls(mean, None, len(values))
-        freedom = len(values) - 1
-        t = _T95[freedom - 1] if freedom <= len(_T95) else _NORMAL95
-        return cls(mean, t * statistics.stdev(values) / math.sqrt(len(values)), len(values))
+        return cls(mean, _t95(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values)), len(values))
 
     def text(self, *, signed: bool = False) -> str:
         """Like ``1.2345 +-0.0012``."""
@@ -74,9 +81,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether an ordering shows: the paired difference of the losses, better minus worse."""
+    """Whether an ordering shows.
+
+    Attributes:
+        claim: the ordering.
+        runs: which runs it is of, the better one's first; experiments may share it.
+        difference: of the losses, paired by seed, better minus worse; None if there are none.
+    """
 
     claim: Claim
+    runs: tuple[str, ...]
     difference: Estimate | None
 
     @property
@@ -101,6 +115,10 @@ class Table:
     experiment: Experiment
     rows: tuple[Row, ...]
     verdicts: tuple[Verdict, ...]
+
+    @property
+    def seeds(self) -> int:
+        return len(self.rows[0].outcomes)
 
     @property
     def finished(self) -> bool:
@@ -144,5 +162,20 @@ def table_of(experiment: Experiment, lab: Lab) -> Table:
         )
         for name, variant in variants.items()
     ]
-    verdicts = [Verdict(claim, paired(claim.better, claim.worse)) for claim in experiment.claims]
+    verdicts = [
+        Verdict(
+            claim,
+            tuple(variants[name].run.key for name in (claim.better, claim.worse) if name in variants),
+            paired(claim.better, claim.worse),
+        )
+        for claim in experiment.claims
+    ]
     return Table(experiment, tuple(rows), tuple(verdicts))
+
+
+def fullest_table(experiment: Experiment, lab: Lab) -> Table:
+    """The results with as many seeds as all variants have, those of ``lab`` at least."""
+    table = table_of(experiment, lab)
+    while (more := table_of(experiment, lab.with_seeds(table.seeds + 1))).finished:
+        table = more
+    return table

@@ -11,8 +11,11 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from ds_sparkling.config import SparklingConfig
-from ds_sparkling.strategy import Strategy
+from ds_sparkling.schedule import warmup_cosine
+from ds_sparkling.strategy import Rewarmup, Scope, Strategy
 
+#: Of the learning-rate schedule, as in the paper's App. D.
+WARMUP_SHARE, FINAL_RATIO = 0.03, 0.01
 #: The width axes that grow here.
 HIDDEN, INNER = "hidden_size", "moe_intermediate_size"
 
@@ -71,12 +74,13 @@ class Run:
         widths: those it starts with.
         steps: optimizer steps, and the length of the learning-rate schedule.
         lr: peak learning rate of AdamW.
+        muon_lr: that of Muon, whose updates have another scale.
         seed: of initial weights, data order and what the strategy draws.
         stages: its growths.
         block: the strategy as in the ``"sparkling"`` block, JSON.
         optimizer: "adamw"; "muon" is that for matrices, and AdamW for the rest.
         beta2: of AdamW.
-        data: what it reads.
+        data: what it reads; told apart by its fingerprint, not by this.
     """
 
     shape: Shape
@@ -89,11 +93,12 @@ class Run:
     optimizer: str = "adamw"
     beta2: float = 0.95
     data: str = ""
+    muon_lr: float = 0.02
 
     @property
     def key(self) -> str:
         """A name for it, the same on every machine, and still the same when runs get to have more attributes."""
-        told = {entry.name for entry in fields(self) if getattr(self, entry.name) != entry.default}
+        told = {entry.name for entry in fields(self) if getattr(self, entry.name) != entry.default} - {"data"}
         text = json.dumps({name: value for name, value in asdict(self).items() if name in told}, sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
@@ -107,6 +112,20 @@ class Run:
         return self.stages[0].at_step if self.stages else None
 
     @property
+    def warmup(self) -> int:
+        """Steps of the learning rate's warm-up."""
+        return max(1, round(WARMUP_SHARE * self.steps))
+
+    def rate_at(self, step: float) -> float:
+        """The base learning rate after ``step`` steps, over its peak."""
+        return warmup_cosine(step, warmup=self.warmup, total=self.steps, start=0.0, peak=1.0, end=FINAL_RATIO)
+
+    def at_rate(self, factor: float) -> Run:
+        """The same at so many times the peak learning rates."""
+        muon_lr = self.muon_lr * (factor if self.optimizer == "muon" else 1)
+        return replace(self, lr=self.lr * factor, muon_lr=muon_lr)
+
+    @property
     def config(self) -> SparklingConfig:
         """Strategy and growths as the engine's own configuration has them.
 
@@ -118,12 +137,14 @@ class Run:
 
 
 def block_text(block: Mapping[str, Any]) -> str:
-    """A ``"sparkling"`` block as a hashable value: what its strategy changes of the defaults.
+    """A ``"sparkling"`` block as a hashable value: what its strategy changes of the defaults, as far as that matters.
 
     Raises:
         ConfigError: as for the block of a DeepSpeed config.
     """
     strategy = SparklingConfig.from_dict(block).strategy
+    if strategy.rewarmup.scope is Scope.NONE:
+        strategy = replace(strategy, rewarmup=Rewarmup(scope=Scope.NONE))
     return json.dumps(_changes(strategy.to_dict(), Strategy().to_dict()), sort_keys=True)
 
 

@@ -43,6 +43,18 @@ def noisy(path: Path, name: str, shift: float, amplitude: float) -> Run:
     return read_run(path / name, name)
 
 
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_a_run_that_diverged_neither_wins_nor_is_compared(
+    tmp_path: Path, grown: Run, scratch: Run, loss: float
+) -> None:
+    event_files.write(tmp_path / "broken", [Point("Validation/loss", SAMPLES * STEPS, loss)])
+    broken = read_run(tmp_path / "broken", "broken")
+    findings = verdict([broken, grown, scratch])
+    assert the_one(findings, "broken").text == f"broken has diverged: its last validation loss is {loss}."
+    assert findings[1].text.startswith("grown ends lowest")
+    assert verdict([broken])[0].kind is Kind.WATCH
+
+
 def test_which_ends_lowest_and_by_how_much(grown: Run, scratch: Run) -> None:
     findings = verdict([scratch, grown])
     assert findings[0].text.startswith("grown ends lowest: validation loss 1.1427 after 204,800 tokens and 2.458e+09")

@@ -13,7 +13,7 @@ import pytest
 from ds_sparkling.reproduce.experiments import Claim, Experiment, Lab, Variant
 from ds_sparkling.reproduce.loop import active_parameters
 from ds_sparkling.reproduce.page import write_page
-from ds_sparkling.reproduce.results import Estimate, table_of
+from ds_sparkling.reproduce.results import Estimate, fullest_table, table_of
 from ds_sparkling.reproduce.runs import Outcome, Point, Stage
 from ds_sparkling.reproduce.scales import SCALES
 
@@ -25,9 +25,13 @@ def test_an_interval_is_students() -> None:
     assert estimate.half == pytest.approx(4.303 * math.sqrt(7.0 / 3.0))
     assert Estimate.of([]) is None
     assert Estimate.of([0.5]) == Estimate(0.5, None, 1)
-    many = Estimate.of([0.0, 1.0] * 50)
-    assert many is not None
-    assert many.half == pytest.approx(1.96 * math.sqrt(25 / 99) / 10, rel=1e-3)
+    for count, t in ((16, 2.131), (18, 2.110), (32, 2.040), (100, 1.984)):
+        many = Estimate.of([0.0, 1.0] * (count // 2))
+        assert many is not None
+        assert many.half == pytest.approx(t * math.sqrt(0.25 / (count - 1)), rel=1e-3)
+    diverged = Estimate.of([math.inf, -math.inf, 1.0])
+    assert diverged is not None
+    assert math.isnan(diverged.mean)
 
 
 def lab_of(losses: dict[str, list[float | None]]) -> tuple[Experiment, Lab]:
@@ -77,11 +81,31 @@ def test_the_best_learning_rate_is_that_of_the_lowest_mean() -> None:
     outcomes: dict[str, Outcome] = {}
     lab = Lab(SCALES["tiny"], "", 2, outcomes)
     losses = ([1.3, 1.3], [1.25, 1.25], [1.0, math.inf])
-    for candidate, values in zip(lab.sweep(base), losses, strict=True):
+    for factor, values in zip(lab.sweep(base), losses, strict=True):
         for seed, loss in enumerate(values):
             assert lab.tuned(base) is None
-            outcomes[replace(candidate, seed=seed).key] = Outcome(loss, 1.0, 1.0)
-    assert lab.tuned(base) == lab.sweep(base)[1]
+            outcomes[replace(base.at_rate(factor), seed=seed).key] = Outcome(loss, 1.0, 1.0)
+    assert lab.tuned(base) == base.at_rate(1.0)
+
+
+def test_a_sweep_goes_on_beyond_its_end_while_that_is_the_best() -> None:
+    base = replace(SCALES["tiny"].base(""), optimizer="muon")
+    outcomes: dict[str, Outcome] = {}
+    lab = Lab(SCALES["tiny"], "", 1, outcomes)
+
+    def finish(**losses: float) -> list[float]:
+        for factor, loss in losses.items():
+            outcomes[base.at_rate(float(factor[1:].replace("_", "."))).key] = Outcome(loss, 1.0, 1.0)
+        return list(lab.sweep(base))
+
+    assert finish(x0_5=1.0, x1=1.1) == [0.5, 1.0, 2.0]
+    assert finish(x2=1.2) == [0.35, 0.5, 1.0, 2.0]
+    assert lab.tuned(base) is None
+    assert finish(x0_35=0.9) == [0.25, 0.35, 0.5, 1.0, 2.0]
+    assert finish(x0_25=0.95) == [0.25, 0.35, 0.5, 1.0, 2.0]
+    assert lab.tuned(base) == replace(base, lr=base.lr * 0.35, muon_lr=0.02 * 0.35)
+    assert finish(x0_25=0.8, x0_18=0.7, x0_13=0.6, x0_092=0.5)[:2] == [0.13, 0.18]  # four times, and no more
+    assert finish(x2=0.1, x2_8=0.2)[-2:] == [2.0, 2.8]
 
 
 @pytest.mark.parametrize(
@@ -122,6 +146,29 @@ def test_a_run_that_diverged_is_told_and_does_no_harm(tmp_path: Path) -> None:
     assert Outcome(math.inf, 1.0, 1.0, before=math.nan, curve=(Point(1, 1.0, math.nan),)).shock is None
 
 
+def test_an_ordering_that_two_experiments_share_counts_once(tmp_path: Path) -> None:
+    experiment, lab = lab_of({"ours": [1.0, 2.0], "theirs": [1.1, 2.1], "others'": [1.2, 2.2]})
+    once, again = table_of(experiment, lab), table_of(replace(experiment, name="again", title="Again"), lab)
+    page = write_page(tmp_path, SCALES["tiny"], [once, again]).read_text()
+    assert "| [Again](#again) | Fig. 0 | 2 | 0 | 0 |" in page
+    assert "| all, each once | the paper | 2 | 0 | 0 |" in page
+
+
+def test_a_table_has_all_seeds_that_all_its_variants_have() -> None:
+    experiment, lab = lab_of({"ours": [1.0, 2.0, 3.0, 4.0], "theirs": [1.1, 2.1, 3.1, None]})
+    assert [fullest_table(experiment, lab.with_seeds(seeds)).seeds for seeds in (1, 2, 3, 4)] == [3, 3, 3, 4]
+
+
+def test_what_changes_nothing_makes_no_other_run() -> None:
+    lab = Lab(SCALES["tiny"], "", 1, {})
+    plain, odd = (
+        lab.grown("inner", {"rewarmup": {"scope": "none", **more}}) for more in ({}, {"steps": 7, "ratio": 2})
+    )
+    assert plain.key == odd.key == replace(plain, data="elsewhere").key
+    assert plain.key != lab.grown("inner", {"rewarmup": {"steps": 7}}).key
+    assert lab.narrow.key != lab.narrow.at_rate(2.0).key
+
+
 def test_only_a_sweep_is_there_yet(tmp_path: Path) -> None:
     def swept(lab: Lab) -> Iterator[Variant]:
         yield Variant("best", replace(lab.narrow, lr=2.0))
@@ -153,7 +200,10 @@ def test_a_dearer_run_is_looked_at_where_it_had_spent_as_much(tmp_path: Path) ->
     }
     table = table_of(Experiment("e", "E", "", "?", variants, by_compute=True), Lab(SCALES["tiny"], "", 1, outcomes))
     page = write_page(tmp_path, SCALES["tiny"], [table]).read_text()
-    assert "From where long stood when it had spent as much compute" in page
+    assert (
+        "From where long stood when it had spent as much compute (after 40 of 60 steps, the learning rate at 27% of "
+        "its peak, or after 47 of 60 steps, the learning rate at 13% of its peak), others end at" in page
+    )
     assert "others end at: grown -0.2500, grown later -0.1000 (" in page
     assert "From where short" not in page
     assert outcomes[long.key].loss_at(9.5) is None
