@@ -7,8 +7,7 @@ from torch import nn
 
 def chosen_experts(model: nn.Module) -> int | None:
     """How many experts a token is routed to, from the model's config; None if it doesn't tell."""
-    top_k = getattr(getattr(model, "config", None), "num_experts_per_tok", None)
-    return top_k if isinstance(top_k, int) else None
+    return _number(model, "num_experts_per_tok")
 
 
 def active_share(model: nn.Module) -> float | None:
@@ -17,10 +16,12 @@ def active_share(model: nn.Module) -> float | None:
     Returns:
         None if the config doesn't tell, or the model has none.
     """
+    top_k, experts = chosen_experts(model), _number(model, "num_experts", "n_routed_experts", "num_local_experts")
+    return None if top_k is None or experts is None else top_k / experts
+
+
+def _number(model: nn.Module, *names: str) -> int | None:
+    """The first of these that the model's config has, or that of its text model."""
     config = getattr(model, "config", None)
-    top_k = chosen_experts(model)
-    for name in ("num_experts", "n_routed_experts", "num_local_experts"):
-        experts = getattr(config, name, None)
-        if isinstance(experts, int) and top_k is not None:
-            return top_k / experts
-    return None
+    found = (getattr(part, name, None) for part in (config, getattr(config, "text_config", None)) for name in names)
+    return next((number for number in found if isinstance(number, int)), None)

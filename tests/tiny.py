@@ -134,6 +134,13 @@ def initialize(case: Case, **arguments: Any) -> Any:
     return ds_sparkling.initialize(case.build_model, case.config, **arguments)
 
 
+def monitored(engine: Any, write_events: Callable[[list[tuple[str, float, int]]], None]) -> None:
+    """Give every rank's engine a monitor that calls ``write_events``."""
+    engine.monitor.enabled = True
+    engine.monitor.write_events = write_events
+    engine.sparkling = replace(engine.sparkling, monitored=True)
+
+
 def decay_groups(model: nn.Module) -> list[dict[str, Any]]:
     """Weight decay on matrices only, and a smaller learning rate for the embedding."""
     named = list(model.named_parameters())

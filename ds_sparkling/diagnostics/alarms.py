@@ -17,6 +17,8 @@ _SIGMA = 1.4826
 PARTED_COSINE, LOCKED_COSINE = 0.99, 0.999
 #: In between they are parting if their distance, 1 - cosine, has grown by so much while their age did by the next.
 _PARTING, OLDER = 1.2, 1.5
+#: Steps after which copies that no re-warm-up parts should have parted.
+_SETTLED = 100
 #: Measurements that are kept are so much older than one another.
 _APART = 1.05
 #: An expert is dead if its load (1 is even) falls below this, and alive again above the other.
@@ -91,12 +93,12 @@ class TwinAlarm:
         Args:
             stage: the growth stage that made the copies.
             age: optimizer steps since.
-            rewarmup: steps of its re-warm-up, before which nothing is an alarm.
+            rewarmup: steps of its re-warm-up, before which nothing is an alarm; without one, 100.
             cosines: mean cosine of the copied units with their sources, by parameter.
         """
         earlier = self._earlier(stage, age, cosines)
         alike = {name: cosine for name, cosine in cosines.items() if locked(cosine, earlier.get(name))}
-        if age < rewarmup or stage in self._raised or not alike:
+        if age < (rewarmup or _SETTLED) or stage in self._raised or not alike:
             return None
         self._raised.add(stage)
         worst = max(alike, key=lambda name: alike[name])

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from ds_sparkling.diagnostics.alarms import ExpertAlarm, LossAlarm, TwinAlarm
 from ds_sparkling.errors import CheckpointError
 from ds_sparkling.record import Spent
 from ds_sparkling.whole_file import whole_file
+
+logger = logging.getLogger(__name__)
 
 FILE_NAME = "ds_sparkling_diagnostics.json"
 
@@ -40,6 +44,15 @@ class Observations:
     def grown(self) -> None:
         """A growth has just happened."""
         self.ratios_before = dict(self.ratios)
+
+    def look_at_losses(self) -> None:
+        """Show the losses that weren't looked at yet to their alarm; waits for the device."""
+        unseen, self.unseen_losses = self.unseen_losses, []
+        losses = torch.stack([loss for _, loss in unseen]).tolist() if unseen else []
+        for (step, _), loss in zip(unseen, losses, strict=True):
+            message = self.losses.see(step, loss)
+            if message is not None:
+                logger.warning("%s", message)
 
     def write(self, checkpoint: Path) -> None:
         """Write the ratios, if any were measured, into the checkpoint directory (DIR/TAG), by a rename.

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from ds_sparkling.diagnostics.blocks import router_map
@@ -21,11 +22,13 @@ class Router:
         module: the router.
         experts: E, how many experts it chooses from.
         top_k: how many it chooses for a token, which is needed if it doesn't tell its choices itself.
+        scoring: what makes probabilities of its logits, ``softmax`` or ``sigmoid``.
     """
 
     module: nn.Module
     experts: int
     top_k: int | None
+    scoring: str = "softmax"
 
 
 @dataclass(frozen=True)
@@ -33,11 +36,11 @@ class Routing:
     """What one router did.
 
     Attributes:
-        entropy: mean over tokens of -sum_e p_e ln p_e, in nats; ln E is even.
+        entropy: mean over tokens of -sum_e p_e ln p_e, in nats; ln E is even. None if only choices were seen.
         counts: assignments by expert, fp64 [E].
     """
 
-    entropy: float
+    entropy: float | None
     counts: Tensor
 
     @property
@@ -49,8 +52,8 @@ class Routing:
 class RoutingMeter:
     """Counts while it is switched on.
 
-    A router that gives the experts it chose (as AutoEP's does) is taken at its word; for others they are the ``top_k``
-    largest logits of each token.
+    A router that gives the experts it chose (as AutoEP's does), int64 [..., k], is taken at its word; for others they
+    are the ``top_k`` largest logits of each token. Of what else it gives nothing is asked.
 
     Args:
         routers: what to measure, by name.
@@ -93,8 +96,8 @@ class RoutingMeter:
         sizes = [2 + router.experts for router in self._routers.values()]
         found = {}
         for name, part in zip(self._routers, sums.cpu().split(sizes), strict=True):
-            if part[1] > 0:
-                found[name] = Routing(float(part[0] / part[1]), part[2:])
+            if part.any():
+                found[name] = Routing(float(part[0] / part[1]) if part[1] > 0 else None, part[2:])
         return found
 
     def _sum(self, name: str, router: Router, device: torch.device) -> Tensor:
@@ -105,34 +108,44 @@ class RoutingMeter:
     def _logits_hook(self, name: str, router: Router, *, choose: bool) -> Any:
         @torch.no_grad()
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            tensors = [output] if isinstance(output, Tensor) else [t for t in output if isinstance(t, Tensor)]
+            tensors = _tensors(output)
             scores = [t for t in tensors if t.is_floating_point() and t.shape[-1] == router.experts]
-            if not scores:
-                return
-            # Beside the scores of all experts, some give those of the chosen ones with zeros in between.
-            given = scores[0] if len(scores) == 1 else max(scores, key=lambda t: int(t.count_nonzero()))
-            scores_NE = given.flatten(0, -2).float()
-            sums = self._sum(name, router, given.device)
-            sums[0] += token_entropy(scores_NE, getattr(router.module, "score_func", "softmax")).sum()
-            sums[1] += len(scores_NE)
-            if choose:
-                chosen = next((t for t in tensors if t.dtype == torch.int64), None)
+            chosen = _chosen(tensors)
+            if scores:
+                # Beside the scores of all experts, some give those of the chosen ones with zeros in between.
+                given = scores[0] if len(scores) == 1 else max(scores, key=lambda t: int(t.count_nonzero()))
+                scores_NE = given.flatten(0, -2).float()
+                sums = self._sum(name, router, given.device)
+                sums[0] += token_entropy(scores_NE, router.scoring).sum()
+                sums[1] += len(scores_NE)
                 if chosen is None and router.top_k is not None:
                     chosen = scores_NE.topk(router.top_k, dim=-1).indices
-                if chosen is not None:
-                    sums[2:] += torch.bincount(chosen.flatten(), minlength=router.experts)
+            if choose and chosen is not None:
+                self._count(name, router, chosen)
 
         return hook
 
     def _choice_hook(self, name: str, router: Router) -> Any:
         @torch.no_grad()
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            chosen = next((t for t in output if isinstance(t, Tensor) and t.dtype == torch.int64), None)
+            chosen = _chosen(_tensors(output))
             if chosen is not None:
-                sums = self._sum(name, router, chosen.device)
-                sums[2:] += torch.bincount(chosen.flatten(), minlength=router.experts)
+                self._count(name, router, chosen)
 
         return hook
+
+    def _count(self, name: str, router: Router, chosen: Tensor) -> None:
+        counts = torch.bincount(chosen.flatten(), minlength=router.experts)
+        self._sum(name, router, chosen.device)[2:] += counts[: router.experts]
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    """The tensors among what a router gives that have a row for every token."""
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.dim() > 1]
+
+
+def _chosen(tensors: Sequence[Tensor]) -> Tensor | None:
+    return next((tensor for tensor in tensors if tensor.dtype == torch.int64), None)
 
 
 def token_entropy(scores_NE: Tensor, kind: str = "softmax") -> Tensor:

@@ -19,10 +19,14 @@ class UpdateMeter:
     Args:
         blocks: the birth stages of the elements of every tensor that is stepped.
         stages: how many birth stages there are, the original elements' included.
+        copies: on how many ranks a tensor is held whole, where that is more than one.
     """
 
-    def __init__(self, blocks: Mapping[Tensor, Sequence[Block]], stages: int) -> None:
+    def __init__(
+        self, blocks: Mapping[Tensor, Sequence[Block]], stages: int, copies: Mapping[Tensor, int] | None = None
+    ) -> None:
         self._stages = stages
+        self._copies = copies or {}
         self._samples = [(tensor, *_sample(tensor, parts)) for tensor, parts in blocks.items()]
         self._before: list[Tensor] = []
 
@@ -33,10 +37,13 @@ class UpdateMeter:
 
     @torch.no_grad()
     def stop(self) -> Tensor:
-        """Sum of squared changes and number of elements by birth stage, as the samples tell; fp64 [stages, 2], CPU."""
+        """Sum of squared changes and number of elements by birth stage, as the samples tell; fp64 [stages, 2], CPU.
+
+        Added up over ranks, every element counts once.
+        """
         sums = torch.zeros(self._stages, 2, dtype=torch.float64)
         for (tensor, indices, births), before in zip(self._samples, self._before, strict=True):
-            stand_for = tensor.numel() / max(len(indices), 1)
+            stand_for = tensor.numel() / max(len(indices), 1) / self._copies.get(tensor, 1)
             squares = stand_for * (tensor.data.view(-1)[indices] - before).double().square().cpu()
             sums[:, 0].index_add_(0, births, squares)
             sums[:, 1].index_add_(0, births, torch.full_like(squares, stand_for))

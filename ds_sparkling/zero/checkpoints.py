@@ -34,6 +34,7 @@ def hook_checkpoints(engine: DeepSpeedEngine, step: BirthStep) -> None:
         with consensus:
             if rank == 0:
                 run = run_of(engine)
+                run.observations.look_at_losses()
                 replace(run.record, spent=run.spent).write(Path(save_dir) / tag)
                 run.observations.write(Path(save_dir) / tag)
         consensus.settle()
@@ -47,6 +48,7 @@ def hook_checkpoints(engine: DeepSpeedEngine, step: BirthStep) -> None:
             if found is not None:
                 _check_record(run_of(engine).record, record, found)
                 run_of(engine).observations.read(found)
+                run_of(engine).observations.unseen_losses = []
                 run_of(engine).observations.spent = None if record is None else record.spent
         consensus.settle()
         if found is not None and record is None and engine.global_rank == 0:

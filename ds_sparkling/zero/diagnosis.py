@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from ds_sparkling.autoep import BlockNames
 from ds_sparkling.diagnostics.activations import ActivationMeter, root_mean_squares
 from ds_sparkling.diagnostics.blocks import repeated_blocks, router_map, routers
-from ds_sparkling.diagnostics.observations import Observations
 from ds_sparkling.diagnostics.routing import Router, RoutingMeter
 from ds_sparkling.optim.step import BirthStep
 from ds_sparkling.routing import chosen_experts
@@ -61,9 +60,9 @@ class Diagnosis:
     def due(self, step: int) -> bool:
         """Whether the optimizer step that makes it ``step`` steps in all is diagnosed: every so many steps, and the
         last one before a planned growth and the first one after any."""
-        run, engine = run_of(self._engine), self._engine
+        run = run_of(self._engine)
         every = run.config.diagnose_every
-        if not every or not engine.monitor.enabled:
+        if not every or not run.monitored:
             return False
         before = any(stage.at_step == step for stage in run.config.stages) and run.due(step) is not None
         after = bool(run.record.stages) and run.record.stages[-1].step == step - 1
@@ -89,7 +88,7 @@ class Diagnosis:
     # -- in the forward pass ------------------------------------------------------------------------------------
 
     def _before_forward(self, module: nn.Module, _args: Any) -> None:
-        if module.training and self.due(self._engine.global_steps + 1):
+        if module.training and torch.is_grad_enabled() and self.due(self._engine.global_steps + 1):
             self._activations.on()
             self._routing.on()
 
@@ -117,7 +116,8 @@ class Diagnosis:
                 if before > 0:
                     events.append((f"activation_drift/{block}", ratio / before, samples))
         for block, routed in self._routing.read(sums[activations.numel() :]).items():
-            events.append((f"router/entropy/{block}", routed.entropy, samples))
+            if routed.entropy is not None:
+                events.append((f"router/entropy/{block}", routed.entropy, samples))
             if routed.counts.sum() > 0:
                 events.append((f"router/load_max/{block}", float(routed.load.max()), samples))
                 events.append((f"router/load_min/{block}", float(routed.load.min()), samples))
@@ -181,7 +181,8 @@ class LossWatch:
         plain_backward = engine.backward
 
         def backward(loss: Any, retain_graph: bool = False, scale_wrt_gas: bool = True, **kwargs: Any) -> Any:
-            if isinstance(loss, Tensor) and loss.numel() == 1 and run_of(engine).config.diagnose_every:
+            config = run_of(engine).config
+            if isinstance(loss, Tensor) and loss.numel() == 1 and (config.diagnose_every or config.log_every):
                 # What the Trainer passes is its micro step's share of the loss already.
                 parts = engine.gradient_accumulation_steps() if scale_wrt_gas else 1
                 self._micro.append(loss.detach().float().reshape(()) / parts)
@@ -194,21 +195,14 @@ class LossWatch:
         observations, every = run.observations, run.config.log_every
         if self._micro:
             loss, step = torch.stack(self._micro).sum(), engine.global_steps
-            observations.unseen_losses.append((step, loss))
             self._micro = []
-            if every and step % every == 0 and engine.monitor.enabled:
+            if run.config.diagnose_every:
+                observations.unseen_losses.append((step, loss))
+            if every and step % every == 0 and run.monitored:
                 engine.monitor.write_events([(LOSS, float(loss), engine.global_samples)])
                 write_by_compute(engine, "train_loss", float(loss))
         if len(observations.unseen_losses) >= _LOSSES:
-            self._look(observations)
-
-    def _look(self, observations: Observations) -> None:
-        steps, losses = zip(*observations.unseen_losses, strict=True)
-        observations.unseen_losses = []
-        for step, loss in zip(steps, torch.stack(losses).tolist(), strict=True):
-            message = observations.losses.see(step, loss)
-            if message is not None:
-                logger.warning("%s", message)
+            observations.look_at_losses()
 
 
 def _write_loads(writer: Any, tag: str, loads: Sequence[float], samples: int) -> None:
@@ -235,8 +229,15 @@ def _routers(engine: DeepSpeedEngine) -> dict[str, Router]:
         assert linear is not None
         experts = access.full_shape(_weight(linear))[0]
         top_k = getattr(module, "top_k", None)
-        found[name] = Router(module, experts, top_k if isinstance(top_k, int) else chosen_experts(engine.module))
+        top_k = top_k if isinstance(top_k, int) else chosen_experts(engine.module)
+        found[name] = Router(module, experts, top_k, _scoring(module, engine.module))
     return found
+
+
+def _scoring(router: nn.Module, model: nn.Module) -> str:
+    """What makes probabilities of a router's logits, as far as it or the model's config tells."""
+    told = (getattr(router, "score_func", None), getattr(getattr(model, "config", None), "scoring_func", None))
+    return "sigmoid" if "sigmoid" in told else "softmax"
 
 
 def _weight(module: nn.Module) -> nn.Parameter:

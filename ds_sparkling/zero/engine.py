@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
+import torch
 from deepspeed import comm as dist
 from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.utils import groups
 from torch import nn
 
-from ds_sparkling.config import read_json, sparkling_config
+from ds_sparkling.config import BLOCK, read_json, sparkling_config
 from ds_sparkling.errors import ConfigError, GrowthError, PlanError, UnsupportedError
 from ds_sparkling.probe import BuildModel, build_on_meta, check_wide
 from ds_sparkling.record import GrowthRecord, find_checkpoint
@@ -37,7 +38,14 @@ from ds_sparkling.zero.in_place import take_place
 from ds_sparkling.zero.monitoring import GrowthCurves, mark_growth
 from ds_sparkling.zero.naming import expert_slices
 from ds_sparkling.zero.observing import observe_steps
-from ds_sparkling.zero.planning import agreed, knowing, parameter_counts, plan_growth, starting_record
+from ds_sparkling.zero.planning import (
+    agreed,
+    knowing,
+    parameter_counts,
+    plan_growth,
+    starting_record,
+    warn_of_uncounted_experts,
+)
 from ds_sparkling.zero.regrow import move
 from ds_sparkling.zero.run import GrowingRun, at_boundary, run_of
 from ds_sparkling.zero.spending import SpentMeter
@@ -296,8 +304,28 @@ def fit_out(engine: DeepSpeedEngine, run: GrowingRun) -> None:
     """Hang ``run`` onto a fresh engine, and put its scheduler, optimizer step, checkpoints and monitors in order."""
     if type(engine) is not DeepSpeedEngine:
         raise UnsupportedError(f"a {type(engine).__name__} can't be grown yet; only DeepSpeed's plain engine can")
-    engine.sparkling = replace(run, parameters=parameter_counts(engine, run.record))
+    monitored = _agree_with_first_rank(engine, run)
+    engine.sparkling = replace(run, parameters=parameter_counts(engine, run.record), monitored=monitored)
+    if run.plan is None and engine.global_rank == 0:
+        warn_of_uncounted_experts(engine, run.record)
     step = hook_step(engine)
     hook_checkpoints(engine, step)
     introduce_run(engine)
     observe_steps(engine, [SpentMeter(engine), GrowthCurves(engine, step), Diagnosis(engine, step)])
+
+
+def _agree_with_first_rank(engine: DeepSpeedEngine, run: GrowingRun) -> bool:
+    """Whether the first rank has a monitor: what is measured for it is added up over all ranks. Collective.
+
+    Raises:
+        ConfigError: on all ranks, if they don't have the same ``"sparkling"`` block.
+    """
+    box: list[Any] = [run.config, bool(engine.monitor.enabled)]
+    torch.distributed.broadcast_object_list(box, src=0)
+    first, monitored = box
+    consensus = Consensus("comparing configs")
+    with consensus:
+        if replace(run.config, checkpoint_dir=first.checkpoint_dir) != first:
+            raise ConfigError(f'the "{BLOCK}" block isn\'t that of the first rank; pass the same config on all')
+    consensus.settle()
+    return bool(monitored)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from deepspeed import comm as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import Tensor
 
 from ds_sparkling.diagnostics.updates import UpdateMeter
 from ds_sparkling.growth import GrowthPlan
 from ds_sparkling.optim.step import BirthStep
+from ds_sparkling.zero import access
+from ds_sparkling.zero.naming import expert_slices, replicas
 from ds_sparkling.zero.run import run_of
 from ds_sparkling.zero.spending import spent_events
 from ds_sparkling.zero.tensorboard import writer_of
@@ -27,20 +30,23 @@ class GrowthCurves:
         self._rates: list[float] = []
 
     def before_step(self) -> None:
-        engine, every = self._engine, run_of(self._engine).config.log_every
+        engine, run = self._engine, run_of(self._engine)
+        every = run.config.log_every
         growths = len(engine.lr_scheduler.births)
         self._rates = []
-        if not growths or not every or not engine.monitor.enabled or (engine.global_steps + 1) % every:
+        if not growths or not every or not run.monitored or (engine.global_steps + 1) % every:
             return
         self._rates = engine.lr_scheduler.rates(0)
         if self._meter is None or self._meter[0] != growths:
-            self._meter = growths, UpdateMeter(self._step.blocks, growths + 1)
+            self._meter = growths, UpdateMeter(self._step.blocks, growths + 1, _copies(engine))
         self._meter[1].start()
 
     def after_step(self) -> None:
         if not self._rates or self._meter is None:
             return
         sums = self._meter[1].stop().to(self._engine.device)
+        if not self._engine.was_step_applied():
+            return  # for infinite gradients, on all ranks
         dist.all_reduce(sums)
         rms = (sums[:, 0] / sums[:, 1].clamp(min=1)).sqrt().tolist()
         values = {
@@ -52,6 +58,16 @@ class GrowthCurves:
         values |= {f"lr/stage_{stage}": rate for stage, rate in enumerate(self._rates)}
         samples = self._engine.global_samples
         self._engine.monitor.write_events([(name, value, samples) for name, value in values.items()])
+
+
+def _copies(engine: DeepSpeedEngine) -> dict[Tensor, int]:
+    """On how many ranks the tensors that are stepped are, where ranks hold them whole (stage 0)."""
+    slices = expert_slices(engine)
+    return {
+        shard.master: replicas(shard, slices.get(shard.name))
+        for shard in access.shards(engine).values()
+        if shard.master is not None and shard.group is None
+    }
 
 
 def mark_growth(engine: DeepSpeedEngine, plan: GrowthPlan, text: str) -> None:

@@ -27,7 +27,7 @@ class ExpertSlice:
 def expert_slices(engine: DeepSpeedEngine) -> dict[str, ExpertSlice]:
     """Which experts this rank holds, for every parameter that AutoEP split over the expert-parallel group."""
     slices = {}
-    for block, layer in _autoep_layers(engine).items():
+    for block, layer in autoep_layers(engine).items():
         first = layer.ep_rank * layer.num_local_experts
         for name, _ in layer.experts.named_parameters():
             slices[f"{block}.experts.{name}"] = ExpertSlice(first, first + layer.num_local_experts, layer.num_experts)
@@ -53,7 +53,7 @@ def engine_axes(engine: DeepSpeedEngine, axes: Mapping[str, ParamAxes]) -> dict[
     """
     known = dict(axes)
     names = BlockNames.from_config(engine.config)
-    for block in _autoep_layers(engine):
+    for block in autoep_layers(engine):
         known.update(block_axes(block, names, axes))
     found = {}
     for name, _ in engine.module.named_parameters():
@@ -63,5 +63,6 @@ def engine_axes(engine: DeepSpeedEngine, axes: Mapping[str, ParamAxes]) -> dict[
     return found
 
 
-def _autoep_layers(engine: DeepSpeedEngine) -> dict[str, AutoEPMoELayer]:
+def autoep_layers(engine: DeepSpeedEngine) -> dict[str, AutoEPMoELayer]:
+    """AutoEP's layers by their path in the engine's module."""
     return {name: module for name, module in engine.module.named_modules() if isinstance(module, AutoEPMoELayer)}

@@ -23,7 +23,7 @@ from ds_sparkling.routing import active_share
 from ds_sparkling.zero.access import full_shape
 from ds_sparkling.zero.consensus import Consensus
 from ds_sparkling.zero.huggingface import built_plainly
-from ds_sparkling.zero.naming import engine_axes, expert_slices
+from ds_sparkling.zero.naming import autoep_layers, engine_axes, expert_slices
 from ds_sparkling.zero.run import GrowingRun
 
 logger = logging.getLogger(__name__)
@@ -134,6 +134,28 @@ def check_stages(build_model: BuildModel, config: SparklingConfig, record: Growt
         widths = {**widths, **stage.widths}
 
 
+def warn_of_uncounted_experts(engine: DeepSpeedEngine, record: GrowthRecord) -> None:
+    """Say so if all experts count as active, where a token may use some of them only."""
+    told = _known_share(engine)
+    stacked = any(axes.stacked_experts for axes in engine_axes(engine, record.axes).values())
+    if stacked and told is None:
+        logger.warning(
+            "the model's config doesn't tell how many of its experts a token uses (num_experts_per_tok and "
+            "num_experts, n_routed_experts or num_local_experts): active parameters and compute count all of them"
+        )
+    elif not stacked and told is not None and told < 1:
+        logger.warning(
+            "the model's config has experts, but no parameter stacks them as [experts, out, in]: active parameters and "
+            "compute count all of them"
+        )
+
+
 def _share(engine: DeepSpeedEngine) -> float:
-    share = active_share(engine.module)
+    share = _known_share(engine)
     return 1.0 if share is None else share
+
+
+def _known_share(engine: DeepSpeedEngine) -> float | None:
+    """Share of the stacked experts that one token uses: as AutoEP's layers have it, or else the model's config."""
+    layer = next(iter(autoep_layers(engine).values()), None)
+    return active_share(engine.module) if layer is None else layer.top_k / layer.num_experts

@@ -29,6 +29,7 @@ class GrowingRun:
         checkpoint_dir: where to save before a growth; None if nowhere.
         plan: the growth that made this engine; None for the first one.
         parameters: total and active (per token) parameters of this engine's model.
+        monitored: whether the first rank, which writes for all, has a monitor.
         observations: what diagnostics remember; the same object in every engine of the run.
         on_growth: for an engine in other hands: it grows in place, and this is called with it after each growth.
     """
@@ -41,6 +42,7 @@ class GrowingRun:
     checkpoint_dir: str | None
     plan: GrowthPlan | None = None
     parameters: tuple[int, int] = (0, 0)
+    monitored: bool = False
     observations: Observations = field(default_factory=Observations, compare=False)
     on_growth: Callable[[DeepSpeedEngine], None] | None = None
 

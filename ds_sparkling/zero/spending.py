@@ -46,7 +46,7 @@ class SpentMeter:
         before = run.spent or Spent().plus(tokens * (engine.global_steps - 1), active)
         run.observations.spent = before.plus(tokens, active)
         every = run.config.log_every
-        if every and engine.global_steps % every == 0 and engine.monitor.enabled:
+        if every and engine.global_steps % every == 0 and run.monitored:
             engine.monitor.write_events(spent_events(engine))
 
 

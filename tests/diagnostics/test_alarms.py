@@ -79,6 +79,12 @@ def test_steady_parting_is_no_alarm_however_often_it_is_looked_at_and_after_a_re
         assert alarm.see(1, age, 250, {"w1": 1 - 1e-5 * age}) is None or age < 101
 
 
+def test_twins_have_time_to_part_without_a_rewarmup_too() -> None:
+    alarm = TwinAlarm()
+    assert alarm.see(1, 1, 0, {"w1": 1.0}) is None
+    assert alarm.see(1, 100, 0, {"w1": 1.0}) is not None
+
+
 def test_parted_twins_are_no_alarm() -> None:
     assert TwinAlarm().see(1, 1000, 250, {"w1": 0.98, "w2": -0.1}) is None
 

@@ -159,6 +159,22 @@ def test_a_router_that_tells_its_choice_is_taken_at_its_word() -> None:
         assert found.entropy == pytest.approx(float(token_entropy(logits).mean()), rel=1e-6)
 
 
+def test_of_a_router_that_gives_something_else_only_what_is_known_counts() -> None:
+    logits, chosen_NK = torch.randn(5, 4), torch.tensor([[0, 1]] * 5)
+    found = measured(Listed((chosen_NK, torch.ones(5, 2), torch.tensor(0.1))))
+    assert (found.entropy, found.counts.tolist()) == (None, [10, 10, 0, 0])
+    loss, count = torch.tensor(0.1), torch.tensor([5, 5, 0, 0])
+    assert measured(Listed((logits, loss, count, None))).counts.sum() == 20
+    assert measured(Listed({"logits": logits, "loss": loss})).entropy == measured(Listed(logits)).entropy
+    router = Listed(None)
+    meter = RoutingMeter({"a": Router(router, 4, 2)})
+    meter.on()
+    for answer in (None, loss, object()):
+        router.answer = answer
+        router(torch.ones(5, 3))
+    assert meter.read(meter.take(CPU)) == {}
+
+
 def test_entropy_of_probabilities_and_of_sigmoids() -> None:
     logits = torch.tensor([[0.0, 0.0, 0.0, 0.0], [50.0, 0.0, 0.0, 0.0]])
     assert token_entropy(logits).tolist() == pytest.approx([math.log(4), 0.0], abs=1e-6)
@@ -205,4 +221,5 @@ def test_routers_of_families(family: str, layers: list[int]) -> None:
     model(input_ids=torch.randint(3, 60, (2, 16)))
     for routed in meter.read(meter.take(CPU)).values():
         assert routed.counts.sum() == 2 * 16 * top_k
+        assert routed.entropy is not None
         assert 0 < routed.entropy <= math.log(len(routed.counts)) + 1e-6

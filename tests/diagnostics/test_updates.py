@@ -26,6 +26,15 @@ def test_small_tensors_are_measured_whole() -> None:
     assert sums[:, 1].tolist() == [47, 60 + 110, 3]
 
 
+def test_what_several_ranks_hold_counts_once() -> None:
+    tensor, expert = torch.zeros(4), torch.zeros(4)
+    meter = UpdateMeter({tensor: [stretch(0, 4, 0)], expert: [stretch(0, 4, 0)]}, 1, {tensor: 4, expert: 2})
+    meter.start()
+    tensor += 1.0
+    expert += 3.0
+    assert meter.stop().tolist() == [[1 + 9 * 2, 3]]
+
+
 def test_of_large_tensors_a_sample_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ds_sparkling.diagnostics.updates._SAMPLE", 4000)
     tensor = torch.zeros(100_000)

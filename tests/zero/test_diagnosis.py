@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ds_sparkling.diagnostics.observations import Observations
 from ds_sparkling.diagnostics.spectrum import effective_rank
-from ds_sparkling.errors import CheckpointError
+from ds_sparkling.errors import CheckpointError, ConfigError
 from ds_sparkling.strategy import OptimizerState, Rewarmup, Scope, Strategy
 
 Pool = Callable[[int], Workers]
@@ -52,8 +52,7 @@ def watched(engine: Any) -> Events:
                 assert (tag, x) not in events, tag
                 events[tag, x] = value
 
-    engine.monitor.enabled = True
-    engine.monitor.write_events = write_events
+    tiny.monitored(engine, write_events)
     return events
 
 
@@ -321,6 +320,93 @@ def test_an_adopted_engine_is_diagnosed_like_any_other(workers: Pool) -> None:
         assert events == expected
 
 
+def of_the_first_rank(directory: str) -> list[str]:
+    """Tags that were written where only the first rank's config has a monitor, as is enough for plain DeepSpeed."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    first = torch.distributed.get_rank() == 0
+    tensorboard = {"enabled": first, "output_path": directory, "job_name": "run"}
+    case = Case(2, 3, 2, sparkling={**SPARKLING, "diagnose_every": 1, "log_every": 1}, top={"tensorboard": tensorboard})
+    engine = tiny.initialize(case)
+    tiny.train(engine, 1)
+    if not first:
+        return []
+    engine.monitor.tb_monitor.summary_writer.close()
+    events = EventAccumulator(f"{directory}/run")
+    events.Reload()
+    return list(events.Tags()["scalars"])
+
+
+def test_a_monitor_of_the_first_rank_is_enough(workers: Pool, tmp_path: Path) -> None:
+    tags, _ = workers(2).run(of_the_first_rank, str(tmp_path))
+    assert {"router/entropy/layers.0", "Train/Samples/train_loss", "By_compute/train_loss"} <= set(tags)
+
+
+def differing() -> None:
+    every = 5 + torch.distributed.get_rank()
+    with pytest.raises(ConfigError, match=r'rank 1: the "sparkling" block isn.t that of the first rank'):
+        tiny.initialize(Case(2, 1, sparkling={"diagnose_every": every}))
+
+
+def test_ranks_that_would_measure_at_different_steps_are_refused(workers: Pool) -> None:
+    workers(2).run(differing)
+
+
+def without_gradients() -> tuple[Events, Events]:
+    """What a diagnosed step writes, without and with other forward passes in training mode before its own."""
+    found = []
+    for others in (False, True):
+        engine = tiny.initialize(Case(2, 1, sparkling={"diagnose_every": 1, "log_every": 0}))
+        events = watched(engine)
+        if others:
+            with torch.no_grad():
+                engine(*tiny.batch(7))
+        tiny.train(engine, 1)
+        found.append(events)
+    return found[0], found[1]
+
+
+def test_forward_passes_without_gradients_do_not_count(workers: Pool) -> None:
+    for expected, events in workers(2).run(without_gradients):
+        assert len(expected) > 4
+        assert events == expected
+
+
+def losses_alone() -> list[str]:
+    engine = tiny.initialize(Case(1, 1, sparkling={"diagnose_every": 0, "log_every": 2}))
+    tags: list[str] = []
+    tiny.monitored(engine, lambda events: tags.extend(tag for tag, _, _ in events))
+    tiny.train(engine, 4)
+    return tags
+
+
+def test_losses_are_written_without_diagnoses_too(workers: Pool) -> None:
+    (tags,) = workers(1).run(losses_alone)
+    assert tags.count("Train/Samples/train_loss") >= 2
+
+
+def moved(case: Case) -> dict[str, float]:
+    """RMS of the updates of a step after a growth."""
+    import ds_sparkling
+
+    engine = tiny.initialize(case)
+    tiny.train(engine, 2)
+    engine = ds_sparkling.grow_if_due(engine)
+    found: dict[str, float] = {}
+    tiny.monitored(engine, lambda events: found.update((tag, value) for tag, value, _ in events))
+    tiny.train(engine, 3)
+    return {tag: value for tag, value in found.items() if tag.startswith("update_rms")}
+
+
+def test_updates_are_the_same_however_often_ranks_hold_an_element(workers: Pool) -> None:
+    """On stage 0 all ranks hold the dense parameters, and every second one the same experts."""
+    case = Case(4, 0, 2, sparkling={**SPARKLING, "log_every": 1}, top={"gradient_clipping": 0.0})
+    whole, cut = (workers(4).run(moved, replace(case, stage=stage)) for stage in (0, 2))
+    assert set(whole[0]) == {"update_rms/old", "update_rms/new"}
+    assert whole[0] == pytest.approx(cut[0], rel=1e-3)
+    assert all(answer == whole[0] for answer in whole)
+
+
 # -- alarms -----------------------------------------------------------------------------------------------------
 
 
@@ -345,6 +431,26 @@ def test_a_loss_spike_is_told_by_the_first_rank_without_a_monitor(workers: Pool)
     assert first[0].startswith("loss spike at step 27: the loss is 1")
     assert second == []
     assert workers(2).run(spiking, 1.0) == [[], []]
+
+
+def breaking_off(directory: str) -> tuple[list[str], list[str]]:
+    """Alarms before and after a run saves that has just got a loss which isn't finite."""
+    logged = Logged()
+    engine = tiny.initialize(Case(2, 1, sparkling=SPARKLING))
+    tiny.train(engine, 1)
+    engine.backward(engine(*tiny.batch(1)) * math.inf)
+    engine.step()
+    before = list(logged.messages)
+    engine.save_checkpoint(directory)
+    logged.close()
+    return before, logged.messages
+
+
+def test_the_last_losses_are_looked_at_before_a_checkpoint(workers: Pool, tmp_path: Path) -> None:
+    (before, (message,)), second = workers(2).run(breaking_off, str(tmp_path))
+    assert before == []
+    assert message.startswith("loss spike at step 2: the loss is inf")
+    assert second == ([], [])
 
 
 def twin_alarms(state: OptimizerState) -> list[str]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import tiny
 import torch
 from distributed import Workers
-from tiny import Case
+from tiny import Case, Logged
 
 from ds_sparkling.record import FILE_NAME, GrowthRecord, Spent, read_record
 from ds_sparkling.zero.spending import token_ids
@@ -37,8 +38,7 @@ def watched(engine: Any) -> dict[str, list[float]]:
             if tag in events:
                 events[tag].append(value)
 
-    engine.monitor.enabled = True
-    engine.monitor.write_events = write_events
+    tiny.monitored(engine, write_events)
     return events
 
 
@@ -92,6 +92,32 @@ def test_any_loop_counts_tokens_and_compute(case: Case, workers: Pool, tmp_path:
         assert found["spent"] == found["resumed"] == Spent(4 * step, flops[3])
         # Steps before a checkpoint that doesn't tell count as if they had been like the first one after it.
         assert found["untold"] == [None, Spent(4 * step, 24.0 * wide * step)]
+
+
+def untold_share(ep: int) -> tuple[list[str], tuple[int, int]]:
+    """What is logged about a model whose config doesn't tell how many experts it has, and its parameters."""
+    import ds_sparkling
+
+    case = Case(2, 1, ep)
+
+    def build_model(**widths: int) -> Any:
+        model = case.build_model(**widths)
+        model.config = SimpleNamespace(**{**vars(model.config), "num_experts": None})
+        return model
+
+    logged = Logged()
+    engine = ds_sparkling.initialize(build_model, case.config)
+    logged.close()
+    return [message for message in logged.messages if "active parameters" in message], engine.sparkling.parameters
+
+
+def test_experts_that_all_count_as_active_are_told(workers: Pool) -> None:
+    (((message,), (total, active)), (quiet, _)) = workers(2).run(untold_share, 0)
+    assert "doesn't tell how many of its experts a token uses" in message
+    assert (total, quiet) == (active, [])
+    messages, (total, active) = workers(2).run(untold_share, 2)[0]  # AutoEP knows
+    assert messages == []
+    assert active < total
 
 
 def test_tokens_are_found_among_a_modules_inputs() -> None:
