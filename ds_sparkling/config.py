@@ -255,8 +255,8 @@ def _interval(block: Mapping[str, Any], key: str, default: int) -> int:
 def _rewarmup(value: Any) -> Rewarmup:
     path = f"{BLOCK}.rewarmup"
     block = _mapping(value, path)
-    _check_keys(block, path, {"ratio", "steps", "scope", "curve", "faster_decay", "from_step"})
-    from_step = block.get("from_step")
+    _check_keys(block, path, {"ratio", "steps", "scope", "curve", "faster_decay", "from_step", "decay_steps"})
+    from_step, decay_steps = block.get("from_step"), block.get("decay_steps")
     return Rewarmup(
         ratio=_number(block.get("ratio", Rewarmup.ratio), f"{path}.ratio"),
         steps=_integer(block.get("steps", Rewarmup.steps), f"{path}.steps"),
@@ -264,6 +264,7 @@ def _rewarmup(value: Any) -> Rewarmup:
         curve=_choice(block, path, "curve", Rewarmup.curve),
         faster_decay=_number(block.get("faster_decay", Rewarmup.faster_decay), f"{path}.faster_decay"),
         from_step=None if from_step is None else _integer(from_step, f"{path}.from_step"),
+        decay_steps=None if decay_steps is None else _integer(decay_steps, f"{path}.decay_steps"),
     )
 
 

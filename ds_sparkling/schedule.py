@@ -96,7 +96,8 @@ class Birth:
         With a cosine base, f(t - t_e; tau_w, T - t_e, eta_e, rho eta_e, eta_min) (Eq. 27-28) until the base's end, and
         the base rate from there on; a faster decay has less than T - t_e steps for it. If it goes on from another step
         t_s of the base schedule, f(t_s + t - t_e; T_w, T, 0, eta_max, eta_min), which may not come to its end by T.
-        Without a cosine base, the base rate times a factor that goes from 1 to rho in tau_w steps.
+        Without a cosine base, the base rate times a factor that goes from 1 to rho in tau_w steps, and stays there or
+        goes back to 1 along half a cosine.
         """
         ratio, steps = self.rewarmup.ratio, self.rewarmup.steps
         if self.rewarmup.scope is Scope.NONE:
@@ -113,7 +114,7 @@ class Birth:
         if self.base is not None and self.age >= self.base.remaining:
             return base_rate
         if self.base is None:
-            return base_rate * (1.0 + (ratio - 1.0) * (self.age / steps if self.age < steps else 1.0))
+            return base_rate * self._factor()
         start = self.starts[group]
         return warmup_cosine(
             self.age,
@@ -123,6 +124,12 @@ class Birth:
             peak=ratio * start,
             end=self.base.ends[group],
         )
+
+    def _factor(self) -> float:
+        ratio, steps, decay = self.rewarmup.ratio, self.rewarmup.steps, self.rewarmup.decay_steps
+        if decay is None:
+            return 1.0 + (ratio - 1.0) * (self.age / steps if self.age < steps else 1.0)
+        return warmup_cosine(self.age, warmup=steps, total=steps + decay, start=1.0, peak=ratio, end=1.0)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, for a checkpoint."""

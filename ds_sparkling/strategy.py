@@ -101,9 +101,9 @@ class Curve(str, Enum):
     """How the re-warmed rate goes on after its peak.
 
     ``cosine`` is the paper's (Eq. 27-28): down to the base schedule's end. ``factor`` stays at ratio times the base
-    rate, whatever the base schedule does. ``auto`` takes ``cosine`` where the base schedule is in its cosine phase.
-    ``weight_norm`` is no re-warm-up: new elements follow the base rate times the norm of what the stage made of their
-    parameter over that of its original elements, step by step (Yuan et al. 2023, arXiv:2306.12700).
+    rate, or comes back to it, whatever the base schedule does. ``auto`` takes ``cosine`` where the base schedule is in
+    its cosine phase. ``weight_norm`` is no re-warm-up: new elements follow the base rate times the norm of what the
+    stage made of their parameter over that of its original elements, step by step (Yuan et al. 2023, arXiv:2306.12700).
     """
 
     AUTO = "auto"
@@ -135,6 +135,7 @@ class Rewarmup:
             (0.25 to 0.5 in LEMON, Wang et al. 2023, arXiv:2310.07999).
         from_step: go on as the base schedule did from this step on: that at which a wide model has the loss of the
             narrow one (staged training, Shen et al. 2022, arXiv:2203.06211); None for where the schedule stands.
+        decay_steps: with curve ``factor``, optimizer steps from the peak back to the base rate; None for no way back.
     """
 
     ratio: float = 1.3
@@ -143,6 +144,7 @@ class Rewarmup:
     curve: Curve = Curve.AUTO
     faster_decay: float = 0.0
     from_step: int | None = None
+    decay_steps: int | None = None
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.ratio) and self.ratio > 0):
@@ -166,7 +168,13 @@ class Rewarmup:
             raise ConfigError(
                 "rewarmup.curve 'factor' leaves the base schedule as it is; faster_decay and from_step don't"
             )
-
+        if self.decay_steps is not None:
+            if self.decay_steps < 1:
+                raise ConfigError(f"rewarmup.decay_steps must be positive, got {self.decay_steps}")
+            if self.curve is not Curve.FACTOR or self.scope is Scope.NONE:
+                raise ConfigError(
+                    "rewarmup.decay_steps leads back to the base rate; it needs curve 'factor' and scope 'new' or 'all'"
+                )
         if self.curve is Curve.WEIGHT_NORM and (
             self.scope is not Scope.NEW or (self.ratio, self.steps, self.needs_cosine) != (1.0, 0, False)
         ):
@@ -188,11 +196,12 @@ class Rewarmup:
             "curve": self.curve.value,
             "faster_decay": self.faster_decay,
             "from_step": self.from_step,
+            "decay_steps": self.decay_steps,
         }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Rewarmup:
-        """What :meth:`to_dict` gave; without the last two keys, as earlier versions wrote it, too."""
+        """What :meth:`to_dict` gave; without the last three keys, as earlier versions wrote it, too."""
         return cls(
             float(data["ratio"]),
             int(data["steps"]),
@@ -200,6 +209,7 @@ class Rewarmup:
             Curve(data["curve"]),
             float(data.get("faster_decay", 0.0)),
             data.get("from_step"),
+            data.get("decay_steps"),
         )
 
     @property
@@ -215,6 +225,8 @@ class Rewarmup:
         text = f"to {self.ratio:g}x the base rate in {self.steps} steps"
         if self.faster_decay:
             text += f", then down to the end in {self.faster_decay:.0%} fewer steps"
+        if self.decay_steps is not None:
+            text += f" and back in {self.decay_steps}"
         return f"{text}, {elements}"
 
 

@@ -62,6 +62,14 @@ def test_without_a_cosine_the_base_rate_gets_a_factor(age: int, factor: float) -
     assert birth(age, None, ratio=1.3, steps=2).rate(1, 0.7) == pytest.approx(0.7 * factor, rel=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("age", "factor"), [(0, 1.0), (1, 2.0), (2, 3.0), (3, 2.0 + 0.5**0.5), (4, 2.0), (6, 1.0), (10**6, 1.0)]
+)
+def test_the_factor_comes_back_to_one_along_half_a_cosine(age: int, factor: float) -> None:
+    rewarmup = Rewarmup(3.0, 2, curve=Curve.FACTOR, decay_steps=4)
+    assert Birth(rewarmup, (0.5,), None, restart=True, age=age).rate(0, 0.7) == pytest.approx(0.7 * factor, rel=1e-12)
+
+
 @pytest.mark.parametrize("base", [None, CosineBase(1000, (0.001, 0.002), 2000, 60)])
 def test_a_rewarmup_of_no_steps_starts_at_its_peak(base: CosineBase | None) -> None:
     assert birth(0, base, ratio=1.5, steps=0).rate(0, 0.01) == pytest.approx(0.015, rel=1e-12)

@@ -19,7 +19,7 @@ from ds_sparkling.errors import SparklingError
 from ds_sparkling.reproduce.loop import active_parameters
 from ds_sparkling.reproduce.runs import HIDDEN, INNER, Outcome, Run, Stage, block_text, widths_of
 from ds_sparkling.reproduce.scales import Scale
-from ds_sparkling.strategy import INIT_PAIRS, OptimizerState
+from ds_sparkling.strategy import INIT_PAIRS, OptimizerState, Rewarmup
 
 STRATEGIES = Path(__file__).parents[2] / "configs" / "strategies"
 
@@ -141,6 +141,8 @@ class Lab:
     def recipe(self, name: str, **changes: Any) -> Block:
         """A strategy of ``configs/strategies``, with the scale's re-warm-up steps and ``changes`` merged in.
 
+        Steps of a decay after it are brought to the scale, too.
+
         Raises:
             SparklingError: if there is no such file.
         """
@@ -153,6 +155,9 @@ class Lab:
             block["rewarmup"]["steps"] = self.scale.rewarmup_steps
         for key, value in changes.items():
             block[key] = {**block[key], **value} if isinstance(value, dict) else value
+        if block["rewarmup"].get("decay_steps"):
+            share = self.scale.rewarmup_steps / Rewarmup.steps
+            block["rewarmup"]["decay_steps"] = round(block["rewarmup"]["decay_steps"] * share)
         return block
 
 
@@ -378,6 +383,7 @@ CANDIDATES: dict[str, Block] = {
     "ratio 3": RATIO_3,
     "ratio 5": {"rewarmup": {"ratio": 5.0}},
     "all elements, ratio 3": {"rewarmup": {"ratio": 3.0, "scope": "all"}},
+    "ratio 3, decaying": {"rewarmup": {"ratio": 3.0, "curve": "factor", "decay_steps": 8000}},
     "split 1:0": {"init": {"split": "1:0"}},
     "split 1:0, ratio 3": {"init": {"split": "1:0"}, "rewarmup": {"ratio": 3.0}},
     "perturbation 1": {"init": {"perturbation": 1.0}},
@@ -403,7 +409,7 @@ def _parting(lab: Lab) -> Iterator[Variant]:
 
 
 #: Those that did best at a short horizon with the first seed, which are compared at others.
-FINALISTS = ("SPARKLING", "ratio 3", "perturbation 1, ratio 3", "cancelling random, ratio 3")
+FINALISTS = ("SPARKLING", "ratio 3", "ratio 3, decaying", "perturbation 1, ratio 3", "cancelling random, ratio 3")
 
 
 def _horizons(lab: Lab) -> Iterator[Variant]:
