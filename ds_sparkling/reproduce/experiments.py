@@ -198,6 +198,7 @@ class Experiment:
 
 NO_REWARMUP = {"scope": "none"}
 RATIO_3: Block = {"rewarmup": {"ratio": 3.0}}
+DECAYING: Block = {"rewarmup": {"ratio": 3.0, "curve": "factor", "decay_steps": 8000}}
 AXES = ("inner", "hidden", "joint")
 
 
@@ -383,12 +384,13 @@ CANDIDATES: dict[str, Block] = {
     "ratio 3": RATIO_3,
     "ratio 5": {"rewarmup": {"ratio": 5.0}},
     "all elements, ratio 3": {"rewarmup": {"ratio": 3.0, "scope": "all"}},
-    "ratio 3, decaying": {"rewarmup": {"ratio": 3.0, "curve": "factor", "decay_steps": 8000}},
+    "ratio 3, decaying": DECAYING,
     "split 1:0": {"init": {"split": "1:0"}},
     "split 1:0, ratio 3": {"init": {"split": "1:0"}, "rewarmup": {"ratio": 3.0}},
     "perturbation 1": {"init": {"perturbation": 1.0}},
     "perturbation 1, ratio 2": {"init": {"perturbation": 1.0}, "rewarmup": {"ratio": 2.0}},
     "perturbation 1, ratio 3": {"init": {"perturbation": 1.0}, "rewarmup": {"ratio": 3.0}},
+    "perturbation 1, ratio 3, decaying": {"init": {"perturbation": 1.0}, **DECAYING},
     "cancelling random": {"init": {"fan_in": "cancel", "fan_out": "random"}, "scaling": "none"},
     "cancelling random, ratio 3": {
         "init": {"fan_in": "cancel", "fan_out": "random"},
@@ -409,7 +411,14 @@ def _parting(lab: Lab) -> Iterator[Variant]:
 
 
 #: Those that did best at a short horizon with the first seed, which are compared at others.
-FINALISTS = ("SPARKLING", "ratio 3", "ratio 3, decaying", "perturbation 1, ratio 3", "cancelling random, ratio 3")
+FINALISTS = (
+    "SPARKLING",
+    "ratio 3",
+    "ratio 3, decaying",
+    "perturbation 1, ratio 3",
+    "perturbation 1, ratio 3, decaying",
+    "cancelling random, ratio 3",
+)
 
 
 def _horizons(lab: Lab) -> Iterator[Variant]:
