@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ds_sparkling.reproduce.experiments import Claim, Experiment, Lab, Variant
+from ds_sparkling.reproduce.experiments import CANDIDATES, Claim, Experiment, Lab, Variant
 from ds_sparkling.reproduce.loop import active_parameters
 from ds_sparkling.reproduce.page import write_page
 from ds_sparkling.reproduce.results import Estimate, fullest_table, table_of
@@ -157,6 +157,16 @@ def test_an_ordering_that_two_experiments_share_counts_once(tmp_path: Path) -> N
 def test_a_table_has_all_seeds_that_all_its_variants_have() -> None:
     experiment, lab = lab_of({"ours": [1.0, 2.0, 3.0, 4.0], "theirs": [1.1, 2.1, 3.1, None]})
     assert [fullest_table(experiment, lab.with_seeds(seeds)).seeds for seeds in (1, 2, 3, 4)] == [3, 3, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("name", "candidate"), [("parting", "perturbation 1, ratio 3"), ("decaying", "ratio 3, decaying")]
+)
+def test_what_is_offered_is_what_was_compared(name: str, candidate: str) -> None:
+    lab = Lab(SCALES["small"], "", 1, {})
+    offered = lab.grown("inner", lab.recipe(name))
+    assert offered == lab.grown("inner", lab.recipe("sparkling", **CANDIDATES[candidate]))
+    assert offered.config.strategy.rewarmup.decay_steps == (960 if name == "decaying" else None)
 
 
 def test_what_changes_nothing_makes_no_other_run() -> None:
