@@ -101,7 +101,7 @@ def untold_share(ep: int) -> tuple[list[str], tuple[int, int]]:
     case = Case(2, 1, ep)
 
     def build_model(**widths: int) -> Any:
-        model = case.build_model(**widths)
+        model: Any = case.build_model(**widths)
         model.config = SimpleNamespace(**{**vars(model.config), "num_experts": None})
         return model
 
