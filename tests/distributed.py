@@ -16,7 +16,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-_TIMEOUT = 120.0
+#: A rank that takes longer hangs; DeepSpeed compiles an op of its own the first time, for a minute or two.
+_TIMEOUT = 300.0
 
 
 class Workers:
