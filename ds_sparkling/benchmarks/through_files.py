@@ -74,7 +74,7 @@ def through_files(
 def _places(engine: DeepSpeedEngine) -> dict[str, _Place]:
     """Where this rank's optimizer file will hold which parameter."""
     slices = expert_slices(engine)
-    order = [id(flat) for flat in engine.optimizer.fp32_partitioned_groups_flat]
+    order = [id(master) for master in access.master_groups(engine)]
     return {
         shard.name: _Place(
             order.index(id(shard.master)), int(shard.weight.storage_offset()), shard.piece, slices.get(shard.name)

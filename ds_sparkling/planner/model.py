@@ -10,7 +10,7 @@ from ds_sparkling.axes import ParamAxes, Role
 from ds_sparkling.errors import PlanError
 from ds_sparkling.growth.plan import GrowthPlan, Shape, count_parameters, make_plan
 from ds_sparkling.probe import BuildModel, base_widths, build_on_meta, check_wide, read
-from ds_sparkling.routing import active_share
+from ds_sparkling.routing import active_share, doubt_of_share
 from ds_sparkling.strategy import Strategy
 
 
@@ -139,14 +139,9 @@ def _share(
         raise PlanError(
             f"--experts-per-token is for a model with one number of stacked experts; this one's are {sorted(stacked)}"
         )
-    if stacked and told is None:
+    doubt = doubt_of_share(told, stacked=bool(stacked))
+    if doubt is not None:
         raise PlanError(
-            "the model's config doesn't tell how many of its experts a token uses (num_experts_per_tok and "
-            "num_experts, n_routed_experts or num_local_experts); pass --experts-per-token K"
-        )
-    if not stacked and told is not None and told < 1:
-        raise PlanError(
-            "the model's config has experts, but no parameter stacks them as [experts, out, in], so what a token uses "
-            "can't be counted"
+            f"{doubt}; pass --experts-per-token K" if stacked else f"{doubt}, so what a token uses can't be counted"
         )
     return 1.0 if told is None else told

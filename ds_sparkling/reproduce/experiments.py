@@ -132,11 +132,12 @@ class Lab:
 
     def from_scratch(self, name: str, run: Run, reference: str = "") -> Iterator[Variant]:
         """The sweep over a run's learning rate, and the run at the best one."""
-        for factor in self.sweep(run):
+        losses = self.sweep(run)
+        for factor in losses:
             yield Variant(f"{name}, lr x{factor:g}", run.at_rate(factor), swept=True)
-        best = self.tuned(run)
+        best = _best(losses)
         if best is not None:
-            yield Variant(name, best, reference)
+            yield Variant(name, run.at_rate(best), reference)
 
     def recipe(self, name: str, **changes: Any) -> Block:
         """A strategy of ``configs/strategies``, with the scale's re-warm-up steps and ``changes`` merged in.

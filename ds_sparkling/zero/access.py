@@ -181,7 +181,7 @@ def group_names(engine: DeepSpeedEngine) -> list[frozenset[str]]:
 
 
 def master_groups(engine: DeepSpeedEngine) -> dict[Tensor, int]:
-    """Every tensor that the base optimizer steps, and the index of its parameter group."""
+    """Every tensor that the base optimizer steps, in the order of DeepSpeed's, and the index of its parameter group."""
     names = {id(param): name for name, param in engine.module.named_parameters()}
     groups = {names[id(param)]: group for group, params in _param_groups(engine) for param in params}
     return {shard.master: groups[shard.name] for shard in _trained(engine, names) if shard.master is not None}

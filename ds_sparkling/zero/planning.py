@@ -19,7 +19,7 @@ from ds_sparkling.errors import ConfigError, PlanError
 from ds_sparkling.growth import GrowthPlan, count_parameters, make_plan
 from ds_sparkling.probe import BuildModel, base_widths, build_on_meta, check_wide
 from ds_sparkling.record import GrowthRecord, read_record
-from ds_sparkling.routing import active_share
+from ds_sparkling.routing import active_share, doubt_of_share
 from ds_sparkling.zero.access import full_shape
 from ds_sparkling.zero.consensus import Consensus
 from ds_sparkling.zero.huggingface import built_plainly
@@ -136,18 +136,10 @@ def check_stages(build_model: BuildModel, config: SparklingConfig, record: Growt
 
 def warn_of_uncounted_experts(engine: DeepSpeedEngine, record: GrowthRecord) -> None:
     """Say so if all experts count as active, where a token may use some of them only."""
-    told = _known_share(engine)
     stacked = any(axes.stacked_experts for axes in engine_axes(engine, record.axes).values())
-    if stacked and told is None:
-        logger.warning(
-            "the model's config doesn't tell how many of its experts a token uses (num_experts_per_tok and "
-            "num_experts, n_routed_experts or num_local_experts): active parameters and compute count all of them"
-        )
-    elif not stacked and told is not None and told < 1:
-        logger.warning(
-            "the model's config has experts, but no parameter stacks them as [experts, out, in]: active parameters and "
-            "compute count all of them"
-        )
+    doubt = doubt_of_share(_known_share(engine), stacked=stacked)
+    if doubt is not None:
+        logger.warning("%s: active parameters and compute count all of them", doubt)
 
 
 def _share(engine: DeepSpeedEngine) -> float:
