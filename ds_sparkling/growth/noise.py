@@ -34,8 +34,9 @@ class ZeroSumNoise:
 
     Attributes:
         key: of the random stream.
-        dim, place: the dimension along which twins are consumed, and which one of the weight's it is.
-        growth: of its axis.
+        place: which of the weight's dimensions twins are consumed along.
+        twins: its entries that are consumed alike (:func:`consumed_alike`).
+        growth: of the axis it carries.
         sources: the old index of every index, by dimension.
         first: index of the first expert held, for stacked experts.
         strength: RMS of the noise over that of the weights.
@@ -43,8 +44,8 @@ class ZeroSumNoise:
     """
 
     key: int
-    dim: Dim
     place: int
+    twins: Tensor
     growth: AxisGrowth
     sources: tuple[Tensor, ...]
     first: int
@@ -74,7 +75,7 @@ class ZeroSumNoise:
             else:
                 base += (source[index] + (self.first if place == 0 else 0)) * stride
                 stride *= int(source.max()) + 1
-        twins = self._twins[:, own]
+        twins = self.twins[:, own]
         exists = twins >= 0
         # One after the other: how a reduction adds up depends on how many elements are asked for.
         total = torch.zeros(len(flat), dtype=torch.float64)
@@ -86,13 +87,13 @@ class ZeroSumNoise:
         return torch.where(m > 1, factor * noise * (m / (m - 1).clamp(min=1)).sqrt(), 0.0)
 
     @cached_property
-    def _twins(self) -> Tensor:
-        """The entries of the dimension that are consumed alike, int64 of shape [most twins, size]; -1 for none."""
-        units = twin_units(self.growth.before, self.growth.after, self.growth.groups)
-        entries = [self.dim.sources(twins.clamp(min=0), self.growth.after) for twins in units]
-        of_entry = self.dim.units(self.growth.after)
-        return torch.stack([torch.where(t[of_entry] >= 0, e, -1) for t, e in zip(units, entries, strict=True)])
-
-    @cached_property
     def _sizes(self) -> tuple[int, ...]:
         return tuple(len(source) for source in self.sources)
+
+
+def consumed_alike(dim: Dim, growth: AxisGrowth) -> Tensor:
+    """The entries of a grown dimension that consume the same, int64 of shape [most twins, size]; -1 for none."""
+    units = twin_units(growth.before, growth.after, growth.groups)
+    entries = [dim.sources(twins.clamp(min=0), growth.after) for twins in units]
+    of_entry = dim.units(growth.after)
+    return torch.stack([torch.where(t[of_entry] >= 0, e, -1) for t, e in zip(units, entries, strict=True)])

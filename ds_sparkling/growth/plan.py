@@ -6,10 +6,10 @@ A plan is immutable, can be printed and saved as JSON, and covers every paramete
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Any, TypeVar
 
 from ds_sparkling.axes import Dim, Norm, ParamAxes, Role
 from ds_sparkling.errors import PlanError
@@ -17,6 +17,8 @@ from ds_sparkling.growth.scaling import AxisGrowth, UnitScales, unit_scales
 from ds_sparkling.strategy import Strategy
 
 Shape = tuple[int, ...]
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -64,16 +66,31 @@ class GrowthPlan:
 
     @property
     def _by_name(self) -> dict[str, ParamPlan]:
-        # Cached by hand: a frozen dataclass takes no cached_property.
-        cache = self.__dict__.get("_params")
-        if cache is None:
-            cache = {param.name: param for param in self.params}
-            object.__setattr__(self, "_params", cache)
-        return cache
+        return self.once("params", lambda: {param.name: param for param in self.params})
 
     def scales(self) -> dict[str, UnitScales]:
-        """The :class:`UnitScales` of every grown axis."""
-        return {growth.axis: unit_scales(growth, self.strategy, self.stage) for growth in self.growths}
+        """The :class:`UnitScales` of every grown axis; don't change them."""
+        return self.once(
+            "scales",
+            lambda: {growth.axis: unit_scales(growth, self.strategy, self.stage) for growth in self.growths},
+        )
+
+    def once(self, key: Hashable, make: Callable[[], _T]) -> _T:
+        """What ``make`` gives, made once per plan and kept as long as it: tables that many parameters share.
+
+        Args:
+            key: of what is made; the same for all who want the same.
+        """
+        # Kept by hand: a frozen dataclass takes no cached_property, and its fields alone are the plan.
+        made: dict[Hashable, Any] = self.__dict__.setdefault("_made", {})
+        if key not in made:
+            made[key] = make()
+        found: _T = made[key]
+        return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied and sent: the plan without its tables."""
+        return {key: value for key, value in self.__dict__.items() if key != "_made"}
 
     def parameters(self, *, active: bool = False) -> tuple[int, int]:
         """Total (or active per token) parameters before and after.

@@ -13,14 +13,14 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
 from ds_sparkling.axes import FIXED, Dim, Role
 from ds_sparkling.errors import PlanError
-from ds_sparkling.growth.noise import ZeroSumNoise
+from ds_sparkling.growth.noise import ZeroSumNoise, consumed_alike
 from ds_sparkling.growth.plan import GrowthPlan, ParamPlan
 from ds_sparkling.growth.random import standard_normal, stream_key
 from ds_sparkling.growth.scaling import AxisGrowth, UnitScales
@@ -93,6 +93,7 @@ class _Run:
 class Widener:
     """Widens one parameter as a plan says.
 
+    Tables of the dimensions are the plan's, so that those of a thousand parameters take no more memory than one's.
     A rank of an expert-parallel group passes its slice of the experts as ``experts``; the results are those of the
     whole tensor at these experts.
 
@@ -105,7 +106,7 @@ class Widener:
     def __init__(self, plan: GrowthPlan, name: str, experts: tuple[int, int] | None = None) -> None:
         self.param: ParamPlan = plan.param(name)
         self.strategy: Strategy = plan.strategy
-        self._stage = plan.stage
+        self._plan = plan
         self._key = stream_key(plan.strategy.seed, plan.stage, name)
         if experts is not None and not self.param.axes.stacked_experts:
             raise PlanError(f"{name} isn't a tensor of stacked experts, so it has no slice {experts}")
@@ -203,30 +204,34 @@ class Widener:
 
     # -- what the plan says, made concrete ----------------------------------------------------------------------
 
-    @cached_property
+    @property
     def _weight_scales(self) -> list[Scale]:
-        return [
-            self._scale(dim, lambda scales, dim: scales.weight(dim, self.param.axes.head_gain)) for dim in self._dims
-        ]
+        return [self._scale(dim, UnitScales.weight) for dim in self._dims]
 
-    @cached_property
+    @property
     def _gradient_scales(self) -> list[Scale]:
-        return [
-            self._scale(dim, lambda scales, dim: scales.gradient(dim, self.param.axes.head_gain)) for dim in self._dims
-        ]
+        return [self._scale(dim, UnitScales.gradient) for dim in self._dims]
 
-    def _scale(self, dim: Dim, choose: Callable[[UnitScales, Dim], Tensor]) -> Scale:
+    def _scale(self, dim: Dim, choose: Callable[[UnitScales, Dim, bool], Tensor]) -> Scale:
         """A dimension's factor: a float where it is the same for all its indices, whatever piece is asked for."""
-        if dim.axis not in self._scales:
-            return 1.0
-        per_unit = choose(self._scales[dim.axis], dim)
-        if bool((per_unit == per_unit[0]).all()):
-            return float(per_unit[0])
-        return per_unit[dim.units(len(per_unit))]
+        head_gain = self.param.axes.head_gain
 
-    @cached_property
+        def make() -> Scale:
+            if dim.axis not in self._scales:
+                return 1.0
+            per_unit = choose(self._scales[dim.axis], dim, head_gain)
+            if bool((per_unit == per_unit[0]).all()):
+                return float(per_unit[0])
+            return per_unit[dim.units(len(per_unit))]
+
+        return self._plan.once((choose, dim, head_gain), make)
+
+    @property
     def _maps(self) -> list[_DimMap]:
-        return [self._dim_map(dim, size) for dim, size in zip(self._dims, self.after, strict=True)]
+        return [
+            self._plan.once(("map", dim, size), partial(self._dim_map, dim, size))
+            for dim, size in zip(self._dims, self.after, strict=True)
+        ]
 
     def _dim_map(self, dim: Dim, size: int) -> _DimMap:
         growth = self._growths.get(dim.axis)
@@ -273,11 +278,13 @@ class Widener:
         if not grown or not self.strategy.perturbation:
             return None
         place = grown[-1]
+        dim = self._dims[place]
+        growth = self._growths[dim.axis]
         return ZeroSumNoise(
-            key=stream_key(self.strategy.seed, self._stage, f"perturbation/{self.param.name}"),
-            dim=self._dims[place],
+            key=stream_key(self.strategy.seed, self._plan.stage, f"perturbation/{self.param.name}"),
             place=place,
-            growth=self._growths[self._dims[place].axis],
+            twins=self._plan.once(("consumed alike", dim), lambda: consumed_alike(dim, growth)),
+            growth=growth,
             sources=tuple(dim_map.source for dim_map in self._maps),
             first=self._first_expert,
             strength=self.strategy.perturbation,
@@ -294,11 +301,12 @@ class Widener:
 
     # -- runs: a grown tensor as a few rectangles ---------------------------------------------------------------
 
-    @cached_property
+    @property
     def _columns(self) -> list[_Run]:
         if not self._dims:
             return [_Run(0, 1, 0, _OLD)]
-        return _runs(self._maps[-1].source, self._maps[-1].kind)
+        dim_map = self._maps[-1]
+        return self._plan.once(("columns", self._dims[-1], self.after[-1]), lambda: _runs(dim_map.source, dim_map.kind))
 
     def _row_runs(self, first: int, last: int) -> list[_Run]:
         """Rows ``first .. last`` of the grown tensor as runs of consecutive old rows."""

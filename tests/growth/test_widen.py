@@ -6,17 +6,20 @@ multiplies by the method's factors in NumPy scalars of the tensor's precision, s
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
+import pickle
 import random
 from collections import Counter
 from dataclasses import dataclass, replace
+from types import FunctionType, ModuleType
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from unit_maps import Entry, Unit, entries, grown_units
@@ -71,11 +74,15 @@ class Case:
 
     def units(self, axis: str) -> list[Unit]:
         """The units of an axis that grows."""
-        counts = (1, 1)
-        if axis == "i":
-            before, after = self.widths, {**self.widths, **self.wide}
-            counts = (before["g"], after["g"]) if self.groups == "g" else (int(self.groups), int(self.groups))
-        return grown_units(self.widths[axis], self.wide[axis], counts)
+        return grown_units(self.widths[axis], self.wide[axis], self.groups_of(axis))
+
+    def groups_of(self, axis: str) -> tuple[int, int]:
+        """How many groups the units of an axis are in before and after."""
+        if axis != "i":
+            return 1, 1
+        if self.groups == "g":
+            return self.widths["g"], self.wide.get("g", self.widths["g"])
+        return int(self.groups), int(self.groups)
 
 
 @st.composite
@@ -203,16 +210,31 @@ def locate(case: Case, dim: Dim, index: int) -> tuple[int, Unit, int]:
     units = case.units(dim.axis)
     unit = units[entry.unit]
     if case.strategy.cancels:
-        unit = replace(unit, source=units[first_of_pair(units, entry.unit)].source)
+        counts = case.groups_of(dim.axis)
+        unit = replace(unit, source=units[first_of_pair(units, entry.unit, counts)].source)
     source = listed(dim, case.widths[dim.axis]).index(replace(entry, unit=unit.source))
     return entry.segment, unit, source
 
 
-def first_of_pair(units: list[Unit], unit: int) -> int:
-    """The first unit of a new one's pair; itself for any other."""
-    new = [place for place, found in enumerate(units) if not found.old]
-    pairs = dict(zip(new[len(new) // 2 : len(new) // 2 * 2], new, strict=False))
-    return pairs.get(unit, unit)
+def first_of_pair(units: list[Unit], unit: int, groups: tuple[int, int]) -> int:
+    """The first unit of a new one's pair; itself for any other.
+
+    New units of an old group are paired within it, those of new groups with those of another new group.
+
+    Args:
+        groups: how many there are before and after.
+    """
+    size = len(units) // groups[1]
+    group, place = divmod(unit, size)
+    if group < groups[0]:
+        new = [position for position in range(group * size, (group + 1) * size) if not units[position].old]
+        pairs = dict(zip(new[len(new) // 2 : len(new) // 2 * 2], new, strict=False))
+        return pairs.get(unit, unit)
+    new_groups = list(range(groups[0], groups[1]))
+    half = len(new_groups) // 2
+    if group in new_groups[: 2 * half]:
+        return (group if group in new_groups[:half] else group - half) * size + place
+    return group * size + place % (size // 2) if place < size // 2 * 2 else unit
 
 
 def shares(case: Case, axis: str) -> list[float]:
@@ -920,6 +942,18 @@ def test_states_are_the_references_bit_for_bit(kind: str, data: st.DataObject, k
     assert torch.equal(whole_state(case, key, old).view(expected.shape), expected)
 
 
+PAIRS_IN_GROUPS = Case(
+    axes=ParamAxes((Dim("i", Role.PER_UNIT, groups="g"),)),
+    widths={"h": 1, "i": 2, "g": 2},
+    wide={"i": 4},
+    normed=frozenset(),
+    strategy=Strategy(Init.RANDOM, Init.CANCEL, optimizer_state=OptimizerState.COPY),
+    seed=0,
+    groups="g",
+)
+
+
+@example(PAIRS_IN_GROUPS, "exp_avg")
 @given(
     cases(
         norms=(Init.COPY, Init.RANDOM),
@@ -1024,3 +1058,51 @@ def test_drawing_after_weights_that_are_not_finite_is_refused() -> None:
     with pytest.raises(ValueError, match="NaN or Inf"):
         drawn(random_plan(), old=old)
     assert math.isfinite(spread(lambda start, stop: old[0].flatten()[start:stop], 0, old[0].numel()).rms)
+
+
+@pytest.mark.parametrize("strategy", [Strategy(), Strategy(perturbation=0.1), Strategy(split=Split.parse("1:2"))])
+def test_tables_take_no_more_memory_for_1500_parameters_than_for_three(strategy: Strategy) -> None:
+    """Whatever a plan and its wideners hold on to, all of them used, by the tensors that can be reached from them."""
+    kinds = {
+        "up": ParamAxes((Dim("i", Role.FAN_OUT), Dim("h", Role.FAN_IN))),
+        "down": ParamAxes((Dim("h", Role.FAN_OUT), Dim("i", Role.FAN_IN))),
+        "norm": ParamAxes((Dim("h", Role.GAIN),), norm=Norm.RMS),
+    }
+    before, after = {"h": 6, "i": 4}, {"h": 10, "i": 12}
+
+    def held(layers: int) -> int:
+        axes = {f"{layer}.{kind}": axes for layer in range(layers) for kind, axes in kinds.items()}
+        shapes = {name: tuple(before[dim.axis or ""] for dim in axes[name].dims) for name in axes}
+        plan = make_plan(shapes, axes, before, after, strategy, stage=1)
+        wideners = [Widener(plan, name) for name in axes]
+        for widener, shape in zip(wideners, shapes.values(), strict=True):
+            out = torch.empty(widener.numel)
+            widener.weight(torch.ones(shape), out)
+            widener.state("exp_avg", torch.ones(shape), out)
+        return sum(storages(wideners).values())
+
+    assert held(1) == held(500) > 0
+
+
+def storages(root: object) -> dict[int, int]:
+    """The memory of every tensor that can be reached from ``root``: address and bytes."""
+    found, seen, todo = {}, {id(root)}, [root]
+    while todo:
+        value = todo.pop()
+        if isinstance(value, Tensor):
+            found[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        elif not isinstance(value, (type, ModuleType, FunctionType)):
+            new = [item for item in gc.get_referents(value) if id(item) not in seen]
+            seen |= set(map(id, new))
+            todo += new
+    return found
+
+
+def test_a_plan_is_sent_without_its_tables() -> None:
+    plan = make_plan(
+        {"w": (2,)}, {"w": ParamAxes((Dim("h", Role.GAIN),), norm=Norm.RMS)}, {"h": 2}, {"h": 4}, Strategy(), stage=1
+    )
+    empty = len(pickle.dumps(replace(plan)))
+    Widener(plan, "w").weight(torch.ones(2), torch.empty(4))
+    assert len(pickle.dumps(plan)) == empty
+    assert pickle.loads(pickle.dumps(plan)) == plan
