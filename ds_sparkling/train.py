@@ -30,6 +30,7 @@ from ds_sparkling.config import read_json, typed_block
 from ds_sparkling.data import Corpus
 from ds_sparkling.errors import CheckpointError, SparklingError
 from ds_sparkling.models.olmoe import OlmoeConfig, olmoe_factory
+from ds_sparkling.progress import progress_bar
 from ds_sparkling.record import Spent
 from ds_sparkling.summary import RunSummary
 from ds_sparkling.variants import Variant, as_variant
@@ -102,27 +103,33 @@ class Job:
         """Train to the end of the budget, growing on the way, and save."""
         if self.engine.global_steps < self.training.steps:  # a finished run that has been given more
             self.progress.milestones = [mark for mark in self.progress.milestones if mark[0] != "end"]
-        bar = tqdm(total=self.training.steps, initial=self.engine.global_steps, disable=self.rank != 0, unit="step")
-        while (step := self.engine.global_steps) < self.training.steps:
-            if self.engine.sparkling.due(step):
-                self._grow(step)
-            loss = self._step(step)
-            bar.update()
-            done = step + 1
-            if done % self.training.log_every == 0:
-                mean = self._mean(loss)
-                bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
-                self._log({"Train/loss": mean, "Train/grad_norm": float(self.engine.get_global_grad_norm() or 0.0)})
-            if done < self.training.steps:
-                if done % self.training.evaluate_every == 0:
-                    self.evaluate()
-                if self.training.save_every and done % self.training.save_every == 0:
-                    self._save()
-        bar.close()
+        started = self.engine.global_steps
+        with progress_bar(
+            total=self.training.steps, initial=started, shown=self.rank == 0, leave=True, unit="step"
+        ) as bar:
+            while (step := self.engine.global_steps) < self.training.steps:
+                self._train_step(step, bar)
         if not any(name == "end" for name, *_ in self.progress.milestones):
             self.progress.milestones.append(("end", self.engine.global_steps, self.evaluate()))
             self._look_at_the_clock()
             self._save()
+
+    def _train_step(self, step: int, bar: tqdm[Any]) -> None:
+        """One step, and what is due before and after it."""
+        if self.engine.sparkling.due(step):
+            self._grow(step)
+        loss = self._step(step)
+        bar.update()
+        done = step + 1
+        if done % self.training.log_every == 0:
+            mean = self._mean(loss)
+            bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
+            self._log({"Train/loss": mean, "Train/grad_norm": float(self.engine.get_global_grad_norm() or 0.0)})
+        if done < self.training.steps:
+            if done % self.training.evaluate_every == 0:
+                self.evaluate()
+            if self.training.save_every and done % self.training.save_every == 0:
+                self._save()
 
     def _step(self, step: int) -> Tensor:
         """One optimizer step; returns this rank's mean loss."""

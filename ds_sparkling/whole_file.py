@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     Raises:
         SparklingError: if the file system refuses.
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")  # another process may be writing the same file
+    part = beside(path, f".{os.getpid()}.part", hidden=True)  # another process may be writing the same file
     try:
         yield part
         os.replace(part, path)
@@ -29,3 +30,25 @@ def whole_file(path: Path) -> Iterator[Path]:
         if isinstance(error, OSError):
             raise SparklingError(f"{path} can't be written: {error.strerror or error}") from error
         raise
+
+
+def longest_name(directory: Path) -> int:
+    """How many bytes a file's name in ``directory`` may have."""
+    try:
+        return os.pathconf(directory, "PC_NAME_MAX")
+    except (OSError, ValueError, AttributeError):  # it doesn't exist, or the system doesn't tell
+        return 255
+
+
+def beside(path: Path, suffix: str, *, hidden: bool = False) -> Path:
+    """A place next to ``path`` that belongs to it: its name and ``suffix``, always the same one.
+
+    Where that is too long for the file system, the name is shortened, and told from others by its checksum.
+    """
+    name = f"{'.' if hidden else ''}{path.name}{suffix}"
+    room = longest_name(path.parent)
+    if len(os.fsencode(name)) > room:
+        suffix = f"~{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:8]}{suffix}"
+        kept = os.fsencode(name)[: room - len(os.fsencode(suffix))].decode(errors="ignore")
+        name = kept + suffix
+    return path.with_name(name)

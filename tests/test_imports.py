@@ -135,7 +135,9 @@ def test_a_report_is_made_of_files_alone() -> None:
         names = imported(path)
         assert not any(under(name, "torch") for name in names), path
         for name in (name for name in names if under(name, "ds_sparkling")):
-            allowed = [f"ds_sparkling.{other}" for other in ("report", "errors", "summary", "diagnostics.alarms")]
+            allowed = [
+                f"ds_sparkling.{other}" for other in ("report", "errors", "progress", "summary", "diagnostics.alarms")
+            ]
             assert under(name, *allowed), f"{relative(path)}: {name}"
 
 

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch.multiprocessing
-from tqdm import tqdm
 
 from ds_sparkling.benchmarks.common import free_port
 from ds_sparkling.data import Corpus
 from ds_sparkling.models.olmoe import OlmoeConfig, olmoe_factory
+from ds_sparkling.progress import progress_bar
 
 RANKS = 2
 #: Steps between diagnoses, an even number.
@@ -67,7 +67,8 @@ def _rank(rank: int, port: int, text: str, windows: int, directory: str) -> None
     config["tensorboard"] = {"enabled": True, "output_path": directory, "job_name": "tensorboard"}
     job = _Job(config)
     job.window()  # the growth's own measurements
-    times = [job.window() for _ in tqdm(range(windows), desc="diagnoses", disable=rank != 0)]
+    with progress_bar(range(windows), desc="diagnoses", shown=rank == 0, leave=True) as bar:
+        times = [job.window() for _ in bar]
     if rank == 0:
         (Path(directory) / "prices.json").write_text(json.dumps(asdict(summary(times))))
     sys.stderr.flush()

@@ -31,10 +31,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from ds_sparkling.benchmarks.common import table
 from ds_sparkling.benchmarks.synthetic import config_of, write_checkpoint
+from ds_sparkling.progress import progress_bar
 
 _BYTES_PER_PARAMETER = 12  # fp32 weight, two moments
 _EXPERT_PARALLEL = 2
@@ -166,8 +165,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"--ranks must be multiples of {_EXPERT_PARALLEL}")
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="bench-expand-", dir=options.directory) as scratch:
-        for size, ranks in tqdm(list(zip(options.sizes, options.ranks, strict=True)), unit="checkpoint"):
-            rows += measure(size, ranks, Path(scratch), repeat=options.repeat, universal=not options.no_universal)
+        cases = list(zip(options.sizes, options.ranks, strict=True))
+        with progress_bar(cases, unit="checkpoint", leave=True) as bar:
+            for size, ranks in bar:
+                rows += measure(size, ranks, Path(scratch), repeat=options.repeat, universal=not options.no_universal)
     print(table(_COLUMNS, rows))
     if options.json is not None:
         options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")

@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 import torch.multiprocessing
-from tqdm import tqdm
 
 from ds_sparkling.benchmarks.common import free_port
 from ds_sparkling.check.comparison import difference_after, first_runnable
@@ -32,6 +31,7 @@ from ds_sparkling.check.instance import Instance
 from ds_sparkling.check.resolve import find_axes
 from ds_sparkling.errors import ConfigError, PlanError
 from ds_sparkling.factory import HuggingFaceFactory, import_transformers
+from ds_sparkling.progress import progress_bar
 
 #: What the table stands between in a file.
 BEGIN, END = "<!-- families -->", "<!-- end of families -->"
@@ -198,10 +198,9 @@ def _rank(rank: int, jobs: Sequence[tuple[Any, ...]], port: int, scratch: Path) 
     join(rank, RANKS, port)
     quiet()
     results = []
-    for index, (_, config, preset, after) in enumerate(
-        tqdm(jobs, desc="engines", unit="growth", disable=rank != 0, leave=False)
-    ):
-        results.append(grow_both_ways(config, preset, after, scratch / str(index)))
+    with progress_bar(jobs, desc="engines", unit="growth", shown=rank == 0) as bar:
+        for index, (_, config, preset, after) in enumerate(bar):
+            results.append(grow_both_ways(config, preset, after, scratch / str(index)))
     if rank == 0:
         (scratch / "results.json").write_text(json.dumps(results))
     sys.stderr.flush()

@@ -44,10 +44,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch.multiprocessing
-from tqdm import tqdm
 
 from ds_sparkling.benchmarks.cases import EXPERT_PARALLEL, Case, Sample
 from ds_sparkling.benchmarks.common import free_port, table
+from ds_sparkling.progress import progress_bar
 
 _MIB = 2**20
 
@@ -168,10 +168,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parse(argv)
     cases = [Case(ranks, size, args.repeat, args.threads) for size in args.parameters for ranks in args.ranks]
     rows: list[Row] = []
-    for case in tqdm(cases, desc="benchmark", unit="case"):
-        rows.append(measure(case))
-        if args.json is not None:
-            args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    with progress_bar(cases, desc="benchmark", unit="case", leave=True) as bar:
+        for case in bar:
+            rows.append(measure(case))
+            if args.json is not None:
+                args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     sys.stdout.write(f"{table(_COLUMNS, rows)}\n\n{_LEGEND}")
 
 

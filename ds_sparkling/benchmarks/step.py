@@ -70,6 +70,7 @@ from ds_sparkling.config import read_json
 from ds_sparkling.growth import Block, birth_blocks
 from ds_sparkling.optim.scheduler import RewarmupScheduler
 from ds_sparkling.optim.step import BirthStep
+from ds_sparkling.progress import progress_bar
 from ds_sparkling.strategy import Rewarmup, Strategy
 
 if TYPE_CHECKING:
@@ -245,7 +246,7 @@ def _rows(case: Case) -> list[Row]:
     grown = _Grown(case)
     total = (len(LAYOUTS) + 3) * case.repeat
     what = f"{case.optimizer}, {case.elements:,} elements, threads: {case.threads}"
-    with tqdm(total=total, desc=what, unit="step", position=1, leave=False) as bar:
+    with progress_bar(total=total, desc=what, unit="step", position=1) as bar:
         rows = []
         for layout in LAYOUTS:
             grown.grow(layout)
@@ -387,9 +388,10 @@ def step_times(directory: Path, *, after: int, batch: int) -> list[float]:
 def measure_job(steps: int, runs: int) -> list[JobRow]:
     """Run the job birth-aware and plain by turns, ``runs`` times each."""
     best: dict[str, list[float]] = {}
-    for name in tqdm([_PLAIN, _BIRTH_AWARE] * runs, desc="quickstart", unit="run"):
-        times = _job(steps, birth_aware=name == _BIRTH_AWARE)
-        best[name] = min(best.get(name, times), times, key=statistics.mean)
+    with progress_bar([_PLAIN, _BIRTH_AWARE] * runs, desc="quickstart", unit="run", leave=True) as bar:
+        for name in bar:
+            times = _job(steps, birth_aware=name == _BIRTH_AWARE)
+            best[name] = min(best.get(name, times), times, key=statistics.mean)
     plain = best[_PLAIN]
     return [
         JobRow(
@@ -526,9 +528,10 @@ def _measure_steps(args: argparse.Namespace) -> list[Row]:
         for threads in args.threads
     ]
     rows: list[Row] = []
-    for case in tqdm(cases, desc="benchmark", unit="case"):
-        rows += measure(case)
-        _write(args.json, rows)
+    with progress_bar(cases, desc="benchmark", unit="case", leave=True) as bar:
+        for case in bar:
+            rows += measure(case)
+            _write(args.json, rows)
     return rows
 
 

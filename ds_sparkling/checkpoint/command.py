@@ -16,6 +16,7 @@ from ds_sparkling.checkpoint.axes import UnknownAxesError
 from ds_sparkling.checkpoint.expand import FORMATS, Request, expand, prepare
 from ds_sparkling.checkpoint.team import Team
 from ds_sparkling.errors import SparklingError
+from ds_sparkling.whole_file import beside
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -32,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if team.rank == 0:  # it knows the others' failures
             print(f"error: {error}", file=sys.stderr)
             if isinstance(error, UnknownAxesError):
-                _offer_hints(error.hints, None if options.dry_run else Path(f"{options.out}.hints.json"))
+                _offer_hints(error.hints, None if options.dry_run else beside(options.out, ".hints.json"))
         sys.exit(1)
 
 
@@ -83,7 +84,11 @@ def _offer_hints(hints: str, path: Path | None) -> None:
     elif path.exists():
         print(f"a hints file is already there: fill in {path} and pass it with --config", file=sys.stderr)
     else:
-        path.write_text(hints)
+        try:
+            path.write_text(hints)
+        except OSError as error:
+            print(f"a hints file can't be written to {path}: {error.strerror}; this is what would be in it:\n{hints}")
+            return
         print(f"wrote a hints file: fill in {path} and pass it with --config", file=sys.stderr)
 
 
@@ -94,7 +99,9 @@ def _parser() -> argparse.ArgumentParser:
         "of ranks or another expert-parallel size, or export it. The checkpoint itself isn't touched, and OUT appears "
         "when it is complete. Run it under torchrun to spread the work over processes and hosts.",
     )
-    parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="the directory with 'latest'")
+    parser.add_argument(
+        "checkpoint", type=Path, metavar="CKPT", help="the directory with 'latest', or that of a tag in it"
+    )
     parser.add_argument("out", type=Path, metavar="OUT", help="the directory to make")
     parser.add_argument(
         "--widths", nargs="+", default=[], metavar="AXIS=WIDTH", help="axes that grow, e.g. hidden_size=2048"

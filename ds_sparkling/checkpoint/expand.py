@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from tqdm import tqdm
 
 from ds_sparkling.checkpoint.axes import ModelAxes, checkpoint_axes
 from ds_sparkling.checkpoint.contents import BLOCK, Contents
@@ -32,6 +31,7 @@ from ds_sparkling.config import SparklingConfig, read_json, sparkling_config
 from ds_sparkling.errors import CheckpointError
 from ds_sparkling.growth import GrowthPlan, make_plan
 from ds_sparkling.optim.scheduler import grown_state, regrouped_state
+from ds_sparkling.progress import progress_bar
 from ds_sparkling.record import GrowthRecord
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class Request:
     """What is asked for.
 
     Attributes:
-        checkpoint: the directory that ``save_checkpoint`` was given, or one with a universal checkpoint.
+        checkpoint: the directory that ``save_checkpoint`` was given, one with a universal checkpoint, or that of a tag.
         out: the directory to make; must not exist, or be empty.
         widths: the axes that grow, and to what; empty to reshape or export only.
         tag: of the checkpoint; the one named in ``latest`` by default.
@@ -174,8 +174,11 @@ def prepare(request: Request, team: Team, *, progress: bool = False) -> Expansio
     if request.format not in FORMATS:
         raise CheckpointError(f"unknown format {request.format!r}; known: {', '.join(FORMATS)}")
     request = replace(request, out=_absolute(request.out))
-    path = find(request.checkpoint, request.tag)
-    _check_out(request, path)
+    with understanding(request.checkpoint):
+        path = find(request.checkpoint, request.tag)
+    request = replace(request, checkpoint=path.parent)
+    with writing(request.out):
+        _check_out(request, path)
     source = open_checkpoint(path, trust=request.trust, verify=request.verify)
     check_files(source, team, progress=progress)
     with understanding(path):
@@ -369,8 +372,8 @@ def _summary(expansion: Expansion, report: Report, team: Team, seconds: float) -
     }
 
 
-def _bar(text: str, total: int, shown: bool) -> Any:
-    return tqdm(desc=text, total=total, unit="B", unit_scale=True, disable=not shown, leave=False)
+def _bar(text: str, total: int, shown: bool) -> contextlib.AbstractContextManager[Any]:
+    return progress_bar(desc=text, total=total, unit="B", unit_scale=True, shown=shown)
 
 
 def _free(out: Path) -> int:

@@ -6,24 +6,30 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from tqdm import tqdm
-
 from ds_sparkling.checkpoint.source import Source
 from ds_sparkling.checkpoint.team import Team
 from ds_sparkling.checkpoint.universal import UniversalSource, is_universal
-from ds_sparkling.checkpoint.zero_source import ZeroSource
+from ds_sparkling.checkpoint.zero_source import ZeroSource, is_checkpoint_file
 from ds_sparkling.errors import CheckpointError, SparklingError
+from ds_sparkling.progress import progress_bar
 from ds_sparkling.record import find_checkpoint
 
 
 def find(root: Path, tag: str | None) -> Path:
     """The checkpoint directory ``root``/TAG; the one named in ``latest`` or ``latest_universal`` by default.
 
+    Args:
+        root: the directory that holds it, or itself the directory of a tag.
+
     Raises:
         CheckpointError: if there is none, or the tag would lead out of ``root``.
     """
     if not root.is_dir():
         raise CheckpointError(f"{root} isn't a directory")
+    if _is_tag(root):
+        if tag not in (None, root.resolve().name):
+            raise CheckpointError(f"{root} is itself a checkpoint, not a directory with one called {tag!r}; drop --tag")
+        return root.resolve()
     tag = _latest(root) if tag is None else tag
     if not tag or tag != Path(tag).name or tag in (".", ".."):
         raise CheckpointError(f"tag {tag!r} isn't the name of a directory in {root}")
@@ -33,6 +39,12 @@ def find(root: Path, tag: str | None) -> Path:
         raise CheckpointError(f"tag {tag[:80]!r} isn't the name of a directory in {root}: {error.strerror}") from error
     assert path is not None
     return path
+
+
+def _is_tag(root: Path) -> bool:
+    """Whether a directory holds the files of a checkpoint, and doesn't name one."""
+    names = {entry.name for entry in root.iterdir()}
+    return not names & {"latest", "latest_universal"} and (is_universal(root) or any(map(is_checkpoint_file, names)))
 
 
 def _latest(root: Path) -> str:
@@ -71,8 +83,9 @@ def check_files(source: Source, team: Team, *, progress: bool) -> None:
         checked = source.check(team.rank, team.size)
         count = len(source.files[team.rank :: team.size])
         shown = progress and team.rank == 0
-        with understanding(source.path):
-            for _ in tqdm(checked, "looking at files", count, unit="file", disable=not shown, leave=False):
+        bar = progress_bar(checked, desc="looking at files", total=count, unit="file", shown=shown)
+        with understanding(source.path), bar as files:
+            for _ in files:
                 pass
 
     team.together(check)
@@ -80,10 +93,12 @@ def check_files(source: Source, team: Team, *, progress: bool) -> None:
 
 @contextlib.contextmanager
 def understanding(path: Path) -> Iterator[None]:
-    """Make what metadata of an unexpected kind leads to an error that names the checkpoint."""
+    """Make what unreadable files and metadata of an unexpected kind lead to errors that name them."""
     try:
         yield
     except SparklingError:
         raise
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or path} can't be read: {error.strerror or error}") from error
     except (KeyError, TypeError, AttributeError, IndexError, ValueError, ZeroDivisionError, RuntimeError) as error:
         raise CheckpointError(f"{path}: metadata isn't as expected: {type(error).__name__}: {error}") from error

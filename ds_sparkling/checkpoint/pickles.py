@@ -61,7 +61,7 @@ def load(path: Path, *, trust: bool = False, verify: bool = False) -> Any:
         verify: read all of it first, to see that it has its checksums.
 
     Raises:
-        CheckpointError: if the file is missing, damaged, or holds classes that aren't known.
+        CheckpointError: if the file is missing, can't be read, is damaged, or holds classes that aren't known.
     """
     if verify:
         _check_sums(path)
@@ -71,8 +71,8 @@ def load(path: Path, *, trust: bool = False, verify: bool = False) -> Any:
             if trust:
                 return torch.load(path, map_location="cpu", mmap=True, weights_only=False, pickle_module=_Trusting)
             return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing") from None
+    except OSError as error:
+        raise _unreadable(path, error) from error
     except pickle.UnpicklingError as error:
         unknown = _unknown_classes(path)
         if unknown:
@@ -97,10 +97,17 @@ def _check_sums(path: Path) -> None:
                     with archive.open(entry) as record:
                         while record.read(1 << 24):
                             pass
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing") from None
+    except OSError as error:
+        raise _unreadable(path, error) from error
     except Exception as error:  # zipfile raises all kinds on bytes that aren't its own
         raise CheckpointError(f"{path} is damaged, by its checksums: {_first_line(error)}") from error
+
+
+def _unreadable(path: Path, error: OSError) -> CheckpointError:
+    """The error for a file that the file system doesn't give."""
+    if isinstance(error, FileNotFoundError):
+        return CheckpointError(f"{path} is missing")
+    return CheckpointError(f"{path} can't be read: {error.strerror or error}")
 
 
 def lay_out(path: Path, content: Any) -> dict[int, int]:

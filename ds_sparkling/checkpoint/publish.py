@@ -12,6 +12,7 @@ from io import TextIOWrapper
 from pathlib import Path
 
 from ds_sparkling.errors import CheckpointError
+from ds_sparkling.whole_file import beside, longest_name
 
 _LOCK = "lock"
 _DATA = "data"
@@ -20,13 +21,16 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
 def staging(out: Path) -> Path:
     """Where the contents of ``out`` are written before they are published."""
-    return out.with_name(f"{out.name}.incomplete") / _DATA
+    return beside(out, ".incomplete") / _DATA
 
 
 def check_free(out: Path) -> None:
     """Raise CheckpointError unless ``out`` doesn't exist or is an empty directory, and nothing else is in the way."""
     if not out.name:
         raise CheckpointError(f"{out} can't be made; name a directory")
+    length, most = len(os.fsencode(out.name)), longest_name(out.parent)
+    if length > most:
+        raise CheckpointError(f"{out} can't be made: its name has {length} bytes, of {most} at most; name another")
     if out.is_dir() and os.path.ismount(out):
         raise CheckpointError(f"{out} is a mount point, which can't be replaced; name a directory in it")
     if out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):

@@ -48,6 +48,11 @@ def expert_file(layer: int, expert: int) -> str:
     return f"layer_{layer}_expert_{expert}_mp_rank_00_model_states.pt"
 
 
+def is_checkpoint_file(name: str) -> bool:
+    """Whether DeepSpeed's checkpoints have files of that name."""
+    return any(pattern.fullmatch(name) for pattern in (_OPTIMIZER, _MODEL_3, _MODEL, _EXPERT))
+
+
 def flat_tensors(optimizer: Mapping[str, Any]) -> list[Tensor]:
     """A rank's flat fp32 tensors, from its ``optimizer_state_dict``."""
     return list(optimizer.get("fp32_flat_groups") or optimizer["single_partition_of_fp32_groups"])
@@ -157,8 +162,7 @@ class ZeroSource(Source):
                 f"{self.path}: {_some(missing)} missing; the checkpoint is of {self.ranks} ranks "
                 f"(dp_world_size in {model_file(self.stage, 0)})"
             )
-        known = (_OPTIMIZER, _MODEL_3, _MODEL, _EXPERT)
-        extra = sorted(name for name in self._names - expected if any(pattern.fullmatch(name) for pattern in known))
+        extra = sorted(filter(is_checkpoint_file, self._names - expected))
         if extra:
             raise CheckpointError(
                 f"{self.path}: {_some(extra)} too many for a checkpoint of {self.ranks} ranks; was another one saved "

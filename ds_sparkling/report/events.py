@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from ds_sparkling.errors import SparklingError
+from ds_sparkling.progress import progress_bar
 from ds_sparkling.summary import RunSummary, read_summary
 
 if TYPE_CHECKING:
@@ -153,7 +153,8 @@ def read_run(path: Path, name: str) -> Run:
     Raises:
         SparklingError: if there are no event files, those of several runs, or nothing readable in them.
     """
-    files = sorted((_read(file) for file in tqdm(_files(path), desc=name, leave=False, disable=None)), key=_begin)
+    with progress_bar(_files(path), desc=name, shown=None) as bar:
+        files = sorted(map(_read, bar), key=_begin)
     curves = merge([file for _, file in files])
     if not curves:
         raise SparklingError(

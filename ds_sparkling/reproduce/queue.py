@@ -10,12 +10,13 @@ from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExe
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from ds_sparkling.errors import SparklingError
+from ds_sparkling.progress import progress_bar
 from ds_sparkling.reproduce.loop import train
 from ds_sparkling.reproduce.runs import Outcome, Run
 from ds_sparkling.reproduce.store import Store
@@ -56,7 +57,7 @@ class Queue:
         threads = max(1, (os.cpu_count() or 1) // self.jobs)
         with (
             ProcessPoolExecutor(self.jobs, context, initializer=_start, initargs=(counter, stop, threads)) as pool,
-            tqdm(total=0, unit="step", smoothing=0.05) as bar,
+            progress_bar(total=0, unit="step", smoothing=0.05, leave=True) as bar,
         ):
             try:
                 self._work(pool, wanted, counter, bar)
@@ -64,7 +65,7 @@ class Queue:
                 stop.set()  # leaving the pool waits for its processes
                 raise
 
-    def _work(self, pool: Executor, wanted: Callable[[], Iterable[Run]], counter: Any, bar: tqdm[NoReturn]) -> None:
+    def _work(self, pool: Executor, wanted: Callable[[], Iterable[Run]], counter: Any, bar: tqdm[Any]) -> None:
         """Keep the pool busy until nothing is wanted any more."""
         running: dict[Future[Outcome | None], _Job] = {}
         finished = 0
@@ -84,7 +85,7 @@ class Queue:
                 self._collect(job, future)
 
     def _watch(
-        self, running: Collection[Future[Outcome | None]], counter: Any, bar: tqdm[NoReturn], left: int
+        self, running: Collection[Future[Outcome | None]], counter: Any, bar: tqdm[Any], left: int
     ) -> set[Future[Outcome | None]]:
         """Show the progress until a job is done; only for a second while a process has nothing to do."""
         while True:

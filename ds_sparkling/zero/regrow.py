@@ -12,10 +12,10 @@ from functools import partial
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
-from tqdm import tqdm
 
 from ds_sparkling.errors import GrowthError
 from ds_sparkling.growth import GrowthPlan, Widener
+from ds_sparkling.progress import progress_bar
 from ds_sparkling.strategy import OptimizerState
 from ds_sparkling.zero import access
 from ds_sparkling.zero.access import Shard
@@ -38,26 +38,36 @@ def move(plan: GrowthPlan, old: dict[str, Shard], engine: DeepSpeedEngine, conse
     with consensus:
         _check_shapes(plan, new, slices)
     consensus.settle()
-    names = tqdm(list(old), desc="growing", unit="tensor", disable=engine.global_rank != 0, leave=False)
-    for name in names:
-        source, target = old.pop(name), new.pop(name)
-        widener = None
-        with consensus:
-            held = slices.get(name)
-            widener = Widener(plan, name, None if held is None else (held.first, held.last))
-        gathers: list[tuple[str | None, Callable[[torch.device], Tensor]]] = [
-            (None, partial(source.gather, source.weight)),
-            *((key, partial(source.gather, part)) for key, part in source.states.items()),
-            *((key, partial(source.whole, key)) for key in source.wholes),
-        ]
-        for key, gather in gathers:
-            whole = gather(engine.device)
-            with consensus:
-                if widener is not None:
-                    _fill(widener, key, whole, *_room(target, key))
-            del whole  # before the next one is gathered
-        del source, target, gathers, gather
+    with progress_bar(list(old), desc="growing", unit="tensor", shown=engine.global_rank == 0) as names:
+        for name in names:
+            _move_one(plan, name, old.pop(name), new.pop(name), slices.get(name), engine.device, consensus)
     access.finish_writing(engine)
+
+
+def _move_one(
+    plan: GrowthPlan,
+    name: str,
+    source: Shard,
+    target: Shard,
+    held: ExpertSlice | None,
+    device: torch.device,
+    consensus: Consensus,
+) -> None:
+    """Fill one parameter's shard and states; collective."""
+    widener = None
+    with consensus:
+        widener = Widener(plan, name, None if held is None else (held.first, held.last))
+    gathers: list[tuple[str | None, Callable[[torch.device], Tensor]]] = [
+        (None, partial(source.gather, source.weight)),
+        *((key, partial(source.gather, part)) for key, part in source.states.items()),
+        *((key, partial(source.whole, key)) for key in source.wholes),
+    ]
+    for key, gather in gathers:
+        whole = gather(device)
+        with consensus:
+            if widener is not None:
+                _fill(widener, key, whole, *_room(target, key))
+        del whole  # before the next one is gathered
 
 
 def _room(target: Shard, key: str | None) -> tuple[Tensor, int]:

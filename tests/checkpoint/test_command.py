@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -105,6 +106,37 @@ def test_a_model_that_probing_doesnt_understand_gives_a_hints_file(
     assert "strange.odd (Strange, shape (6, 1, 1, 1)): dimension 0 is 1 times hidden_size" in capsys.readouterr().err
     hints = json.loads((tmp_path / "out.hints.json").read_text())
     assert hints["widths"] == {"hidden_size": 6, "moe_intermediate_size": 5}
+
+
+@pytest.mark.parametrize("name", ["o" * 250, "o" * 255])
+def test_a_hints_file_may_belong_to_the_longest_name(
+    name: str, saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([str(saved), str(tmp_path / name), *WIDTHS])
+    (path,) = tmp_path.iterdir()
+    assert path.name.endswith(".hints.json")
+    assert f"wrote a hints file: fill in {path} and" in capsys.readouterr().err
+
+
+def test_an_error_begins_on_a_line_of_its_own(saved: Path, tmp_path: Path) -> None:
+    """While files are looked at, written and read back: whatever bar is open then."""
+    shutil.copytree(saved, tmp_path / "damaged")
+    model = tmp_path / "damaged/global_step2/zero_pp_rank_1_mp_rank_00_model_states.pt"
+    model.write_bytes(model.read_bytes()[:100])
+    script = "import sys, resource; from ds_sparkling.checkpoint.command import main; {}main(sys.argv[1:])"
+    limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)); "
+    spoil = (
+        "import itertools, types; from ds_sparkling.checkpoint import output; numbers = itertools.count(); "
+        "output.zlib = types.SimpleNamespace(crc32=lambda data: next(numbers)); "
+    )
+    for checkpoint, first in ((tmp_path / "damaged", ""), (saved, limit), (saved, spoil)):
+        command = [sys.executable, "-c", script.format(first), str(checkpoint), str(tmp_path / "out"), "--verify"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 1
+        before, error = done.stderr.rstrip().rsplit("\n", 1)
+        assert before.splitlines(), first
+        assert error.startswith("error: "), done.stderr
 
 
 def fill_in(hints: dict[str, Any]) -> None:

@@ -777,6 +777,52 @@ def test_a_wrong_latest_is_named(content: bytes, words: tuple[str, ...], saved: 
     refused(checkpoint, *words)
 
 
+@pytest.mark.parametrize("format", ["zero", "universal"])
+def test_the_directory_of_a_tag_is_understood(
+    format: str, saved: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By itself, as it is after a download of one step, from within it, and with its own tag."""
+    checkpoint = saved("experts")
+    checkpoint_files.run(checkpoint, tmp_path / "whole", format=format)
+    (tmp_path / "whole" / ("latest" if format == "zero" else "latest_universal")).unlink()
+    monkeypatch.chdir(tmp_path / "whole" / TAG)
+    for number, (path, tag) in enumerate([(tmp_path / "whole" / TAG, None), (Path(), None), (Path(), TAG)]):
+        out = tmp_path / f"out{number}"
+        checkpoint_files.run(path, out, WIDE, config=FACTORY, tag=tag)
+        assert (out / "latest").read_text() == TAG
+    refused(tmp_path / "whole" / TAG, TAG, "is itself a checkpoint", "'global_step3'", tag="global_step3")
+
+
+@pytest.mark.parametrize("name", [OPTIMIZER_1, MODEL_0])
+@pytest.mark.parametrize("verify", [False, True])
+def test_a_file_that_cant_be_read_isnt_called_damaged(
+    name: str, verify: bool, saved: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Permissions don't bind the superuser, who runs tests in containers, but a folder can't be read by anybody."""
+    checkpoint = saved("experts")
+    (checkpoint / TAG / name).unlink()
+    (checkpoint / TAG / name).mkdir()
+    with pytest.raises(CheckpointError) as caught:
+        checkpoint_files.run(checkpoint, tmp_path / "out", verify=verify)
+    assert f"{checkpoint / TAG / name} can't be read: Is a directory" in str(caught.value)
+    assert "damaged" not in str(caught.value)
+
+
+def test_a_directory_that_cant_be_read_is_named(
+    saved: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, listed = saved("experts"), Path.iterdir
+
+    def denied(path: Path) -> Iterator[Path]:
+        if path == checkpoint / TAG:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(Path, "iterdir", denied)
+    with pytest.raises(CheckpointError, match=f"{TAG} can't be read: Permission denied"):
+        checkpoint_files.run(checkpoint, tmp_path / "out")
+
+
 def test_experts_of_another_parallel_size_need_experts(saved: Callable[[str], Path]) -> None:
     refused(saved("dense"), "no experts that AutoEP has split", expert_parallel=2)
 
@@ -817,6 +863,24 @@ def test_an_output_in_the_way_is_left_alone(
     checkpoint = saved("experts")
     obstacle(tmp_path)
     refused(checkpoint, *words, out=tmp_path / out)
+
+
+LONG = ["o" * 244, "o" * 246, "o" * 255, "ö" * 122 + "o", "ö" * 127]
+
+
+@pytest.mark.parametrize("name", LONG, ids=lambda name: f"{len(os.fsencode(name))} bytes")
+def test_an_output_may_have_the_longest_name(name: str, saved: Callable[[str], Path], tmp_path: Path) -> None:
+    checkpoint_files.run(saved("experts"), tmp_path / name, verify=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"saved", name}
+    # Another long name has another place for what isn't finished.
+    assert publish.staging(tmp_path / name) != publish.staging(tmp_path / f"{name[:-1]}p")
+
+
+@pytest.mark.parametrize("out", ["o" * 256, "ö" * 128, f"{'o' * 256}/out"], ids=["ascii", "utf-8", "on the way"])
+def test_an_output_whose_name_is_too_long_is_refused_at_once(
+    out: str, saved: Callable[[str], Path], tmp_path: Path
+) -> None:
+    refused(saved("experts"), "o" * 256 if "/" in out else "its name has 256 bytes, of 255 at most", out=tmp_path / out)
 
 
 @pytest.mark.parametrize("obstacle", ["out.incomplete/mine", "out.incomplete/data/mine", "out.incomplete"])
