@@ -6,6 +6,7 @@ again. So neither reading nor writing needs DeepSpeed.
 
 from __future__ import annotations
 
+import errno
 import pickle
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -107,6 +108,8 @@ def _unreadable(path: Path, error: OSError) -> CheckpointError:
     """The error for a file that the file system doesn't give."""
     if isinstance(error, FileNotFoundError):
         return CheckpointError(f"{path} is missing")
+    if error.errno == errno.EINVAL:  # by its own tables of contents something lies outside of it
+        return CheckpointError(f"{path} is truncated or damaged: {_first_line(error)}")
     return CheckpointError(f"{path} can't be read: {error.strerror or error}")
 
 
