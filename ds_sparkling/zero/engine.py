@@ -25,7 +25,7 @@ from deepspeed.utils import groups
 from torch import nn
 
 from ds_sparkling.config import BLOCK, read_json, sparkling_config
-from ds_sparkling.errors import ConfigError, GrowthError, PlanError, UnsupportedError
+from ds_sparkling.errors import ConfigError, PlanError, UnsupportedError
 from ds_sparkling.probe import BuildModel, build_on_meta, check_wide
 from ds_sparkling.record import GrowthRecord, find_checkpoint
 from ds_sparkling.zero import access
@@ -33,6 +33,7 @@ from ds_sparkling.zero.carry import Carried, preserved_rng
 from ds_sparkling.zero.checkpoints import hook_checkpoints
 from ds_sparkling.zero.consensus import Consensus
 from ds_sparkling.zero.diagnosis import Diagnosis
+from ds_sparkling.zero.gradients import GradientWatch
 from ds_sparkling.zero.huggingface import built_plainly, weights_initialized
 from ds_sparkling.zero.in_place import take_place
 from ds_sparkling.zero.monitoring import GrowthCurves, mark_growth
@@ -47,7 +48,7 @@ from ds_sparkling.zero.planning import (
     warn_of_uncounted_experts,
 )
 from ds_sparkling.zero.regrow import move
-from ds_sparkling.zero.run import GrowingRun, at_boundary, run_of
+from ds_sparkling.zero.run import GrowingRun, run_of
 from ds_sparkling.zero.spending import SpentMeter
 from ds_sparkling.zero.stepping import check_optimizer, hook_step
 from ds_sparkling.zero.support import refuse_unsupported, zero_stage
@@ -145,22 +146,24 @@ def check_factories(**factories: Any) -> None:
 
 
 def grow_if_due(engine: DeepSpeedEngine, *, client_state: Mapping[str, Any] | None = None) -> DeepSpeedEngine:
-    """Grow if a planned stage is due; the engine itself otherwise. Call it before every step.
+    """Grow as planned if a stage is due; the engine itself otherwise.
+
+    Call it before the forward pass of every step. With gradient accumulation it may be called before each micro-batch;
+    a growth then waits for the first one of a step.
 
     Args:
         engine: made by :func:`initialize` or adopted.
         client_state: what ``save_checkpoint`` shall put into the checkpoint written before the growth.
 
     Raises:
+        GrowthError: if a stage is due and the call is between ``backward`` and ``step``.
         As :func:`grow`.
     """
-    run = run_of(engine)
-    stage = run.due(engine.global_steps)
-    if stage is None or not at_boundary(engine):
-        return engine
-    if engine.global_steps > stage.at_step and engine.global_rank == 0:
-        logger.warning("the growth planned at step %d happens at step %d", stage.at_step, engine.global_steps)
-    return _grow(engine, stage.widths, stage.at_step, client_state)
+    while (stage := run_of(engine).due(engine.global_steps)) is not None and not _gradients(engine).waiting:
+        if engine.global_steps > stage.at_step and engine.global_rank == 0:
+            logger.warning("the growth planned at step %d happens at step %d", stage.at_step, engine.global_steps)
+        engine = _grow(engine, stage.widths, stage.at_step, client_state)
+    return engine
 
 
 def grow(
@@ -172,7 +175,7 @@ def grow(
     and data loader carry over. An adopted engine is grown in place.
 
     Args:
-        engine: made by :func:`initialize` or adopted, at a gradient-accumulation boundary.
+        engine: made by :func:`initialize` or adopted, after an optimizer step and before the next forward pass.
         widths: the axes that grow, and to what.
         client_state: what ``save_checkpoint`` shall put into the checkpoint written before the growth.
 
@@ -180,7 +183,8 @@ def grow(
         The engine to go on with.
 
     Raises:
-        GrowthError: not at a boundary, or a rank failed (every rank raises the same).
+        GrowthError: the engine holds gradients that no optimizer step has used (it is untouched then), or a rank
+            failed (every rank raises the same).
         PlanError: the widths don't fit; the engine is untouched.
     """
     if not widths:
@@ -204,13 +208,11 @@ def _grow(
     client_state: Mapping[str, Any] | None,
 ) -> DeepSpeedEngine:
     run = run_of(engine)
-    if not at_boundary(engine):
-        raise GrowthError(
-            f"growth in the middle of gradient accumulation (micro step {engine.micro_steps}): grow after the engine "
-            "has stepped"
-        )
     with preserved_rng():
         consensus = Consensus("planning the growth")
+        with consensus:
+            _gradients(engine).refuse_held()
+        consensus.settle()
         growths = [widths] if widths else []
         run = replace(run, record=agreed(partial(knowing, run.record, growths, run.build_model, run.config), consensus))
         with consensus, built_plainly():
@@ -255,6 +257,13 @@ def _grow(
         grown = take_place(grown, engine, module)
         run.on_growth(grown)
     return grown
+
+
+def _gradients(engine: DeepSpeedEngine) -> GradientWatch:
+    """What knows whether ``engine`` holds gradients."""
+    watch = run_of(engine).gradients
+    assert watch is not None
+    return watch
 
 
 def _way_out(run: GrowingRun, widths: Mapping[str, int], tag: str) -> str:
@@ -305,7 +314,12 @@ def fit_out(engine: DeepSpeedEngine, run: GrowingRun) -> None:
     if type(engine) is not DeepSpeedEngine:
         raise UnsupportedError(f"a {type(engine).__name__} can't be grown yet; only DeepSpeed's plain engine can")
     monitored = _agree_with_first_rank(engine, run)
-    engine.sparkling = replace(run, parameters=parameter_counts(engine, run.record), monitored=monitored)
+    engine.sparkling = replace(
+        run,
+        parameters=parameter_counts(engine, run.record),
+        monitored=monitored,
+        gradients=GradientWatch(engine),
+    )
     if run.plan is None and engine.global_rank == 0:
         warn_of_uncounted_experts(engine, run.record)
     step = hook_step(engine)

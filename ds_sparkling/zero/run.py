@@ -14,6 +14,7 @@ from ds_sparkling.errors import GrowthError
 from ds_sparkling.growth import GrowthPlan
 from ds_sparkling.probe import BuildModel
 from ds_sparkling.record import GrowthRecord, Spent
+from ds_sparkling.zero.gradients import GradientWatch
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class GrowingRun:
         parameters: total and active (per token) parameters of this engine's model.
         monitored: whether the first rank, which writes for all, has a monitor.
         observations: what diagnostics remember; the same object in every engine of the run.
+        gradients: knows whether the engine holds gradients; None until the run hangs on one.
         on_growth: for an engine in other hands: it grows in place, and this is called with it after each growth.
     """
 
@@ -45,6 +47,7 @@ class GrowingRun:
     monitored: bool = False
     observations: Observations = field(default_factory=Observations, compare=False)
     on_growth: Callable[[DeepSpeedEngine], None] | None = None
+    gradients: GradientWatch | None = field(default=None, compare=False)
 
     @property
     def widths(self) -> dict[str, int]:
@@ -73,13 +76,3 @@ def run_of(engine: DeepSpeedEngine) -> GrowingRun:
             "this engine can't grow: make it by ds_sparkling.initialize, or pass it to ds_sparkling.adopt"
         )
     return run
-
-
-def at_boundary(engine: DeepSpeedEngine) -> bool:
-    """Whether no gradient has been accumulated since the last optimizer step."""
-    if engine._is_gradient_accumulation_boundary is not None:
-        # Set by hand, as accelerate does, which then calls step() at boundaries only: micro_steps don't tell.
-        return bool(engine._is_gradient_accumulation_boundary)
-    if not engine.managed_gradient_accumulation():
-        return bool(engine._unmanaged_backward_count == 0)
-    return bool(engine.micro_steps % engine.gradient_accumulation_steps() == 0)
