@@ -20,7 +20,7 @@ from ds_sparkling.zero.carry import preserved_rng
 from ds_sparkling.zero.consensus import Consensus
 from ds_sparkling.zero.engine import check_factories, fit_out
 from ds_sparkling.zero.huggingface import built_plainly
-from ds_sparkling.zero.planning import agreed, plan_growth, starting_record
+from ds_sparkling.zero.planning import agreed, check_same_model, plan_growth, starting_record
 from ds_sparkling.zero.run import GrowingRun
 from ds_sparkling.zero.stepping import check_optimizer
 from ds_sparkling.zero.support import refuse_unsupported
@@ -63,17 +63,20 @@ def adopt(
         ConfigError, PlanError, UnsupportedError, CheckpointError: before anything is touched.
         GrowthError: if it has been adopted already, or has loaded a checkpoint of a grown model.
     """
-    access.check_version()
-    check_factories(optimizer=optimizer, lr_scheduler=lr_scheduler, model_parameters=model_parameters)
-    if hasattr(engine, "sparkling"):
-        raise GrowthError("this engine can grow already")
-    ds_config = copy.deepcopy(engine.config)
-    block = sparkling_config(ds_config)
-    refuse_unsupported(ds_config)
+    consensus = Consensus("adopting the engine")
+    with consensus:
+        access.check_version()
+        check_factories(optimizer=optimizer, lr_scheduler=lr_scheduler, model_parameters=model_parameters)
+        if hasattr(engine, "sparkling"):
+            raise GrowthError("this engine can grow already")
+        ds_config = copy.deepcopy(engine.config)
+        block = sparkling_config(ds_config)
+        refuse_unsupported(ds_config)
+        _check_remade(engine, optimizer, lr_scheduler, model_parameters)
+    consensus.settle()
     unsaved = block.stages and block.checkpoint_before_growth and block.checkpoint_dir is None
     if unsaved and on_growth is None and engine.global_rank == 0:
         logger.warning("no checkpoint_dir is known, so no checkpoint is written before a growth")
-    consensus = Consensus("adopting the engine")
 
     def starting() -> GrowthRecord:
         found = find_checkpoint(checkpoint, tag) if checkpoint is not None else None
@@ -82,9 +85,6 @@ def adopt(
             raise GrowthError("adopt the engine before it loads a checkpoint, which knows about growths")
         return record
 
-    with consensus:
-        _check_remade(engine, optimizer, lr_scheduler, model_parameters)
-    consensus.settle()
     with preserved_rng():
         record = agreed(starting, consensus)
     run = GrowingRun(
@@ -96,12 +96,15 @@ def adopt(
         block.checkpoint_dir if block.checkpoint_before_growth else None,
         on_growth=on_growth or (lambda _engine: None),
     )
+    check_same_model(build_model, run.widths, consensus)
     with consensus, preserved_rng(), built_plainly():
         _check_widths(engine, run)
     consensus.settle()
-    fit_out(engine, run)
-    if block.stages:
-        check_optimizer(engine, block.strategy)
+    with consensus.together():
+        fit_out(engine, run)
+        if block.stages:
+            check_optimizer(engine, block.strategy)
+    consensus.settle()
     return engine
 
 

@@ -1,65 +1,144 @@
-"""All ranks go on, or all of them raise the same error."""
+"""All ranks go on, or all of them raise the same error, and none waits for another without a bound.
+
+Ranks tell each other by :mod:`ds_sparkling.zero.rollcall`, not by collectives, so that they can while one of them is
+stuck in a collective or gone.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from deepspeed import comm as dist
-from deepspeed.accelerator import get_accelerator
 
+from ds_sparkling import errors
 from ds_sparkling.errors import GrowthError, SparklingError
+from ds_sparkling.zero.rollcall import Failure, InterruptedWaitError, RollCall, roll_call
+
+#: Seconds that ranks may come later than others to where a growth begins.
+PATIENCE = 50.0
 
 
 class Consensus:
     """Holds what went wrong on this rank until :meth:`settle` shares it with all.
 
     Use it as a context manager around work that may fail on one rank alone; collectives must stay outside, or be
-    reached on every rank whatever failed. A second failure doesn't replace the first.
+    reached on every rank whatever failed. Around work that has collectives inside, as DeepSpeed's own has, use
+    :meth:`together`. A second failure doesn't replace the first.
+
+    Every rank makes the same ones, in the same order.
 
     Args:
-        doing: what is being done, for the error.
-        way_out: what a user can do when it failed, for the error.
+        doing: what is being done, for errors.
+        way_out: what a user can do when it failed, for errors.
+        alike: what has to be the same on all ranks, in words; what is being done, by default.
+        patience: seconds that others may take to come here; as long as collectives may take, by default.
+        kind: of the error for what isn't one of this package's own.
     """
 
-    def __init__(self, doing: str, way_out: str = "") -> None:
+    def __init__(
+        self,
+        doing: str,
+        way_out: str = "",
+        *,
+        alike: str | None = None,
+        patience: float | None = None,
+        kind: type[SparklingError] = GrowthError,
+    ) -> None:
         self._doing = doing
+        self._kind = kind
         self._way_out = f"; {way_out}" if way_out else ""
-        self._error: Exception | None = None
+        self._alike = alike or doing
+        self._patience = patience
+        self._error: BaseException | None = None
+        self._call: RollCall | None = None
 
     def __enter__(self) -> Consensus:
+        self._open()
         return self
 
     def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> bool:
         if error is None:
             return False
-        if not isinstance(error, Exception):
-            return False
-        self._error = self._error or error
-        return True
+        if isinstance(error, Exception):
+            self._error = self._error or error
+            return True
+        # An exit or an interrupt ends this rank's process. The others hear of it, and don't wait.
+        self._end(error)
+        return False
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Around work with collectives inside, which ranks do in step: what fails on one ends it on all, at once.
+
+        The ranks are out of step then, and no growth is possible in this process any more.
+        """
+        call = self._open()
+        try:
+            with call.together() if call is not None else _nothing():
+                yield
+        except Exception as error:
+            self._error = self._error or error
+            if call is not None and not isinstance(error, InterruptedWaitError):
+                call.fail(self._failure(error), now=True)
+        except BaseException as error:
+            self._end(error)
+            raise
 
     @property
     def failed(self) -> bool:
         return self._error is not None
 
     def settle(self) -> None:
-        """Collective over all ranks.
+        """Wait for all ranks.
 
         Raises:
-            SparklingError: on every rank, if any rank failed: what happened on the first rank that did. Its kind is
-                the original one where the error was this package's own, GrowthError otherwise.
+            SparklingError: on every rank, if any rank failed, did something else, or is gone: what happened on the
+                first rank that failed. Its kind is the original one where the error was this package's own.
+            Exception: without other ranks, the error as it was, unless there is a way out to tell.
         """
-        flag = torch.tensor([int(self.failed)], device=get_accelerator().current_device_name())
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        if not int(flag):
+        call, self._call = self._open(), None
+        if call is None:
+            if self._error is not None and self._way_out:
+                raise self._raised(self._failure(self._error)) from self._error
+            if self._error is not None:
+                raise self._error
             return
-        reports: list[tuple[type[SparklingError], str] | None] = [None] * dist.get_world_size()
-        torch.distributed.all_gather_object(reports, self._report())
-        rank, report = next((rank, report) for rank, report in enumerate(reports) if report is not None)
-        kind, message = report
-        raise kind(f"{self._doing} failed on rank {rank}: {message}{self._way_out}") from self._error
+        if self._error is not None and not isinstance(self._error, InterruptedWaitError):
+            call.fail(self._failure(self._error))
+        failure = call.settle()
+        if failure is not None:
+            raise self._raised(failure) from self._error
 
-    def _report(self) -> tuple[type[SparklingError], str] | None:
-        if self._error is None:
-            return None
-        if isinstance(self._error, SparklingError):
-            return type(self._error), str(self._error)
-        return GrowthError, f"{type(self._error).__name__}: {self._error}"
+    def _open(self) -> RollCall | None:
+        """The roll call that the next :meth:`settle` ends; None without other ranks."""
+        if self._call is None and dist.is_initialized() and dist.get_world_size() > 1:
+            self._call = roll_call(self._alike, self._patience)
+        return self._call
+
+    def _end(self, error: BaseException) -> None:
+        call, self._call = self._open(), None
+        if call is not None:
+            call.leave(self._failure(error))
+
+    def _failure(self, error: BaseException) -> Failure:
+        own = isinstance(error, SparklingError)
+        return Failure(
+            rank=dist.get_rank() if dist.is_initialized() else 0,
+            kind=type(error).__name__ if own else self._kind.__name__,
+            message=str(error) if own else f"{type(error).__name__}: {error}",
+            # Where another rank left or died, this is what shows on those that it leaves behind.
+            follows=isinstance(error, torch.distributed.DistError) or "closed by peer" in str(error),
+        )
+
+    def _raised(self, failure: Failure) -> SparklingError:
+        kind: type[SparklingError] = getattr(errors, failure.kind, GrowthError)
+        if failure.rank is None:
+            return kind(f"{self._doing} failed: {failure.message}{self._way_out}")
+        return kind(f"{self._doing} failed on rank {failure.rank}: {failure.message}{self._way_out}")
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield

@@ -9,15 +9,13 @@ from __future__ import annotations
 import copy
 import logging
 import os
-import sys
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import deepspeed
-import torch
 from deepspeed import comm as dist
 from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.engine import DeepSpeedEngine
@@ -26,12 +24,13 @@ from torch import nn
 
 from ds_sparkling.config import BLOCK, read_json, sparkling_config
 from ds_sparkling.errors import ConfigError, PlanError, UnsupportedError
-from ds_sparkling.probe import BuildModel, build_on_meta, check_wide
+from ds_sparkling.growth import GrowthPlan
+from ds_sparkling.probe import BuildModel, check_wide
 from ds_sparkling.record import GrowthRecord, find_checkpoint
 from ds_sparkling.zero import access
 from ds_sparkling.zero.carry import Carried, preserved_rng
 from ds_sparkling.zero.checkpoints import hook_checkpoints
-from ds_sparkling.zero.consensus import Consensus
+from ds_sparkling.zero.consensus import PATIENCE, Consensus
 from ds_sparkling.zero.diagnosis import Diagnosis
 from ds_sparkling.zero.gradients import GradientWatch
 from ds_sparkling.zero.huggingface import built_plainly, weights_initialized
@@ -41,15 +40,18 @@ from ds_sparkling.zero.naming import expert_slices
 from ds_sparkling.zero.observing import observe_steps
 from ds_sparkling.zero.planning import (
     agreed,
+    check_same_model,
     knowing,
+    of_first_rank,
     parameter_counts,
     plan_growth,
     starting_record,
     warn_of_uncounted_experts,
 )
-from ds_sparkling.zero.regrow import move
+from ds_sparkling.zero.regrow import make_room, move
 from ds_sparkling.zero.run import GrowingRun, run_of
 from ds_sparkling.zero.spending import SpentMeter
+from ds_sparkling.zero.start import meet
 from ds_sparkling.zero.stepping import check_optimizer, hook_step
 from ds_sparkling.zero.support import refuse_unsupported, zero_stage
 from ds_sparkling.zero.tensorboard import close_writer, introduce_run
@@ -91,20 +93,17 @@ def initialize(
     Raises:
         ConfigError, PlanError, UnsupportedError, CheckpointError: before any memory is taken.
     """
-    access.check_version()
-    if config is None:
-        config = getattr(args, "deepspeed_config", None)
-        if config is None:
-            raise ConfigError("no DeepSpeed config: pass config=, or args with deepspeed_config")
-    check_factories(optimizer=optimizer, lr_scheduler=lr_scheduler, model_parameters=model_parameters)
-    if arguments.get("mpu") is not None:
-        raise UnsupportedError("mpu: model parallelism beyond expert parallelism can't be combined with growth yet")
-    ds_config = read_json(config if isinstance(config, Mapping) else os.fspath(config))
-    block = sparkling_config(ds_config)
-    refuse_unsupported(ds_config)
+    consensus = Consensus("starting")
+    with consensus:
+        access.check_version()
+        check_factories(optimizer=optimizer, lr_scheduler=lr_scheduler, model_parameters=model_parameters)
+        if arguments.get("mpu") is not None:
+            raise UnsupportedError("mpu: model parallelism beyond expert parallelism can't be combined with growth yet")
+        ds_config = read_json(_given(config, args))
+        block = sparkling_config(ds_config)
+        refuse_unsupported(ds_config)
+    meet(consensus, args)
     directory = os.fspath(checkpoint) if checkpoint is not None else block.checkpoint_dir
-
-    deepspeed.init_distributed()
     if block.stages and block.checkpoint_before_growth and directory is None and dist.get_rank() == 0:
         logger.warning("no checkpoint directory is known, so none is written before a growth; pass checkpoint=DIR")
     consensus = Consensus("planning")
@@ -129,10 +128,22 @@ def initialize(
         record,
         directory if block.checkpoint_before_growth else None,
     )
-    engine = _engine(run)
-    if block.stages:
-        check_optimizer(engine, block.strategy)
+    check_same_model(build_model, run.widths, consensus)
+    consensus = Consensus("making the engine")
+    with consensus.together():
+        engine = _engine(run)
+        if block.stages:
+            check_optimizer(engine, block.strategy)
+    consensus.settle()
     return engine
+
+
+def _given(config: str | os.PathLike[str] | Mapping[str, Any] | None, args: Any) -> str | Mapping[str, Any]:
+    """The DeepSpeed config that was passed, or that the parsed command line names."""
+    config = getattr(args, "deepspeed_config", None) if config is None else config
+    if config is None:
+        raise ConfigError("no DeepSpeed config: pass config=, or args with deepspeed_config")
+    return config if isinstance(config, Mapping) else os.fspath(config)
 
 
 def check_factories(**factories: Any) -> None:
@@ -183,8 +194,8 @@ def grow(
         The engine to go on with.
 
     Raises:
-        GrowthError: the engine holds gradients that no optimizer step has used (it is untouched then), or a rank
-            failed (every rank raises the same).
+        GrowthError: the engine holds gradients that no optimizer step has used, or the call isn't the same on all ranks
+            (it is untouched then); or a rank failed (every rank raises the same).
         PlanError: the widths don't fit; the engine is untouched.
     """
     if not widths:
@@ -201,62 +212,116 @@ def rebuild(engine: DeepSpeedEngine) -> DeepSpeedEngine:
     return _grow(engine, {}, None, None)
 
 
+@dataclass
+class _Growth:
+    """A growth on its way from the old engine to the grown one.
+
+    Attributes:
+        run: as it is when the growth is done.
+        plan: what becomes of every parameter.
+        old: this rank's shards of the old engine; emptied while they are moved.
+        carried: everything else that goes on.
+        group: the process group that stage 3 partitions parameters over.
+        module: the old engine's.
+        compiled: whether the old engine was.
+        checkpoint: the one written before the growth; None if there is none.
+    """
+
+    run: GrowingRun
+    plan: GrowthPlan
+    old: dict[str, access.Shard]
+    carried: Carried
+    group: Any
+    module: nn.Module
+    compiled: bool
+    checkpoint: Path | None = None
+
+    @property
+    def way_out(self) -> str:
+        if self.checkpoint is None:
+            return "the engine is lost; resume from the last checkpoint, in new processes"
+        return f"the engine is lost, its state just before is in {self.checkpoint}; resume from there, in new processes"
+
+
 def _grow(
     engine: DeepSpeedEngine,
     widths: dict[str, int],
     planned_step: int | None,
     client_state: Mapping[str, Any] | None,
 ) -> DeepSpeedEngine:
-    run = run_of(engine)
     with preserved_rng():
-        consensus = Consensus("planning the growth")
-        with consensus:
-            _gradients(engine).refuse_held()
-        consensus.settle()
-        growths = [widths] if widths else []
-        run = replace(run, record=agreed(partial(knowing, run.record, growths, run.build_model, run.config), consensus))
-        with consensus, built_plainly():
-            plan = plan_growth(engine, run, widths)
-            check_wide(run.build_model, run.record.axes, run.widths, widths)
-            old = access.shards(engine)
-            if widths:
-                check_optimizer(engine, run.config.strategy)
-                engine.lr_scheduler.check(run.config.strategy)
-        consensus.settle()
-        tag = f"global_step{engine.global_steps}-before-growth{plan.stage}"
-        if run.checkpoint_dir is not None and widths:
-            engine.save_checkpoint(run.checkpoint_dir, tag=tag, client_state=dict(client_state or {}))
-        text = plan.describe()
-        module, compiled = engine.module, engine.is_compiled
-        if dist.get_rank() == 0:
-            logger.info("%s", text)
-        carried, group = Carried(engine), access.ordinary_group(engine, expert_slices(engine))
-        close_writer(engine)
-        access.strip(engine)
-
+        growth = _prepared(engine, widths, planned_step)
         if widths:
-            record = run.record.after(plan, step=carried.step, planned_step=planned_step)
-            run = replace(run, record=record, plan=plan)
-        grown = _engine(replace(run, arguments={**run.arguments, "training_data": None}), group)
-        consensus = Consensus("growing", _way_out(run, widths, tag))
+            growth.checkpoint = _save_before(engine, growth, client_state)
+            if engine.global_rank == 0:
+                logger.info("%s", growth.plan.describe())
+        consensus = Consensus("growing", growth.way_out)
         with consensus:
-            carried.check(grown)
+            close_writer(engine)
+            access.strip(engine)
         consensus.settle()
-        move(plan, old, grown, consensus)
-        with consensus:
-            carried.restore(grown)
+        with consensus.together():
+            grown = _engine(
+                replace(growth.run, arguments={**growth.run.arguments, "training_data": None}), growth.group
+            )
+            growth.carried.check(grown)
+            make_room(growth.plan, growth.old, grown)
+        consensus.settle()
+        with consensus.together():
+            move(growth.plan, growth.old, grown, consensus)
+            growth.carried.restore(grown)
             if widths:
-                grown.lr_scheduler.born(plan.strategy)
+                grown.lr_scheduler.born(growth.plan.strategy)
+                growth.run.observations.grown()
+                mark_growth(grown, growth.plan, growth.plan.describe())
         consensus.settle()
-    if widths:
-        run.observations.grown()
-        mark_growth(grown, plan, text)
-    if compiled and grown.global_rank == 0:
+    if growth.compiled and grown.global_rank == 0:
         logger.warning("the engine was compiled and the grown one isn't yet: call engine.compile() on it")
-    if run.on_growth is not None:
-        grown = take_place(grown, engine, module)
-        run.on_growth(grown)
+    if growth.run.on_growth is not None:
+        grown = take_place(grown, engine, growth.module)
+        consensus = Consensus("telling of the growth")
+        with consensus.together():
+            growth.run.on_growth(grown)
+        consensus.settle()
     return grown
+
+
+def _prepared(engine: DeepSpeedEngine, widths: dict[str, int], planned_step: int | None) -> _Growth:
+    """Everything about a growth that can be known, and refused, while the engine is as it was. Collective."""
+    run = run_of(engine)
+    doing = f"growing to {dict(sorted(widths.items()))}" if widths else "rebuilding the engine"
+    consensus = Consensus(doing, patience=PATIENCE)
+    with consensus:
+        _gradients(engine).refuse_held()
+    consensus.settle()
+    consensus = Consensus("planning the growth")
+    growths = [widths] if widths else []
+    record = agreed(partial(knowing, run.record, growths, run.build_model, run.config), consensus)
+    run = replace(run, record=record)
+    check_same_model(run.build_model, {**run.widths, **widths}, consensus)
+    with consensus, built_plainly():
+        plan = plan_growth(engine, run, widths)
+        check_wide(run.build_model, record.axes, run.widths, widths)
+        if widths:
+            check_optimizer(engine, run.config.strategy)
+            engine.lr_scheduler.check(run.config.strategy)
+            grown_record = record.after(plan, step=engine.global_steps, planned_step=planned_step)
+            run = replace(run, record=grown_record, plan=plan)
+        group = access.ordinary_group(engine, expert_slices(engine))
+        growth = _Growth(
+            run, plan, access.shards(engine), Carried(engine), group, engine.module, bool(engine.is_compiled)
+        )
+    consensus.settle()
+    return growth
+
+
+def _save_before(engine: DeepSpeedEngine, growth: _Growth, client_state: Mapping[str, Any] | None) -> Path | None:
+    """Write the checkpoint before the growth, if one is wanted, and say where."""
+    if growth.run.checkpoint_dir is None:
+        return None
+    tag = f"global_step{engine.global_steps}-before-growth{growth.plan.stage}"
+    engine.save_checkpoint(growth.run.checkpoint_dir, tag=tag, client_state=dict(client_state or {}))
+    return Path(growth.run.checkpoint_dir) / tag
 
 
 def _gradients(engine: DeepSpeedEngine) -> GradientWatch:
@@ -264,12 +329,6 @@ def _gradients(engine: DeepSpeedEngine) -> GradientWatch:
     watch = run_of(engine).gradients
     assert watch is not None
     return watch
-
-
-def _way_out(run: GrowingRun, widths: Mapping[str, int], tag: str) -> str:
-    if run.checkpoint_dir is None or not widths:
-        return "the engine is lost; resume from the last checkpoint"
-    return f"the engine is lost, its state just before is in {Path(run.checkpoint_dir) / tag}; resume from there"
 
 
 def _engine(run: GrowingRun, group: Any = None) -> DeepSpeedEngine:
@@ -287,10 +346,6 @@ def _engine(run: GrowingRun, group: Any = None) -> DeepSpeedEngine:
         config_dict_or_path=copy.deepcopy(config),
         enabled=zero_stage(config) == 3,
     )
-    if "transformers" not in sys.modules:
-        # build_model may import it only when called, and it has to be there before weights_initialized looks at it.
-        with preserved_rng():
-            build_on_meta(run.build_model, run.widths)
     with weights_initialized(), partitioned:
         model = run.build_model(**run.widths)
     if isinstance(model, PipelineModule):
@@ -334,10 +389,8 @@ def _agree_with_first_rank(engine: DeepSpeedEngine, run: GrowingRun) -> bool:
     Raises:
         ConfigError: on all ranks, if they don't have the same ``"sparkling"`` block.
     """
-    box: list[Any] = [run.config, bool(engine.monitor.enabled)]
-    torch.distributed.broadcast_object_list(box, src=0)
-    first, monitored = box
     consensus = Consensus("comparing configs")
+    first, monitored = of_first_rank((run.config, bool(engine.monitor.enabled)), consensus)
     with consensus:
         if replace(run.config, checkpoint_dir=first.checkpoint_dir) != first:
             raise ConfigError(f'the "{BLOCK}" block isn\'t that of the first rank; pass the same config on all')

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from deepspeed import comm as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import nn
 
 from ds_sparkling.check.proof import prove_function
 from ds_sparkling.check.resolve import Found, axes_to_grow
@@ -21,6 +22,7 @@ from ds_sparkling.probe import BuildModel, base_widths, build_on_meta, check_wid
 from ds_sparkling.record import GrowthRecord, read_record
 from ds_sparkling.routing import active_share, doubt_of_share
 from ds_sparkling.zero.access import full_shape
+from ds_sparkling.zero.carry import preserved_rng
 from ds_sparkling.zero.consensus import Consensus
 from ds_sparkling.zero.huggingface import built_plainly
 from ds_sparkling.zero.naming import autoep_layers, engine_axes, expert_slices
@@ -101,8 +103,51 @@ def agreed(find: Callable[[], GrowthRecord], consensus: Consensus) -> GrowthReco
         if dist.get_rank() == 0:
             box = [find().to_dict()]
     consensus.settle()
-    torch.distributed.broadcast_object_list(box, src=0)
-    return GrowthRecord.from_dict(box[0])
+    return GrowthRecord.from_dict(of_first_rank(box[0], consensus))
+
+
+def check_same_model(build_model: BuildModel, widths: Mapping[str, int], consensus: Consensus) -> None:
+    """Build the model on the meta device on every rank, and hold it against the first rank's. Collective.
+
+    What fails in ``build_model`` fails here, before anything is touched. Afterwards every rank has imported what the
+    model needs.
+
+    Raises:
+        PlanError: on all ranks, if ``build_model`` fails on one, or makes another model there than on the first.
+    """
+    own: dict[str, str] = {}
+    with consensus, preserved_rng(), built_plainly():
+        own = _described(build_on_meta(build_model, widths))
+    consensus.settle()
+    first = of_first_rank(own, consensus)
+    with consensus:
+        different = sorted(name for name in own.keys() | first.keys() if own.get(name) != first.get(name))
+        if different:
+            name = different[0]
+            raise PlanError(
+                f"build_model(**{dict(widths)}) doesn't make the same model on all ranks: {name} is "
+                f"{own.get(name, 'missing')} here, and {first.get(name, 'missing')} on rank 0"
+            )
+    consensus.settle()
+
+
+def _described(model: nn.Module) -> dict[str, str]:
+    """What ranks have to agree on: every parameter and buffer, in words."""
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return {
+        name: f"{'trained' if tensor.requires_grad else 'fixed'} {tensor.dtype} {tuple(tensor.shape)}"
+        for name, tensor in tensors
+    }
+
+
+def of_first_rank(value: Any, consensus: Consensus) -> Any:
+    """The first rank's ``value``. Collective."""
+    box = [value]
+    with consensus.together():
+        if dist.get_world_size() > 1:
+            torch.distributed.broadcast_object_list(box, src=0)
+    consensus.settle()
+    return box[0]
 
 
 def starting_record(build_model: BuildModel, config: SparklingConfig, checkpoint: Path | None) -> GrowthRecord:

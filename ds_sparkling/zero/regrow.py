@@ -23,21 +23,25 @@ from ds_sparkling.zero.consensus import Consensus
 from ds_sparkling.zero.naming import ExpertSlice, expert_slices
 
 
-@torch.no_grad()
-def move(plan: GrowthPlan, old: dict[str, Shard], engine: DeepSpeedEngine, consensus: Consensus) -> None:
-    """Fill the fresh ``engine`` with the grown contents of ``old``, which is emptied on the way.
+def make_room(plan: GrowthPlan, old: dict[str, Shard], engine: DeepSpeedEngine) -> None:
+    """Give the fresh ``engine`` the optimizer state to be filled from ``old``.
 
-    Collective. A failure of one rank's own work is kept in ``consensus``, and its collectives go on.
+    Raises:
+        GrowthError: if it isn't what was planned.
     """
     access.release_memory()
     access.begin_writing(engine)
-    with consensus:
-        access.make_states(engine, old, drop=plan.strategy.optimizer_state is OptimizerState.DROP)
-    new = access.shards(engine)
-    slices = expert_slices(engine)
-    with consensus:
-        _check_shapes(plan, new, slices)
-    consensus.settle()
+    access.make_states(engine, old, drop=plan.strategy.optimizer_state is OptimizerState.DROP)
+    _check_shapes(plan, access.shards(engine), expert_slices(engine))
+
+
+@torch.no_grad()
+def move(plan: GrowthPlan, old: dict[str, Shard], engine: DeepSpeedEngine, consensus: Consensus) -> None:
+    """Fill the fresh ``engine``, which has room, with the grown contents of ``old``, which is emptied on the way.
+
+    Collective. A failure of one rank's own work is kept in ``consensus``, and its collectives go on.
+    """
+    new, slices = access.shards(engine), expert_slices(engine)
     with progress_bar(list(old), desc="growing", unit="tensor", shown=engine.global_rank == 0) as names:
         for name in names:
             _move_one(plan, name, old.pop(name), new.pop(name), slices.get(name), engine.device, consensus)
