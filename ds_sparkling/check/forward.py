@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ds_sparkling.errors import PlanError
+from ds_sparkling.probe import groups_made, missing_group, without_peers
 
 #: Made-up token ids: sequences and tokens per sequence.
 SHAPE = (2, 16)
@@ -130,9 +131,12 @@ def run(model: nn.Module, call: Call) -> Tensor:
 
     args, kwargs = tuple(map(fitted, call.args)), {name: fitted(value) for name, value in call.kwargs.items()}
     try:
-        output = model(*args, **kwargs)
+        with without_peers(), groups_made(model):
+            output = model(*args, **kwargs)
     except Exception as error:
-        raise NotRunnableError(f"{_kind(model)}'s forward failed: {type(error).__name__}: {error}") from error
+        raise NotRunnableError(
+            f"{_kind(model)}'s forward failed: {type(error).__name__}: {error}{missing_group(error)}"
+        ) from error
     logits = getattr(output, "logits", None)
     found = [logits] if isinstance(logits, Tensor) else list(_float_tensors(output))
     if not found:

@@ -26,7 +26,7 @@ from ds_sparkling.check.hugging_face import (
 )
 from ds_sparkling.errors import PlanError
 from ds_sparkling.factory import HuggingFaceFactory
-from ds_sparkling.probe import BuildModel, build_on_meta
+from ds_sparkling.probe import BuildModel, build_alone, build_on_meta
 
 #: Parameters of a narrow model that is run without being made smaller: fractions of a second on one core.
 SMALL = 5_000_000
@@ -251,9 +251,6 @@ def _parameters(instance: Instance) -> int:
 
 def _build(build_model: BuildModel, widths: Mapping[str, int]) -> nn.Module:
     """The model on the CPU, always the same, leaving the caller's random state as it was."""
-    try:
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-            torch.default_generator.manual_seed(0)  # not those of GPUs, which stay as they are
-            return build_model(**widths)
-    except Exception as error:
-        raise PlanError(f"build_model(**{dict(widths)}) failed: {type(error).__name__}: {error}") from error
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)  # not those of GPUs, which stay as they are
+        return build_alone(build_model, widths, "cpu")

@@ -1,6 +1,7 @@
 """Finding out which dimension of which parameter belongs to which width axis, on the meta device."""
 
-from ds_sparkling.probe.build import BuildModel, base_widths, build_on_meta, check_wide
+from ds_sparkling.probe.alone import groups_made, missing_group, without_peers
+from ds_sparkling.probe.build import BuildModel, base_widths, build_alone, build_on_meta, check_wide
 from ds_sparkling.probe.reading import Reading, UnreadableError, key_value_heads, probe, read
 
 __all__ = [
@@ -8,9 +9,13 @@ __all__ = [
     "Reading",
     "UnreadableError",
     "base_widths",
+    "build_alone",
     "build_on_meta",
     "check_wide",
+    "groups_made",
     "key_value_heads",
+    "missing_group",
     "probe",
     "read",
+    "without_peers",
 ]

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from ds_sparkling.axes import ParamAxes
-from ds_sparkling.errors import PlanError
+from ds_sparkling.errors import PlanError, UnsupportedError
+from ds_sparkling.probe.alone import frames_of, missing_group, without_peers
 
 BuildModel = Callable[..., nn.Module]
 
@@ -48,12 +49,37 @@ def build_on_meta(build_model: BuildModel, widths: Mapping[str, int]) -> nn.Modu
 
     Raises:
         PlanError: if ``build_model`` doesn't take the axes by name or fails.
+        UnsupportedError: if it needs other ranks, or makes what can't grow.
+    """
+    return build_alone(build_model, widths, "meta")
+
+
+def build_alone(build_model: BuildModel, widths: Mapping[str, int], device: str) -> nn.Module:
+    """The model with ``widths`` on ``device``, built without any other rank.
+
+    Raises:
+        As :func:`build_on_meta`.
     """
     try:
-        with torch.device("meta"):
-            return build_model(**widths)
+        with without_peers(), torch.device(device):
+            model = build_model(**widths)
     except Exception as error:
-        raise PlanError(f"build_model(**{dict(widths)}) failed: {type(error).__name__}: {error}") from error
+        _refuse_pipelines(type(frame.f_locals.get("self")) for frame in frames_of(error))
+        if isinstance(error, UnsupportedError):
+            raise
+        raise PlanError(
+            f"build_model(**{dict(widths)}) failed: {type(error).__name__}: {error}{missing_group(error)}"
+        ) from error
+    _refuse_pipelines([type(model)])
+    return model
+
+
+def _refuse_pipelines(kinds: Iterable[type]) -> None:
+    """Raise UnsupportedError if one of these is DeepSpeed's PipelineModule, which is known by its name alone here."""
+    if any(base.__name__ == "PipelineModule" for kind in kinds for base in kind.__mro__):
+        raise UnsupportedError(
+            "build_model makes a PipelineModule; pipeline parallelism can't be combined with growth yet"
+        )
 
 
 def check_wide(
