@@ -171,10 +171,18 @@ def read_layout(where: object, model: Mapping[str, Any], groups: list[dict[str, 
 def shared_names(model: Mapping[str, Any]) -> dict[str, str]:
     """Further names in the module for what is stored under another: tied parameters, and AutoEP's routers.
 
-    AutoEP may register a router under its old name, too, of which ``shared_params`` says nothing.
+    ``shared_params`` has most of them, but says nothing of a module that its parent holds under two names, nor of a
+    router that AutoEP registers under its old name, too. Where stage 3 stores nothing in the module, what such a name
+    stands for can't be told, and nobody needs it: then it is "".
     """
     shared = dict(model.get("shared_params") or {})
     module = model["module"]
+    listed = {name for names in model["param_shapes"] or [] for name in names}
+    listed |= {*(model.get("frozen_param_shapes") or {}), *(model.get("buffer_names") or [])}
+    places = {_place(module[name]): name for name in reversed([*module]) if name in listed}
+    for name, tensor in module.items():
+        if isinstance(tensor, torch.Tensor) and name not in listed and _place(tensor) in places:
+            shared.setdefault(name, places[_place(tensor)] if tensor.numel() else "")
     for layer in expert_layers(model):
         for name in module:
             part, _, rest = name.removeprefix(f"{layer.path}.").partition(".")
@@ -182,6 +190,11 @@ def shared_names(model: Mapping[str, Any]) -> dict[str, str]:
             if name.startswith(f"{layer.path}.") and part not in ("router", "experts") and router in module:
                 shared[name] = router
     return shared
+
+
+def _place(tensor: Any) -> tuple[Any, ...]:
+    """Where a tensor lies in its file, and as what; all those without elements are in one place."""
+    return (tensor.data_ptr(), tuple(tensor.shape)) if tensor.numel() else (0,)
 
 
 def logical(shape: Any, expert: bool, shared: int) -> Shape:

@@ -268,7 +268,7 @@ def _heads(model: nn.Module, axes: Mapping[str, ParamAxes]) -> dict[str, Head]:
 
 def _tied_heads(model: nn.Module, axes: Mapping[str, ParamAxes]) -> dict[str, str]:
     """Axis -> the head that is tied to an embedding which carries it."""
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))  # one module may have several names
     first_name = {id(param): name for name, param in model.named_parameters()}
     tied: dict[str, str] = {}
     for name, param in model.named_parameters(remove_duplicate=False):
@@ -276,13 +276,20 @@ def _tied_heads(model: nn.Module, axes: Mapping[str, ParamAxes]) -> dict[str, st
         if name == first or not axes[first].axes:
             continue
         owners = modules[first.rpartition(".")[0]], modules[name.rpartition(".")[0]]
-        if owners[0] is owners[1]:
+        if owners[0] is owners[1] or _used_alike(*owners, first, name):
             continue
         if not (isinstance(owners[0], nn.Embedding) and isinstance(owners[1], nn.Linear)):
             raise PlanError(f"{name} shares its weight with {first}; only a linear head tied to the embedding can grow")
         if axes[first].dims[1].axis is not None:
             tied[axes[first].dims[1].axis or ""] = name
     return tied
+
+
+def _used_alike(owner: nn.Module, other: nn.Module, name: str, shared: str) -> bool:
+    """Whether modules of one kind use a parameter that they share for the same, so that it grows alike for both."""
+    if type(owner) is not type(other):
+        return False
+    return isinstance(owner, nn.ParameterList) or name.rpartition(".")[2] == shared.rpartition(".")[2]
 
 
 def _head_options(

@@ -58,7 +58,9 @@ class Place:
 
     @property
     def is_of_torch(self) -> bool:
-        return type(self.owner).__module__.startswith("torch.nn")
+        """A module whose use of its parameters is known; containers leave that to the model's own."""
+        container = isinstance(self.owner, nn.ParameterList | nn.ParameterDict)
+        return type(self.owner).__module__.startswith("torch.nn") and not container
 
     def called(self, names: tuple[str, ...]) -> bool:
         return any(part.lower().removesuffix("_bias") in names for part in (self.leaf, self.parent))

@@ -7,6 +7,7 @@ their expert-data-parallel group.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -29,6 +30,7 @@ def make_room(plan: GrowthPlan, old: dict[str, Shard], engine: DeepSpeedEngine) 
     Raises:
         GrowthError: if it isn't what was planned.
     """
+    plan = replace(plan)  # the run keeps the plan, but not the tables that are made of it here
     access.release_memory()
     access.begin_writing(engine)
     access.make_states(engine, old, drop=plan.strategy.optimizer_state is OptimizerState.DROP)

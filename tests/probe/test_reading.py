@@ -340,7 +340,14 @@ def test_a_tied_head_needs_a_norm_before_it() -> None:
 
 def test_other_shared_weights_are_refused() -> None:
     with pytest.raises(PlanError, match=r"head\.weight shares its weight with embed\.weight"):
-        probe(lambda width: Tied(width, second=nn.Embedding(11, width)), {W: 4})
+        probe(lambda width: Tied(width, second=nn.EmbeddingBag(11, width)), {W: 4})
+
+
+def test_weights_that_modules_of_one_kind_share_are_read_once() -> None:
+    axes = probe(lambda width: Tied(width, second=nn.Embedding(11, width)), {W: 4})
+    assert axes["embed.weight"].dims == (FIXED, Dim(W, Role.FAN_OUT))
+    assert "head.weight" not in axes
+    assert not head_gains(axes)
 
 
 def test_shared_weights_that_do_not_grow_are_fine() -> None:
