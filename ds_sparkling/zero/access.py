@@ -265,6 +265,7 @@ def strip(engine: DeepSpeedEngine) -> None:
     The engine object itself and its module are left empty; the former says so when it is used.
     """
     module = engine.module
+    _keep_masters(engine)
     engine.destroy()
     for param in module.parameters():
         param.grad = None
@@ -282,10 +283,23 @@ def strip(engine: DeepSpeedEngine) -> None:
     release_memory()
 
 
+def _keep_masters(engine: DeepSpeedEngine) -> None:
+    """Let page-locked master weights live as long as the shards do.
+
+    Under stages 1 and 2 ``engine.destroy`` frees them at once if DS_PIN_MEMORY_BACKEND is native, whoever has views.
+    """
+    if isinstance(engine.optimizer, DeepSpeedZeroOptimizer):
+        for master in engine.optimizer.single_partition_of_fp32_groups:
+            master.grad = None
+        engine.optimizer.single_partition_of_fp32_groups = []
+
+
 def release_memory() -> None:
-    """Give back what DeepSpeed's reference cycles, the accelerator's cache and the C heap hold on to."""
+    """Give back what DeepSpeed's reference cycles, the accelerator's caches and the C heap hold on to."""
     gc.collect()
     get_accelerator().empty_cache()
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_host_cache()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc keeps freed host memory otherwise
     if trim is not None:
         trim(0)
@@ -414,7 +428,7 @@ def _frozen(engine: DeepSpeedEngine, names: Mapping[int, str]) -> Iterator[Shard
         if hasattr(param, "ds_tensor"):
             group = param.ds_process_group
             pieces = even_pieces(param.ds_numel, dist.get_world_size(group))
-            weight = param.ds_tensor.data
+            weight = param.ds_tensor.view(-1)  # unlike .data it keeps page-locked memory from being freed
             yield Shard(name, tuple(param.ds_shape), pieces, dist.get_rank(group), group, weight, True)
         else:
             yield Shard(name, tuple(param.shape), [Piece(0, param.numel())], 0, None, param.data.view(-1))
