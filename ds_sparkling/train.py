@@ -34,7 +34,9 @@ from ds_sparkling.progress import progress_bar
 from ds_sparkling.record import Spent
 from ds_sparkling.summary import RunSummary
 from ds_sparkling.variants import Variant, as_variant
+from ds_sparkling.zero.consensus import Consensus, of_first_rank
 from ds_sparkling.zero.spending import spent_events
+from ds_sparkling.zero.start import meet
 from ds_sparkling.zero.tensorboard import write_by_compute
 
 
@@ -233,14 +235,21 @@ class Job:
 
 def run(args: argparse.Namespace) -> None:
     """Everything from the parsed command line to the final table."""
-    variant = Variant(args.variant)
-    config = as_variant(read_json(args.deepspeed_config), variant)
-    training = typed_block(TrainingConfig, config, "training")
-    model_config = typed_block(OlmoeConfig, config, "model")
-    corpus = Corpus.from_path(args.data) if args.data else Corpus.standard_library()
-    corpus.check(length=training.sequence_length, vocabulary=model_config.vocab_size)
-    output = _output_directory(args)
+    consensus = Consensus("preparing the run")
+    with consensus:
+        variant = Variant(args.variant)
+        config = as_variant(read_json(args.deepspeed_config), variant)
+        training = typed_block(TrainingConfig, config, "training")
+        model_config = typed_block(OlmoeConfig, config, "model")
+        corpus = Corpus.from_path(args.data) if args.data else Corpus.standard_library()
+        corpus.check(length=training.sequence_length, vocabulary=model_config.vocab_size)
+        output = _output_directory(args)
+    meet(consensus)
+    output = of_first_rank(output, consensus)
     checkpoints = output / "checkpoints"
+    with consensus:
+        _check_checkpoints(checkpoints, resume=args.resume)
+    consensus.settle()
     config.setdefault("tensorboard", {"enabled": True, "output_path": str(output), "job_name": "tensorboard"})
 
     torch.manual_seed(training.seed)
@@ -259,21 +268,25 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _output_directory(args: argparse.Namespace) -> Path:
-    """The run's directory, the same on every rank: never one that holds another run's checkpoints."""
-    name = f"{Path(args.deepspeed_config).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-    chosen: list[Path] = [args.output or Path("runs") / name]
-    if args.resume and args.output is None:
-        earlier = sorted(Path("runs").glob(f"{Path(args.deepspeed_config).stem}-*/checkpoints/latest"))
-        if not earlier:
-            raise CheckpointError(f"--resume: found no run of {args.deepspeed_config} under runs/; pass --output DIR")
-        chosen = [earlier[-1].parents[1]]
-    torch.distributed.broadcast_object_list(chosen)
-    latest = chosen[0] / "checkpoints" / "latest"
-    if args.resume and not latest.is_file():
-        raise CheckpointError(f"--resume: there is no checkpoint in {latest.parent}")
-    if not args.resume and latest.is_file():
-        raise CheckpointError(f"{latest.parent} holds checkpoints; pass --resume to go on, or another --output DIR")
-    return chosen[0]
+    """The run's directory: as given, or else a new one, or that of the latest run to resume."""
+    if args.output is not None:
+        return Path(args.output)
+    name = Path(args.deepspeed_config).stem
+    if not args.resume:
+        return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    earlier = sorted(Path("runs").glob(f"{name}-*/checkpoints/latest"))
+    if not earlier:
+        raise CheckpointError(f"--resume: found no run of {args.deepspeed_config} under runs/; pass --output DIR")
+    return earlier[-1].parents[1]
+
+
+def _check_checkpoints(checkpoints: Path, *, resume: bool) -> None:
+    """Never go on from nothing, nor write among another run's checkpoints."""
+    latest = checkpoints / "latest"
+    if resume and not latest.is_file():
+        raise CheckpointError(f"--resume: there is no checkpoint in {checkpoints}")
+    if not resume and latest.is_file():
+        raise CheckpointError(f"{checkpoints} holds checkpoints; pass --resume to go on, or another --output DIR")
 
 
 def _say(text: str) -> None:

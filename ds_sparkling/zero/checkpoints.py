@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from ds_sparkling.errors import CheckpointError
 from ds_sparkling.optim.step import BirthStep
 from ds_sparkling.record import GrowthRecord, find_checkpoint, read_record
+from ds_sparkling.whole_file import whole_file
 from ds_sparkling.zero.consensus import Consensus
 from ds_sparkling.zero.run import run_of
 
@@ -27,10 +30,16 @@ def hook_checkpoints(engine: DeepSpeedEngine, step: BirthStep) -> None:
     """
     save, load = engine.save_checkpoint, engine.load_checkpoint
 
-    def save_checkpoint(save_dir: str, tag: str | None = None, *args: Any, **kwargs: Any) -> Any:
+    def save_checkpoint(
+        save_dir: str,
+        tag: str | None = None,
+        client_state: Mapping[str, Any] | None = None,
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
+    ) -> Any:
         tag = f"global_step{engine.global_steps}" if tag is None else str(tag)
         rank = engine.local_rank if engine.use_node_local_storage() else engine.global_rank
-        consensus = Consensus(f"saving to {save_dir}")
+        consensus = Consensus(f"saving {Path(save_dir) / tag}", alike=f"saving {tag}", kind=CheckpointError)
         with consensus:
             if rank == 0:
                 run = run_of(engine)
@@ -38,10 +47,23 @@ def hook_checkpoints(engine: DeepSpeedEngine, step: BirthStep) -> None:
                 replace(run.record, spent=run.spent).write(Path(save_dir) / tag)
                 run.observations.write(Path(save_dir) / tag)
         consensus.settle()
-        return save(save_dir, tag, *args, **kwargs)
+        # What is written in the background becomes the latest when DeepSpeed has seen it finished.
+        background = engine.checkpoint_engine.is_decoupled()
+        with consensus.together(), _writes_held(engine.checkpoint_engine, consensus):
+            saved = save(save_dir, tag, dict(client_state or {}), save_latest and background, exclude_frozen_parameters)
+        consensus.settle()
+        if save_latest and not background:
+            with consensus:
+                if engine.global_rank == 0:
+                    with whole_file(Path(save_dir) / "latest") as latest:
+                        latest.write_text(tag)
+            consensus.settle()
+        return saved
 
     def load_checkpoint(load_dir: str, tag: str | None = None, *args: Any, **kwargs: Any) -> Any:
-        consensus = Consensus(f"loading {load_dir}")
+        consensus = Consensus(
+            f"loading {load_dir}", alike=f"loading {tag or 'the latest checkpoint'}", kind=CheckpointError
+        )
         with consensus:
             found = find_checkpoint(load_dir, tag, universal=engine.load_universal_checkpoint())
             record = None if found is None else read_record(found)
@@ -53,13 +75,18 @@ def hook_checkpoints(engine: DeepSpeedEngine, step: BirthStep) -> None:
         consensus.settle()
         if found is not None and record is None and engine.global_rank == 0:
             logger.warning("%s has no growth record; taken as saved at %s", found, run_of(engine).widths)
-        result = load(load_dir, tag, *args, **kwargs)
+        result: Any = (None, None)
+        with consensus.together():
+            result = load(load_dir, tag, *args, **kwargs)
+        consensus.settle()
         if result[0] is not None and engine.load_universal_checkpoint():
             _restore_groups(engine)
         if record is not None and result[0] is not None:
             engine.sparkling = replace(run_of(engine), record=record)
             step.forget_blocks()
-            _check_schedule(engine, found)
+            with consensus:
+                _check_schedule(engine, found)
+            consensus.settle()
             stage = engine.sparkling.due(engine.global_steps)
             if stage is not None and engine.global_rank == 0:
                 logger.info(
@@ -69,6 +96,27 @@ def hook_checkpoints(engine: DeepSpeedEngine, step: BirthStep) -> None:
 
     engine.save_checkpoint = save_checkpoint
     engine.load_checkpoint = load_checkpoint
+
+
+@contextmanager
+def _writes_held(checkpoint_engine: Any, consensus: Consensus) -> Iterator[None]:
+    """Keep what fails on one rank's disk in ``consensus``, so that the collectives of saving go on on all ranks."""
+
+    def held(write: Callable[..., Any]) -> Callable[..., Any]:
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            with consensus:
+                return write(*args, **kwargs)
+
+        return guarded
+
+    names = ("makedirs", "save", "commit")
+    for name in names:
+        setattr(checkpoint_engine, name, held(getattr(checkpoint_engine, name)))
+    try:
+        yield
+    finally:
+        for name in names:
+            delattr(checkpoint_engine, name)
 
 
 def _check_schedule(engine: DeepSpeedEngine, path: Path | None) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from deepspeed import comm as dist
@@ -15,6 +16,8 @@ from deepspeed import comm as dist
 from ds_sparkling import errors
 from ds_sparkling.errors import GrowthError, SparklingError
 from ds_sparkling.zero.rollcall import Failure, InterruptedWaitError, RollCall, roll_call
+
+_T = TypeVar("_T")
 
 #: Seconds that ranks may come later than others to where a growth begins.
 PATIENCE = 50.0
@@ -137,6 +140,20 @@ class Consensus:
         if failure.rank is None:
             return kind(f"{self._doing} failed: {failure.message}{self._way_out}")
         return kind(f"{self._doing} failed on rank {failure.rank}: {failure.message}{self._way_out}")
+
+
+def of_first_rank(value: _T, consensus: Consensus) -> _T:
+    """The first rank's ``value``. Collective.
+
+    Raises:
+        SparklingError: as :meth:`Consensus.settle`.
+    """
+    box = [value]
+    with consensus.together():
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            torch.distributed.broadcast_object_list(box, src=0)
+    consensus.settle()
+    return box[0]
 
 
 @contextmanager

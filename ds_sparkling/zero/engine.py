@@ -30,7 +30,7 @@ from ds_sparkling.record import GrowthRecord, find_checkpoint
 from ds_sparkling.zero import access
 from ds_sparkling.zero.carry import Carried, preserved_rng
 from ds_sparkling.zero.checkpoints import hook_checkpoints
-from ds_sparkling.zero.consensus import PATIENCE, Consensus
+from ds_sparkling.zero.consensus import PATIENCE, Consensus, of_first_rank
 from ds_sparkling.zero.diagnosis import Diagnosis
 from ds_sparkling.zero.gradients import GradientWatch
 from ds_sparkling.zero.huggingface import built_plainly, weights_initialized
@@ -42,7 +42,6 @@ from ds_sparkling.zero.planning import (
     agreed,
     check_same_model,
     knowing,
-    of_first_rank,
     parameter_counts,
     plan_growth,
     starting_record,

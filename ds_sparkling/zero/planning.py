@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from deepspeed import comm as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
@@ -23,7 +22,7 @@ from ds_sparkling.record import GrowthRecord, read_record
 from ds_sparkling.routing import active_share, doubt_of_share
 from ds_sparkling.zero.access import full_shape
 from ds_sparkling.zero.carry import preserved_rng
-from ds_sparkling.zero.consensus import Consensus
+from ds_sparkling.zero.consensus import Consensus, of_first_rank
 from ds_sparkling.zero.huggingface import built_plainly
 from ds_sparkling.zero.naming import autoep_layers, engine_axes, expert_slices
 from ds_sparkling.zero.run import GrowingRun
@@ -138,16 +137,6 @@ def _described(model: nn.Module) -> dict[str, str]:
         name: f"{'trained' if tensor.requires_grad else 'fixed'} {tensor.dtype} {tuple(tensor.shape)}"
         for name, tensor in tensors
     }
-
-
-def of_first_rank(value: Any, consensus: Consensus) -> Any:
-    """The first rank's ``value``. Collective."""
-    box = [value]
-    with consensus.together():
-        if dist.get_world_size() > 1:
-            torch.distributed.broadcast_object_list(box, src=0)
-    consensus.settle()
-    return box[0]
 
 
 def starting_record(build_model: BuildModel, config: SparklingConfig, checkpoint: Path | None) -> GrowthRecord:
