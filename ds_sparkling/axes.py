@@ -2,12 +2,14 @@
 
 A *width axis* is a model width that can grow, called by the model config's own attribute (``hidden_size``,
 ``moe_intermediate_size`` ...). A dimension that carries an axis of width ``d`` has ``segments * d * block`` entries.
+A dimension may also be made of parts of different widths, of which some never grow: latent attention holds what every
+head's keys need and its values side by side.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, fields, replace
 from enum import Enum
 from typing import Any
 
@@ -47,7 +49,11 @@ class Dim:
         groups: what parts the units into equal consecutive groups that grow each for itself: another axis, or a number
             that is fixed. Query heads are grouped by the key/value head that they share.
         power: the model itself multiplies what this parameter gives by ``width ** power``, as some do with embeddings
-            (1/2) and logits (-1). A growth takes that out again.
+            (1/2) and logits (-1). A growth takes that out again. Of a dimension of parts, ``width`` is the entries of
+            one segment.
+        fixed: entries of a part that never grows.
+        parts: what each of the ``segments`` of this dimension is made of, end to end: dimensions with an axis of their
+            own, and ``fixed`` ones. The dimension itself then has neither axis nor role.
     """
 
     axis: str | None = None
@@ -58,6 +64,8 @@ class Dim:
     interleaved: bool = False
     groups: str | int = 1
     power: float = 0.0
+    fixed: int = 0
+    parts: tuple[Dim, ...] = ()
 
     def __post_init__(self) -> None:
         if (self.axis is None) != (self.role is None):
@@ -68,10 +76,96 @@ class Dim:
             raise PlanError(f"block and segments must be at least 1, got {self.block} and {self.segments}")
         if isinstance(self.groups, int) and self.groups < 1:
             raise PlanError(f"groups must be an axis or at least 1, got {self.groups}")
+        if self.fixed < 0:
+            raise PlanError(f"fixed entries must be at least 1, got {self.fixed}")
+        allowed = {"segments", "power", "parts"} if self.parts else {"fixed"} if self.axis is None else None
+        for entry in fields(self):
+            given = getattr(self, entry.name) != entry.default
+            if given and (entry.name == "fixed" if allowed is None else entry.name not in allowed):
+                raise PlanError(f"{entry.name} can't be said of a dimension {self._kind}")
+        for part in self.parts:
+            if part.parts or (part.axis is None and not part.fixed):
+                raise PlanError("a part has either an axis and a role or fixed entries, and no parts of its own")
+        if self.parts and not self.axes:
+            raise PlanError("one of a dimension's parts must carry an axis")
+
+    @property
+    def _kind(self) -> str:
+        if self.parts:
+            return "made of parts: say it of one of these"
+        return "without an axis" if self.axis is None else "with an axis"
+
+    @property
+    def leaves(self) -> tuple[Dim, ...]:
+        """Its parts; itself if it isn't made of any."""
+        return self.parts or (self,)
+
+    @property
+    def axes(self) -> frozenset[str]:
+        """The axes that it carries."""
+        return frozenset(leaf.axis for leaf in self.leaves if leaf.axis is not None)
+
+    def mapped(self, change: Callable[[Dim], Dim]) -> Dim:
+        """The dimension with every part that carries an axis changed; itself changed if it isn't made of parts."""
+        if not self.parts:
+            return change(self)
+        return replace(self, parts=tuple(part if part.axis is None else change(part) for part in self.parts))
 
     def size(self, width: int) -> int:
-        """Entries of the dimension when its axis is ``width`` units wide."""
-        return self.segments * width * self.block
+        """Entries of a dimension of one axis, or of a part, when that is ``width`` units wide."""
+        return self.fixed or self.segments * width * self.block
+
+    def sizes(self, widths: Mapping[str, int]) -> list[int]:
+        """Entries of every leaf, in one segment if it is a part.
+
+        Raises:
+            PlanError: if ``widths`` lacks an axis.
+        """
+        for axis in self.axes:
+            if axis not in widths:
+                raise PlanError(
+                    f"a dimension is made of {self.describe()}, so the width of {axis!r} must be known, too"
+                )
+        return [leaf.size(widths[leaf.axis] if leaf.axis is not None else 0) for leaf in self.leaves]
+
+    def resized(self, size: int, widths: Mapping[str, int]) -> int:
+        """Entries at ``widths`` of a dimension that has ``size`` now; ``size`` if none of its axes is in ``widths``."""
+        if not self.axes & widths.keys():
+            return size
+        return sum(self.sizes(widths)) * (self.segments if self.parts else 1)
+
+    def settled(self, widths: Mapping[str, int], growing: Collection[str]) -> Dim:
+        """The dimension for a growth of some axes: parts of other axes are fixed at their present ``widths``."""
+        if not self.parts:
+            return self
+        if not self.axes & set(growing):
+            return FIXED
+        sizes = zip(self.parts, self.sizes(widths), strict=True)
+        return replace(self, parts=tuple(part if part.axis in growing else Dim(fixed=size) for part, size in sizes))
+
+    def laid(self, make: Callable[[Dim], Tensor]) -> Tensor:
+        """What ``make`` gives for the entries of a leaf, for those of the dimension."""
+        if not self.parts:
+            return make(self)
+        return torch.cat([make(part) for part in self.parts]).repeat(self.segments)
+
+    def laid_indices(self, make: Callable[[Dim], Tensor], widths: Mapping[str, int]) -> Tensor:
+        """The same of indices: ``make`` gives those in a leaf, this those in the dimension.
+
+        Args:
+            widths: at which the indices count.
+        """
+        if not self.parts:
+            return make(self)
+        sizes = torch.tensor(self.sizes(widths))
+        starts = (sizes.cumsum(0) - sizes).tolist()
+        segment = torch.cat([make(part) + start for part, start in zip(self.parts, starts, strict=True)])
+        return (torch.arange(self.segments)[:, None] * int(sizes.sum()) + segment).flatten()
+
+    def describe(self) -> str:
+        """Its parts in words: axis and role of those that have them, "-" for what never grows."""
+        text = " + ".join(f"{leaf.axis} ({leaf.role.value})" if leaf.role is not None else "-" for leaf in self.leaves)
+        return text if self.segments == 1 or not self.parts else f"{self.segments} of ({text})"
 
     def group_count(self, widths: Mapping[str, int]) -> int:
         """How many groups its units are in at ``widths``.
@@ -122,14 +216,16 @@ class Dim:
         return base * self.block + torch.arange(self.size(width)) % self.block
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON: what isn't a default, and axis and role always; empty for a dimension that never grows."""
-        if self.axis is None or self.role is None:
-            return {}
-        data: dict[str, Any] = {"axis": self.axis, "role": self.role.value}
-        for entry in fields(self)[2:]:
+        """As JSON: what isn't a default; empty for a dimension that never grows."""
+        data: dict[str, Any] = {}
+        for entry in fields(self):
             value = getattr(self, entry.name)
             if value != entry.default:
-                data[entry.name] = list(value) if isinstance(value, tuple) else value
+                data[entry.name] = value.value if isinstance(value, Role) else value
+        if self.alive:
+            data["alive"] = list(self.alive)
+        if self.parts:
+            data["parts"] = [part.to_dict() for part in self.parts]
         return data
 
     @classmethod
@@ -139,12 +235,17 @@ class Dim:
         Raises:
             ValueError, TypeError, KeyError: if it is none of ours.
         """
-        if not data:
-            return FIXED
         unknown = sorted(data.keys() - {entry.name for entry in fields(cls)})
         if unknown:
             raise ValueError(f"unknown key {unknown[0]!r}")
-        return cls(**{**data, "role": Role(data["role"]), "alive": tuple(data.get("alive", ()))})
+        known = {
+            **data,
+            "alive": tuple(data.get("alive", ())),
+            "parts": tuple(map(cls.from_dict, data.get("parts", ()))),
+        }
+        if "axis" in data:
+            known["role"] = Role(data["role"])
+        return cls(**known)
 
 
 #: A dimension that carries no axis.
@@ -178,19 +279,33 @@ class ParamAxes:
     offset: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.norm is None and any(dim.role is Role.GAIN for dim in self.dims):
+        if self.norm is None and any(leaf.role is Role.GAIN for leaf in self.leaves):
             raise PlanError("a gain needs the kind of norm that it belongs to: 'rms' or 'layer'")
 
     @property
     def axes(self) -> frozenset[str]:
-        return frozenset(dim.axis for dim in self.dims if dim.axis is not None)
+        return frozenset(leaf.axis for leaf in self.leaves if leaf.axis is not None)
+
+    @property
+    def leaves(self) -> tuple[Dim, ...]:
+        """Its dimensions, those that are made of parts as these."""
+        return tuple(leaf for dim in self.dims for leaf in dim.leaves)
+
+    def mapped(self, change: Callable[[Dim], Dim]) -> ParamAxes:
+        """The axes with every dimension, or part, that carries an axis changed."""
+        return replace(self, dims=tuple(dim.mapped(change) if dim.axes else dim for dim in self.dims))
 
     def shape(self, shape: tuple[int, ...], widths: Mapping[str, int]) -> tuple[int, ...]:
-        """``shape`` with every dimension whose axis is in ``widths`` set to that width."""
-        return tuple(
-            dim.size(widths[dim.axis]) if dim.axis is not None and dim.axis in widths else size
-            for dim, size in zip(self.dims, shape, strict=True)
-        )
+        """``shape`` with every dimension whose axis is in ``widths`` set to that width.
+
+        Raises:
+            PlanError: if only some of the axes of a dimension of parts are in ``widths``.
+        """
+        return tuple(dim.resized(size, widths) for dim, size in zip(self.dims, shape, strict=True))
+
+    def settled(self, widths: Mapping[str, int], growing: Collection[str]) -> ParamAxes:
+        """The axes for a growth of the axes ``growing`` from ``widths``, as :meth:`Dim.settled` makes them."""
+        return replace(self, dims=tuple(dim.settled(widths, growing) for dim in self.dims))
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON: the dimensions, and what isn't a default."""

@@ -24,7 +24,7 @@ layouts = st.builds(
     interleaved=st.booleans(),
 )
 names = st.text(min_size=1, max_size=5)
-dims = st.just(FIXED) | st.builds(
+plain = st.builds(
     Dim,
     names,
     st.sampled_from(Role),
@@ -35,6 +35,20 @@ dims = st.just(FIXED) | st.builds(
     st.integers(1, 9) | names,
     st.floats(-2, 2),
 )
+parted = st.builds(
+    lambda first, parts, segments, power: Dim(parts=(first, *parts), segments=segments, power=power),
+    plain,
+    st.lists(plain | st.builds(Dim, fixed=st.integers(1, 9)), max_size=2),
+    st.integers(1, 4),
+    st.floats(-2, 2),
+)
+dims = st.just(FIXED) | plain | parted
+
+
+def no_gain(dims: tuple[Dim, ...]) -> bool:
+    return all(leaf.role is not Role.GAIN for dim in dims for leaf in dim.leaves)
+
+
 param_axes = st.builds(
     ParamAxes,
     st.lists(dims, max_size=4).map(tuple),
@@ -42,7 +56,7 @@ param_axes = st.builds(
     st.booleans(),
     st.sampled_from(Norm),
     st.floats(-2, 2),
-) | st.builds(ParamAxes, st.lists(dims.filter(lambda dim: dim.role is not Role.GAIN), max_size=4).map(tuple))
+) | st.builds(ParamAxes, st.lists(dims, max_size=4).map(tuple).filter(no_gain))
 
 
 # -- entries -------------------------------------------------------------------------------------------------------
@@ -106,6 +120,14 @@ def test_groups_by_an_axis_of_unknown_width_are_refused_by_name() -> None:
         ({"block": -1}, "at least 1"),
         ({"axis": "h", "role": Role.GAIN, "segments": 0}, "at least 1"),
         ({"axis": "h", "role": Role.GAIN, "groups": 0}, "at least 1"),
+        ({"block": 2}, "block can't be said of a dimension without an axis"),
+        ({"fixed": -1}, "at least 1"),
+        ({"axis": "h", "role": Role.FAN_IN, "fixed": 2}, "fixed can't be said of a dimension with an axis"),
+        ({"parts": (Dim("h", Role.FAN_IN),), "block": 2}, "block can't be said of a dimension made of parts"),
+        ({"parts": (Dim("h", Role.FAN_IN),), "axis": "h", "role": Role.FAN_IN}, "axis can't be said"),
+        ({"parts": (FIXED, Dim("h", Role.FAN_IN))}, "an axis and a role or fixed entries"),
+        ({"parts": (Dim(fixed=3),)}, "must carry an axis"),
+        ({"parts": (Dim(parts=(Dim("h", Role.FAN_IN),)),)}, "no parts of its own"),
     ],
 )
 def test_a_dimension_that_means_nothing_is_refused(arguments: dict[str, Any], named: str) -> None:
@@ -121,6 +143,16 @@ def test_a_shape_follows_the_widths_that_are_given() -> None:
     assert axes.axes == {"i", "h"}
     assert axes.shape((7, 1, 4), {"i": 5}) == (7, 30, 4)
     assert axes.shape((7, 1, 4), {"i": 5, "h": 6}) == (7, 30, 6)
+
+
+def test_a_dimension_of_parts_follows_the_widths_of_all_its_axes() -> None:
+    parts = Dim(parts=(Dim("q", Role.FAN_OUT, block=3), Dim(fixed=4), Dim("k", Role.FAN_OUT)), segments=2)
+    axes = ParamAxes((parts, FIXED))
+    assert axes.axes == {"q", "k"}
+    assert axes.shape((26, 5), {"q": 3, "k": 5}) == (36, 5)
+    assert axes.shape((26, 5), {"h": 3}) == (26, 5)
+    with pytest.raises(PlanError, match=r"2 of \(q \(fan_out\) \+ - \+ k \(fan_out\)\).*width of 'k'"):
+        axes.shape((26, 5), {"q": 3})
 
 
 def test_a_gain_of_no_norm_is_refused() -> None:
@@ -146,6 +178,10 @@ def test_json_says_only_what_is_no_default() -> None:
         "alive": [0],
         "interleaved": True,
     }
+    assert Dim(parts=(Dim(fixed=3), Dim("h", Role.FAN_IN)), segments=2).to_dict() == {
+        "segments": 2,
+        "parts": [{"fixed": 3}, {"axis": "h", "role": "fan_in"}],
+    }
     assert ParamAxes((FIXED,)).to_dict() == {"dims": [{}]}
     gain = ParamAxes((Dim("h", Role.GAIN),), head_gain=True, norm=Norm.RMS, offset=1.0)
     assert gain.to_dict() == {
@@ -164,6 +200,8 @@ def test_json_says_only_what_is_no_default() -> None:
         pytest.param({"dims": [{"axis": "h", "role": "fan_inn"}]}, "fan_inn", id="a role"),
         pytest.param({"dims": [{}], "norm": "batch"}, "batch", id="a norm"),
         pytest.param({"dims": [{"axis": "h"}]}, "role", id="no role"),
+        pytest.param({"dims": [{"segments": 2}]}, "without an axis", id="segments of no axis"),
+        pytest.param({"dims": [{"parts": [{"axis": "h"}]}]}, "role", id="a part of no role"),
         pytest.param({}, "dims", id="no dimensions"),
         pytest.param({"dims": [{"axis": "h", "role": "gain"}]}, "kind of norm", id="a gain of no norm"),
     ],

@@ -15,7 +15,7 @@ from ds_sparkling.check.instance import Instance
 from ds_sparkling.check.module import grow_into, plan_of, randomize, settled
 from ds_sparkling.errors import PlanError
 from ds_sparkling.growth import GrowthPlan
-from ds_sparkling.probe import key_value_heads
+from ds_sparkling.probe import Move, key_value_heads
 from ds_sparkling.strategy import Strategy
 
 #: Largest |difference| over largest |value| of logits that counts as the same function. In float64 a growth that keeps
@@ -120,18 +120,51 @@ def fitting_axes(instance: Instance, model: nn.Module, axes: Mapping[str, ParamA
         known = axes.get(name)
         if known is None or len(known.dims) != param.dim():
             raise NotRunnableError(f"{name} of the small instance isn't in the model that it stands for")
-        sizes = zip(known.dims, param.shape, strict=True)
-        dims = tuple(_fitting(dim, size, instance.before, shared) for dim, size in sizes)
-        fitted[name] = replace(known, dims=dims)
+        dims = []
+        for position, (dim, size) in enumerate(zip(known.dims, param.shape, strict=True)):
+            fitting = _fitting(dim, size, instance, instance.moves.get((name, position)) if dim.parts else None)
+            dims.append(fitting.mapped(lambda leaf: _regrouped(leaf, shared)))
+        fitted[name] = replace(known, dims=tuple(dims))
     return fitted
 
 
-def _fitting(dim: Dim, size: int, widths: Mapping[str, int], shared: int | None) -> Dim:
+def _fitting(dim: Dim, size: int, instance: Instance, move: Move | None) -> Dim:
+    """A dimension of the large model as the small one has it: its blocks may be smaller, its segments fewer."""
+    if move is not None:
+        return _fitting_parts(dim, size, instance, move)
     if dim.axis is None:
         return dim
-    block = dim.block if dim.block == 1 else max(size // (dim.segments * widths[dim.axis]), 1)
-    fixed = isinstance(dim.groups, int) and dim.groups > 1 and shared is not None
-    return replace(dim, block=block, groups=shared if fixed and shared is not None else dim.groups)
+    width = instance.before[dim.axis]
+    if dim.block > 1:
+        return replace(dim, block=max(size // (dim.segments * width), 1))
+    return replace(dim, segments=max(size // width, 1))
+
+
+def _fitting_parts(dim: Dim, size: int, instance: Instance, move: Move) -> Dim:
+    """The same of a dimension of parts, which moves as ``move`` says: parts that stay keep their ratio."""
+    per_unit = dict(move.shares)
+    large = {axis: sum(p.block * p.segments for p in dim.parts if p.axis == axis) * dim.segments for axis in dim.axes}
+    axis = min(dim.axes)
+    segments = max(dim.segments * per_unit.get(axis, 0) // large[axis], 1) if dim.segments > 1 else 1
+
+    def fitting(leaf: Dim) -> Dim:
+        now, before = per_unit.get(leaf.axis or "", 0) // segments, large[leaf.axis or ""] // dim.segments
+        if leaf.block * now % before == 0:
+            return replace(leaf, block=max(leaf.block * now // before, 1))
+        return replace(leaf, segments=max(leaf.segments * now // before, 1))
+
+    fitted = replace(dim, segments=segments).mapped(fitting)
+    fixed = sum(part.fixed for part in dim.parts)
+    left = size // segments - sum(part.size(instance.before[part.axis]) for part in fitted.parts if part.axis)
+    return replace(
+        fitted,
+        parts=tuple(Dim(fixed=max(left * part.fixed // fixed, 1)) if part.fixed else part for part in fitted.parts),
+    )
+
+
+def _regrouped(leaf: Dim, shared: int | None) -> Dim:
+    fixed = isinstance(leaf.groups, int) and leaf.groups > 1
+    return replace(leaf, groups=shared) if fixed and shared is not None else leaf
 
 
 def compare(runnable: Runnable, axes: Mapping[str, ParamAxes], strategy: Strategy) -> Comparison:

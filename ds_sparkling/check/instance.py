@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from ds_sparkling.check.hugging_face import (
 )
 from ds_sparkling.errors import PlanError
 from ds_sparkling.factory import HuggingFaceFactory
-from ds_sparkling.probe import BuildModel, build_alone, build_on_meta
+from ds_sparkling.probe import BuildModel, Moves, build_alone, build_on_meta, find_moves
 
 #: Parameters of a narrow model that is run without being made smaller: fractions of a second on one core.
 SMALL = 5_000_000
@@ -55,6 +56,11 @@ class Instance:
     after: dict[str, int]
     layers: tuple[tuple[str, int], ...] = ()
     note: str = ""
+
+    @cached_property
+    def moves(self) -> Moves:
+        """What moves with its axes, as far as that can be told."""
+        return find_moves(self, self.before, {name for name, _ in self.build(meta=True).named_parameters()})
 
     def __call__(self, **widths: int) -> nn.Module:
         """The model at any widths, as probing asks for it."""

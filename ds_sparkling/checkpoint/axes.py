@@ -103,7 +103,8 @@ def hints(params: Iterable[Param], widths: Mapping[str, Any], axes: Mapping[str,
         'For every dimension, in place of "?": {} if it never grows, or {"axis": "hidden_size", "role": "fan_in"} '
         "(fan_out, fan_in, gain, per_unit or index), with block (entries per unit), segments (copies of the axis), "
         "interleaved (segments that take turns), alive (segments that zero initialisation must leave), groups (what "
-        "the units are in) and power (of the width that the model multiplies by) if not 1, 1, false, [], 1 and 0. "
+        "the units are in) and power (of the width that the model multiplies by) if not 1, 1, false, [], 1 and 0; or "
+        '{"parts": [...]} with such entries, or {"fixed": 64} for what never grows, for parts of different widths. '
         '"norm": "rms" or "layer" for gains; "head_gain": true for that of the norm before a head that is tied to the '
         'embedding; "offset": 1 for a gain stored without the 1 in 1 + w. widths: those in force.'
     )

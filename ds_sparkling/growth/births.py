@@ -105,11 +105,17 @@ def join(blocks: Iterable[Block]) -> list[Block]:
 
 def _births_of_dim(dim: Dim, size: int, widths: Mapping[str, tuple[int, ...]]) -> Tensor:
     """Birth stage of every index of one dimension, uint8."""
-    if dim.axis is None or dim.axis not in widths:
+    if not dim.axes & widths.keys():
         return torch.zeros(size, dtype=torch.uint8)
-    history = widths[dim.axis]
-    groups = dim.groups if isinstance(dim.groups, int) else widths[dim.groups]
-    return birth_of_units(history, groups)[dim.units(history[-1])]
+
+    def of_leaf(leaf: Dim) -> Tensor:
+        if leaf.axis is None:
+            return torch.zeros(leaf.fixed, dtype=torch.uint8)
+        history = widths[leaf.axis]
+        groups = leaf.groups if isinstance(leaf.groups, int) else widths[leaf.groups]
+        return birth_of_units(history, groups)[leaf.units(history[-1])]
+
+    return dim.laid(of_leaf)
 
 
 def _stretches(births: Tensor, start: int, stop: int) -> Iterable[tuple[int, int, int]]:

@@ -7,14 +7,14 @@ their weights. Noise that sums to zero over twins therefore keeps the function, 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from ds_sparkling.axes import Dim
+from ds_sparkling.axes import Dim, Role
 from ds_sparkling.growth.random import standard_normal
 from ds_sparkling.growth.scaling import AxisGrowth
 from ds_sparkling.growth.spread import Spread
@@ -34,22 +34,20 @@ class ZeroSumNoise:
 
     Attributes:
         key: of the random stream.
-        place: which of the weight's dimensions twins are consumed along.
-        twins: its entries that are consumed alike (:func:`consumed_alike`).
-        growth: of the axis it carries.
+        place: which of the weight's dimensions it is along which twins are consumed.
+        twins: the entries of that dimension that are consumed alike, int64 of shape [most twins, size]; -1 for none.
+        strength: RMS of the noise over that of the weights, times d/d', for each of its entries; float64.
         sources: the old index of every index, by dimension.
         first: index of the first expert held, for stacked experts.
-        strength: RMS of the noise over that of the weights.
         matrices: how many equal stretches with an RMS of their own the weight has.
     """
 
     key: int
     place: int
     twins: Tensor
-    growth: AxisGrowth
+    strength: Tensor
     sources: tuple[Tensor, ...]
     first: int
-    strength: float
     matrices: int
 
     def add(self, out: Tensor, start: int, spreads: Sequence[Spread]) -> None:
@@ -83,17 +81,41 @@ class ZeroSumNoise:
             total += standard_normal(self.key, base + of_twin * own_stride) * there
         m = exists.sum(0)
         noise = standard_normal(self.key, base + own * own_stride) - total / m
-        factor = self.strength * self.growth.before / self.growth.after
-        return torch.where(m > 1, factor * noise * (m / (m - 1).clamp(min=1)).sqrt(), 0.0)
+        return torch.where(m > 1, self.strength[own] * noise * (m / (m - 1).clamp(min=1)).sqrt(), 0.0)
 
     @cached_property
     def _sizes(self) -> tuple[int, ...]:
         return tuple(len(source) for source in self.sources)
 
 
-def consumed_alike(dim: Dim, growth: AxisGrowth) -> Tensor:
-    """The entries of a grown dimension that consume the same, int64 of shape [most twins, size]; -1 for none."""
-    units = twin_units(growth.before, growth.after, growth.groups)
-    entries = [dim.sources(twins.clamp(min=0), growth.after) for twins in units]
-    of_entry = dim.units(growth.after)
-    return torch.stack([torch.where(t[of_entry] >= 0, e, -1) for t, e in zip(units, entries, strict=True)])
+def consumed_twins(dim: Dim, growths: Mapping[str, AxisGrowth]) -> Tensor:
+    """The entries of a dimension that are consumed alike: of every entry, all with the same source, itself included.
+
+    What isn't consumed, or never grows, has only itself.
+
+    Args:
+        dim: settled for this growth.
+        growths: of the grown axes.
+
+    Returns:
+        int64 of shape [most twins, size]; -1 for none.
+    """
+    after = {axis: growth.after for axis, growth in growths.items()}
+
+    def of_leaf(leaf: Dim) -> Tensor:
+        if leaf.axis is None or leaf.role is not Role.FAN_IN:
+            return torch.arange(leaf.size(after.get(leaf.axis or "", 0)))[None]
+        growth = growths[leaf.axis]
+        units = twin_units(growth.before, growth.after, growth.groups)
+        entries = torch.stack([leaf.sources(twins.clamp(min=0), growth.after) for twins in units])
+        return torch.where(units[:, leaf.units(growth.after)] >= 0, entries, -1)
+
+    found = {leaf: of_leaf(leaf) for leaf in dim.leaves}
+    most = max(map(len, found.values()))
+
+    def of_place(place: int) -> Tensor:
+        of_leaves = {leaf: t[place] if place < len(t) else torch.full_like(t[0], -1) for leaf, t in found.items()}
+        there = dim.laid(lambda leaf: of_leaves[leaf] >= 0)
+        return torch.where(there, dim.laid_indices(lambda leaf: of_leaves[leaf], after), -1)
+
+    return torch.stack([of_place(place) for place in range(most)])

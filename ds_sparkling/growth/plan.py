@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from ds_sparkling.axes import Dim, Norm, ParamAxes, Role
 from ds_sparkling.errors import PlanError
-from ds_sparkling.growth.scaling import AxisGrowth, UnitScales, unit_scales
+from ds_sparkling.growth.scaling import AxisGrowth, Factors, UnitScales, unit_scales
 from ds_sparkling.strategy import Strategy
 
 Shape = tuple[int, ...]
@@ -23,7 +23,8 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class ParamPlan:
-    """One parameter's part: its logical shape (all experts) before and after, and what its dimensions are."""
+    """One parameter's part: its logical shape (all experts) before and after, and what its dimensions are to this
+    growth: parts of a dimension whose axis doesn't grow are fixed."""
 
     name: str
     axes: ParamAxes
@@ -91,6 +92,10 @@ class GrowthPlan:
     def __getstate__(self) -> dict[str, Any]:
         """What is copied and sent: the plan without its tables."""
         return {key: value for key, value in self.__dict__.items() if key != "_made"}
+
+    def factors(self) -> Factors:
+        """The :class:`Factors` of dimensions."""
+        return Factors({growth.axis: growth for growth in self.growths}, self.scales())
 
     def parameters(self, *, active: bool = False) -> tuple[int, int]:
         """Total (or active per token) parameters before and after.
@@ -166,11 +171,12 @@ class GrowthPlan:
 
     def _table(self) -> list[str]:
         rows: dict[tuple[str, ...], tuple[int, int]] = {}
-        scales = self.scales()
+        factors = self.factors()
         for param in self.params:
-            if not param.grows and not (param.axes.head_gain and param.axes.axes & scales.keys()):
+            if not param.grows and not (param.axes.head_gain and param.axes.axes & factors.scales.keys()):
                 continue
-            kind = (_shape(param.before), _shape(param.after), _roles(param.axes, scales), _factor(param, scales))
+            roles = _roles(param.axes, factors.scales)
+            kind = (_shape(param.before), _shape(param.after), roles, _factor(param, factors))
             count, new = rows.get(kind, (0, 0))
             rows[kind] = count + 1, new + param.new_elements
         unchanged = sum(not param.grows for param in self.params)
@@ -223,7 +229,8 @@ def make_plan(
             raise PlanError(
                 f"{name}: shape {tuple(shape)} contradicts its axes {_roles(param_axes)} at widths {dict(before)}"
             )
-        params.append(ParamPlan(name, param_axes, tuple(shape), param_axes.shape(shape, after)))
+        settled = param_axes.settled(before, after)
+        params.append(ParamPlan(name, settled, tuple(shape), settled.shape(shape, after)))
     plan = GrowthPlan(stage, growths, strategy, tuple(params), active_share)
     plan.scales()  # refuses a scaling that can't hold, before anything is touched
     return plan
@@ -233,11 +240,12 @@ def _axis_growths(
     axes: Mapping[str, ParamAxes], before: Mapping[str, int], after: Mapping[str, int]
 ) -> tuple[AxisGrowth, ...]:
     """What the axes' growths have to do with each other, and with norms."""
-    dims: dict[str, list[tuple[ParamAxes, Dim]]] = {axis: [] for axis in before}
+    dims: dict[str, list[tuple[ParamAxes, Dim, Dim]]] = {axis: [] for axis in before}
     for param_axes in axes.values():
         for dim in param_axes.dims:
-            if dim.axis is not None:
-                dims.setdefault(dim.axis, []).append((param_axes, dim))
+            for leaf in dim.leaves:
+                if leaf.axis is not None:
+                    dims.setdefault(leaf.axis, []).append((param_axes, dim, leaf))
     widths = {**before, **after}
     silent = [axis for axis in after if not dims[axis]]
     ratios = {Fraction(width, before[axis]) for axis, width in after.items() if dims[axis]}
@@ -249,22 +257,22 @@ def _axis_growths(
             )
     growths = []
     for axis, width in after.items():
-        groups = {(dim.group_count(before), dim.group_count(widths)) for _, dim in dims[axis]} or {(1, 1)}
+        groups = {(leaf.group_count(before), leaf.group_count(widths)) for _, _, leaf in dims[axis]} or {(1, 1)}
         if len(groups) > 1:
             raise PlanError(f"{axis}: its dimensions are grouped in different ways, {sorted(groups)}")
-        norms = {param_axes.norm for param_axes, dim in dims[axis] if dim.role is Role.GAIN}
+        norms = {param_axes.norm for param_axes, _, leaf in dims[axis] if leaf.role is Role.GAIN}
         rigid = ""
         if Norm.LAYER in norms:
             rigid = "LayerNorm takes off the mean over the units"
-        elif norms and any(dim.block * dim.segments > 1 for _, dim in dims[axis]):
+        elif norms and any(leaf.block * leaf.segments * dim.segments > 1 for _, dim, leaf in dims[axis]):
             rigid = "it isn't only the width that a norm divides by the RMS of"
         elif norms and silent:
             rigid = f"{silent[0]} grows with it"
         growths.append(AxisGrowth(axis, before[axis], width, bool(norms), groups.pop(), rigid))
     for param_axes in axes.values():
-        for dim in param_axes.dims:
-            if dim.groups in after and dim.axis not in after:
-                raise PlanError(f"{dim.groups} counts groups of {dim.axis}, so they can only grow together")
+        for leaf in param_axes.leaves:
+            if leaf.groups in after and leaf.axis not in after:
+                raise PlanError(f"{leaf.groups} counts groups of {leaf.axis}, so they can only grow together")
     return tuple(growths)
 
 
@@ -286,18 +294,14 @@ def _shape(shape: Shape) -> str:
 
 def _roles(axes: ParamAxes, among: Collection[str] | None = None) -> str:
     """The dimensions' axes and roles, "-" for those that carry none (or none ``among``)."""
-    return ", ".join(
-        f"{dim.axis} ({dim.role.value})" if dim.axis and dim.role and (among is None or dim.axis in among) else "-"
-        for dim in axes.dims
-    )
+    return ", ".join(dim.describe() if dim.axes & set(among or dim.axes) else "-" for dim in axes.dims)
 
 
-def _factor(param: ParamPlan, scales: Mapping[str, UnitScales]) -> str:
-    factor = 1.0
+def _factor(param: ParamPlan, factors: Factors) -> str:
+    product = 1.0
     for dim in param.axes.dims:
-        if dim.axis is not None and dim.axis in scales:
-            scale = scales[dim.axis].weight(dim, param.axes.head_gain)
-            if not bool((scale == scale[0]).all()):
-                return "per unit"
-            factor *= float(scale[0])
-    return f"{factor:.6g}"
+        factor = factors.weight(dim, param.axes.head_gain)
+        if not isinstance(factor, float):
+            return "per part" if dim.parts else "per unit"
+        product *= factor
+    return f"{product:.6g}"

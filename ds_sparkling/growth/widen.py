@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -20,10 +20,10 @@ from torch import Tensor
 
 from ds_sparkling.axes import FIXED, Dim, Role
 from ds_sparkling.errors import PlanError
-from ds_sparkling.growth.noise import ZeroSumNoise, consumed_alike
+from ds_sparkling.growth.noise import ZeroSumNoise, consumed_twins
 from ds_sparkling.growth.plan import GrowthPlan, ParamPlan
 from ds_sparkling.growth.random import standard_normal, stream_key
-from ds_sparkling.growth.scaling import AxisGrowth, UnitScales
+from ds_sparkling.growth.scaling import AxisGrowth, Factors, Scale
 from ds_sparkling.growth.spread import Spread, column_mean, row_mean, spread
 from ds_sparkling.growth.units import old_units, paired_units, source_units
 from ds_sparkling.strategy import Init, NewIndex, OptimizerState, Strategy
@@ -33,9 +33,6 @@ _DRAW_CHUNK = 1 << 16
 
 #: Elements of a perturbed weight that are made at a time.
 _NOISE_CHUNK = 1 << 20
-
-#: A factor: the same for all indices, or float64 per index.
-Scale = float | Tensor
 
 #: What gives the elements start..stop of a flattened tensor, 1-D: of one that is never held as a whole.
 Elements = Callable[[int, int], Tensor]
@@ -79,6 +76,17 @@ class _DimMap:
     drawn_as: Tensor
     sign: Tensor | None = None
 
+    @property
+    def signs(self) -> Tensor:
+        """The signs, one per index."""
+        return torch.ones(len(self.source), dtype=torch.float64) if self.sign is None else self.sign
+
+
+def _unmoved(size: int) -> _DimMap:
+    """What the indices of a dimension that doesn't grow are."""
+    own = torch.arange(size)
+    return _DimMap(own, torch.full((size,), _OLD, dtype=torch.uint8), own)
+
 
 @dataclass(frozen=True)
 class _Run:
@@ -121,8 +129,7 @@ class Widener:
         self._first_expert = first
         self._first_element = first * math.prod(self.param.after[1:])
         self._dims = self.param.axes.dims
-        self._growths: dict[str | None, AxisGrowth] = {growth.axis: growth for growth in plan.growths}
-        self._scales = plan.scales()
+        self._growths: Mapping[str, AxisGrowth] = plan.factors().growths
 
     @property
     def numel(self) -> int:
@@ -130,7 +137,7 @@ class Widener:
 
     @property
     def _unmoved(self) -> bool:
-        return not any(dim.axis in self._scales for dim in self._dims)
+        return not any(dim.axes & self._growths.keys() for dim in self._dims)
 
     # -- the two public operations ------------------------------------------------------------------------------
 
@@ -206,25 +213,16 @@ class Widener:
 
     @property
     def _weight_scales(self) -> list[Scale]:
-        return [self._scale(dim, UnitScales.weight) for dim in self._dims]
+        return [self._scale(dim, Factors.weight) for dim in self._dims]
 
     @property
     def _gradient_scales(self) -> list[Scale]:
-        return [self._scale(dim, UnitScales.gradient) for dim in self._dims]
+        return [self._scale(dim, Factors.gradient) for dim in self._dims]
 
-    def _scale(self, dim: Dim, choose: Callable[[UnitScales, Dim, bool], Tensor]) -> Scale:
+    def _scale(self, dim: Dim, choose: Callable[[Factors, Dim, bool], Scale]) -> Scale:
         """A dimension's factor: a float where it is the same for all its indices, whatever piece is asked for."""
         head_gain = self.param.axes.head_gain
-
-        def make() -> Scale:
-            if dim.axis not in self._scales:
-                return 1.0
-            per_unit = choose(self._scales[dim.axis], dim, head_gain)
-            if bool((per_unit == per_unit[0]).all()):
-                return float(per_unit[0])
-            return per_unit[dim.units(len(per_unit))]
-
-        return self._plan.once((choose, dim, head_gain), make)
+        return self._plan.once((choose, dim, head_gain), lambda: choose(self._plan.factors(), dim, head_gain))
 
     @property
     def _maps(self) -> list[_DimMap]:
@@ -234,21 +232,35 @@ class Widener:
         ]
 
     def _dim_map(self, dim: Dim, size: int) -> _DimMap:
-        growth = self._growths.get(dim.axis)
-        if growth is None:
-            unmoved = torch.arange(size)
-            return _DimMap(unmoved, torch.full((size,), _OLD, dtype=torch.uint8), unmoved)
+        if not dim.axes & self._growths.keys():
+            return _unmoved(size)
+        before = {axis: growth.before for axis, growth in self._growths.items()}
+        after = {axis: growth.after for axis, growth in self._growths.items()}
+        maps = {leaf: self._leaf_map(leaf) for leaf in dim.leaves}
+        signed = any(leaf_map.sign is not None for leaf_map in maps.values())
+        return _DimMap(
+            source=dim.laid_indices(lambda leaf: maps[leaf].source, before),
+            kind=dim.laid(lambda leaf: maps[leaf].kind),
+            drawn_as=dim.laid_indices(lambda leaf: maps[leaf].drawn_as, after),
+            sign=dim.laid(lambda leaf: maps[leaf].signs) if signed else None,
+        )
+
+    def _leaf_map(self, leaf: Dim) -> _DimMap:
+        if leaf.axis is None:
+            return _unmoved(leaf.fixed)
+        growth = self._growths[leaf.axis]
         sizes = growth.before, growth.after, growth.groups
-        new = torch.tensor([self._new_kind(dim, segment) for segment in range(dim.segments)], dtype=torch.uint8)
-        old = old_units(*sizes)[dim.units(growth.after)]
-        kind = torch.where(old, _OLD, new[dim.segment(growth.after)])
+        new = torch.tensor([self._new_kind(leaf, segment) for segment in range(leaf.segments)], dtype=torch.uint8)
+        old = old_units(*sizes)[leaf.units(growth.after)]
+        kind = torch.where(old, _OLD, new[leaf.segment(growth.after)])
         if not self.strategy.cancels:
-            return _DimMap(dim.sources(source_units(*sizes), growth.before), kind, torch.arange(size))
+            own = torch.arange(leaf.size(growth.after))
+            return _DimMap(leaf.sources(source_units(*sizes), growth.before), kind, own)
         # Copies that belong to a pair of units (biases of a convolution, say) must be the same for both.
         first, sign = paired_units(*sizes)
-        source = dim.sources(source_units(*sizes)[first], growth.before)
-        drawn_as = dim.sources(first, growth.after)
-        return _DimMap(source, kind, drawn_as, sign[dim.units(growth.after)] if dim.role is Role.FAN_IN else None)
+        source = leaf.sources(source_units(*sizes)[first], growth.before)
+        drawn_as = leaf.sources(first, growth.after)
+        return _DimMap(source, kind, drawn_as, sign[leaf.units(growth.after)] if leaf.role is Role.FAN_IN else None)
 
     def _new_kind(self, dim: Dim, segment: int) -> int:
         if dim.role is Role.GAIN:
@@ -269,27 +281,36 @@ class Widener:
     @property
     def _index_is_last(self) -> bool:
         """Whether the columns of a matrix are indices, as of an unembedding that is stored as [width, tokens]."""
-        return len(self._dims) > 1 and self._dims[-1].role is Role.INDEX
+        return len(self._dims) > 1 and any(leaf.role is Role.INDEX for leaf in self._dims[-1].leaves)
 
     @cached_property
     def _noise(self) -> ZeroSumNoise | None:
         """What perturbs the columns that consume twins, if anything does."""
-        grown = [place for place, dim in enumerate(self._dims) if dim.role is Role.FAN_IN and dim.axis in self._scales]
+        grown = [place for place, dim in enumerate(self._dims) if any(map(self._is_consumed, dim.leaves))]
         if not grown or not self.strategy.perturbation:
             return None
         place = grown[-1]
         dim = self._dims[place]
-        growth = self._growths[dim.axis]
         return ZeroSumNoise(
             key=stream_key(self.strategy.seed, self._plan.stage, f"perturbation/{self.param.name}"),
             place=place,
-            twins=self._plan.once(("consumed alike", dim), lambda: consumed_alike(dim, growth)),
-            growth=growth,
+            twins=self._plan.once(("consumed alike", dim), lambda: consumed_twins(dim, self._growths)),
+            strength=self._plan.once(("noise", dim), lambda: dim.laid(self._noise_strength)),
             sources=tuple(dim_map.source for dim_map in self._maps),
             first=self._first_expert,
-            strength=self.strategy.perturbation,
             matrices=self._matrices,
         )
+
+    def _is_consumed(self, leaf: Dim) -> bool:
+        return leaf.role is Role.FAN_IN and leaf.axis in self._growths
+
+    def _noise_strength(self, leaf: Dim) -> Tensor:
+        """The strength of the noise on each entry of a leaf, float64."""
+        if leaf.axis is None:
+            return torch.zeros(leaf.fixed, dtype=torch.float64)
+        growth = self._growths[leaf.axis]
+        strength = self.strategy.perturbation * growth.before / growth.after
+        return torch.full((leaf.size(growth.after),), strength, dtype=torch.float64)
 
     @cached_property
     def _matrices(self) -> int:
@@ -429,7 +450,7 @@ class Widener:
         drawn = torch.empty(rows.stop - rows.start, columns.stop - columns.start)
         per_chunk = max(_DRAW_CHUNK // drawn.shape[1], 1)
         column_index = torch.arange(columns.start, columns.stop)
-        gain = any(dim.role is Role.GAIN for dim in self._dims)
+        gain = any(leaf.role is Role.GAIN for leaf in self.param.axes.leaves)
         mean = torch.tensor([s.mean if gain else 0.0 for s in spreads], dtype=torch.float64)
         std = torch.tensor([s.std if gain else s.rms for s in spreads], dtype=torch.float64)
         rows_per_matrix = max(math.prod(self.after[:-1]) // len(spreads), 1)

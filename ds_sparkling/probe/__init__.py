@@ -2,16 +2,20 @@
 
 from ds_sparkling.probe.alone import groups_made, missing_group, without_peers
 from ds_sparkling.probe.build import BuildModel, base_widths, build_alone, build_on_meta, check_wide
+from ds_sparkling.probe.moves import Move, Moves, find_moves
 from ds_sparkling.probe.reading import Reading, UnreadableError, key_value_heads, probe, read
 
 __all__ = [
     "BuildModel",
+    "Move",
+    "Moves",
     "Reading",
     "UnreadableError",
     "base_widths",
     "build_alone",
     "build_on_meta",
     "check_wide",
+    "find_moves",
     "groups_made",
     "key_value_heads",
     "missing_group",

@@ -25,71 +25,157 @@ class Move:
     """What a dimension does when widths do.
 
     Attributes:
-        axis: the axis that it carries.
-        per_unit: its entries per unit of the axis.
+        shares: the axes that it carries, and its entries per unit of each.
+        fixed: its entries that stay whatever the widths.
         coupled: whether other axes have a say in its size, so that they can only grow together.
     """
 
-    axis: str
-    per_unit: int
+    shares: tuple[tuple[str, int], ...]
+    fixed: int = 0
     coupled: bool = False
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is a multiple of one width."""
+        return len(self.shares) == 1 and not self.fixed
+
+    def __str__(self) -> str:
+        multiples = [f"{per_unit} times {axis}" for axis, per_unit in self.shares]
+        return " and ".join(multiples + ([f"{self.fixed} entries that stay"] if self.fixed else []))
 
 
 #: (parameter, dimension) -> what it does, for those that move
 Moves = dict[tuple[str, int], Move]
 
 
-def find_moves(build_model: BuildModel, widths: Mapping[str, int]) -> Moves:
+def find_moves(build_model: BuildModel, widths: Mapping[str, int], told: Collection[str] = ()) -> Moves:
     """What moves with the axes of ``widths``, found by doubling one at a time.
 
+    A dimension that moves with one axis and back with another, and stays when all of these double, doesn't count.
+    Axes that the model takes only in a fixed ratio double together; what then moves goes to the one that it is a
+    multiple of.
+
+    Args:
+        told: parameters of which it needn't be known, because a hint tells; what can't be told of them is left out.
+
     Raises:
-        PlanError: if no parameter moves; or names what moves by anything but a multiple of a width.
+        PlanError: if no parameter moves; or names what moves by anything but multiples of widths.
     """
-    shapes = _shapes(build_on_meta(build_model, widths))
     changes: dict[tuple[str, int], dict[str, tuple[int, int]]] = {}
+    bound, failure = [], None
     for axis in widths:
-        before, after = pair(build_model, widths, axis)
-        _check_state(before, after, axis)
-        small, large = _shapes(before), _shapes(after)
-        for name, shape in small.items():
-            for position, sizes in enumerate(zip(shape, large[name], strict=True)):
-                if sizes[0] != sizes[1]:
-                    changes.setdefault((name, position), {})[axis] = sizes
+        try:
+            models = pair(build_model, widths, axis)
+        except PlanError as error:
+            bound.append(axis)
+            failure = failure or error
+            continue
+        for place, both in _changed(*models, axis):
+            changes.setdefault(place, {})[axis] = both
+    if failure is not None:
+        for place, both in _changed(*_bound_pair(build_model, widths, bound, failure), " and ".join(bound)):
+            axis = _multiple_of(both[1] - both[0], bound, widths)
+            changes.setdefault(place, {})[axis] = both
+    sizes, moves = _Sizes(build_model, widths, bound), Moves()
+    changes = {place: by_axis for place, by_axis in changes.items() if not sizes.stays(place, by_axis)}
     if widths and not changes:
         axes = ", ".join(map(repr, widths))
         raise PlanError(f"no parameter changes with {axes}: is it a width, and does build_model pass it on?")
-    moves: Moves = {}
-    together: dict[tuple[str, ...], Shapes] = {}
-    for (name, position), sizes_by_axis in changes.items():
-        size = shapes[name][position]
-        found = _simple(sizes_by_axis, widths, size)
-        if found is None and len(sizes_by_axis) > 1:
-            involved = tuple(sizes_by_axis)
-            if involved not in together:
-                doubled = {**widths, **{axis: 2 * widths[axis] for axis in involved}}
-                together[involved] = _shapes(build_on_meta(build_model, doubled))
-            found = _coupled(widths, involved, size, together[involved][name][position])
-        if found is None:
-            raise _irregular(name, position, size, sizes_by_axis, widths)
-        moves[name, position] = found
+    for place, by_axis in changes.items():
+        found = sizes.sum_of_multiples(place, by_axis) or sizes.common_multiple(place, by_axis)
+        if found is not None:
+            moves[place] = found
+        elif place[0] not in told:
+            raise _irregular(*place, sizes.at(place), by_axis, widths)
     return moves
 
 
-def _simple(changes: Mapping[str, tuple[int, int]], widths: Mapping[str, int], size: int) -> Move | None:
-    """A dimension that is a multiple of one axis, if it is."""
-    if len(changes) != 1:
-        return None
-    ((axis, (small, large)),) = changes.items()
-    per_unit, rest = divmod(large - small, widths[axis])
-    return Move(axis, per_unit) if not rest and per_unit * widths[axis] == size else None
+def _changed(before: nn.Module, after: nn.Module, axis: str) -> Iterator[tuple[tuple[str, int], tuple[int, int]]]:
+    """Every dimension that isn't the same in two models, and its sizes in them."""
+    _check_state(before, after, axis)
+    large = _shapes(after)
+    for name, shape in _shapes(before).items():
+        for position, both in enumerate(zip(shape, large[name], strict=True)):
+            if both[0] != both[1]:
+                yield (name, position), both
 
 
-def _coupled(widths: Mapping[str, int], axes: Collection[str], size: int, doubled: int) -> Move | None:
-    """A dimension that several axes make, and that doubles when they all do; it goes to the narrowest, heads first."""
-    if doubled != 2 * size:
+def _bound_pair(
+    build_model: BuildModel, widths: Mapping[str, int], bound: Collection[str], failure: PlanError
+) -> tuple[nn.Module, nn.Module]:
+    """The model before and after the axes that can't double one by one double together.
+
+    Raises:
+        PlanError: the ``failure`` of doubling one, if that doesn't help.
+    """
+    if len(bound) < 2:
+        raise failure
+    try:
+        doubled = build_on_meta(build_model, {**widths, **{axis: 2 * widths[axis] for axis in bound}})
+    except PlanError:
+        raise failure from None
+    return build_on_meta(build_model, widths), doubled
+
+
+def _multiple_of(moved: int, axes: Collection[str], widths: Mapping[str, int]) -> str:
+    """The axis that moves a dimension by so much: one of just that width, else the narrowest it is a multiple of."""
+    order = sorted(axes, key=lambda axis: (widths[axis] != moved, moved % widths[axis] != 0, widths[axis]))
+    return order[0]
+
+
+class _Sizes:
+    """What a dimension's size is at multiples of the widths, each built once."""
+
+    def __init__(self, build_model: BuildModel, widths: Mapping[str, int], bound: Collection[str]) -> None:
+        self._build_model = build_model
+        self._widths = widths
+        self._bound = frozenset(bound)
+        self._shapes: dict[tuple[int, frozenset[str]], Shapes] = {}
+
+    def at(self, place: tuple[str, int], times: int = 1, axes: Collection[str] = ()) -> int:
+        """The size of a dimension with some axes ``times`` as wide.
+
+        Raises:
+            PlanError: if the model can't be built so.
+        """
+        moved = frozenset(axes) | (self._bound if self._bound & set(axes) else frozenset())
+        key = (times, moved)
+        if key not in self._shapes:
+            wide = {**self._widths, **{axis: times * self._widths[axis] for axis in moved}}
+            self._shapes[key] = _shapes(build_on_meta(self._build_model, wide))
+        return self._shapes[key][place[0]][place[1]]
+
+    def stays(self, place: tuple[str, int], changes: Mapping[str, tuple[int, int]]) -> bool:
+        """Whether a dimension is what it was when all axes that move it double."""
+        return len(changes) > 1 and self.at(place, 2, tuple(changes)) == self.at(place)
+
+    def sum_of_multiples(self, place: tuple[str, int], changes: Mapping[str, tuple[int, int]]) -> Move | None:
+        """A dimension whose size is made of a multiple of every width that moves it and of what stays, if it is.
+
+        Twice the widths can't tell that from other sizes if something stays or several add up; three times can.
+        """
+        shares = []
+        for axis, (small, large) in changes.items():
+            per_unit, rest = divmod(large - small, self._widths[axis])
+            if rest or per_unit < 1:
+                return None
+            shares.append((axis, per_unit))
+        moving = sum(per_unit * self._widths[axis] for axis, per_unit in shares)
+        found = Move(tuple(shares), self.at(place) - moving, coupled=not self._bound.isdisjoint(changes))
+        if found.fixed < 0:
+            return None
+        if found.plain or self.at(place, 3, tuple(changes)) == found.fixed + 3 * moving:
+            return found
         return None
-    order = sorted(axes, key=lambda axis: (axis not in KEY_VALUE_HEADS, axis not in HEADS, widths[axis]))
-    return next((Move(axis, size // widths[axis], coupled=True) for axis in order if size % widths[axis] == 0), None)
+
+    def common_multiple(self, place: tuple[str, int], changes: Mapping[str, tuple[int, int]]) -> Move | None:
+        """A dimension that several axes make, and that doubles when all do; it goes to the narrowest, heads first."""
+        size, widths = self.at(place), self._widths
+        if len(changes) < 2 or self.at(place, 2, tuple(changes)) != 2 * size:
+            return None
+        order = sorted(changes, key=lambda axis: (axis not in KEY_VALUE_HEADS, axis not in HEADS, widths[axis]))
+        whole = [axis for axis in order if size % widths[axis] == 0]
+        return Move(((whole[0], size // widths[whole[0]]),), coupled=True) if whole else None
 
 
 def pair(build_model: BuildModel, widths: Mapping[str, int], axis: str) -> tuple[nn.Module, nn.Module]:
@@ -118,14 +204,14 @@ def _irregular(
 ) -> PlanError:
     if len(changes) > 1:
         return PlanError(
-            f"{name}: dimension {position} changes with {' and '.join(changes)}, and not as their common multiple; "
-            "such a dimension can't grow"
+            f"{name}: dimension {position} changes with {' and '.join(changes)}, and neither as their common multiple "
+            "nor as a sum of multiples; such a dimension can't grow"
         )
     ((axis, (small, large)),) = changes.items()
     heads = "" if axis in HEADS + KEY_VALUE_HEADS else "; if it is made of heads, let their number grow along"
     return PlanError(
         f"{name}: dimension {position} of size {size} goes from {small} to {large} when {axis} goes from "
-        f"{widths[axis]} to {2 * widths[axis]}; only multiples of the width can grow{heads}"
+        f"{widths[axis]} to {2 * widths[axis]}; only multiples of the width, beside what stays, can grow{heads}"
     )
 
 

@@ -145,12 +145,12 @@ def read(build_model: BuildModel, widths: Mapping[str, int], hints: Mapping[str,
     Args, Raises: as :func:`probe`, but what can be told by trying is no error.
     """
     model = build_on_meta(build_model, widths)
-    moves = find_moves(build_model, widths)
     kinds: dict[str, tuple[str, ...]] = {}
     found: dict[str, Candidates] = {}
     descriptions: dict[str, str] = {}
     shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
     hinted = match_hints(hints or {}, shapes, "axes")
+    moves = find_moves(build_model, widths, hinted.keys())
     for name, _ in model.named_parameters():
         place = _place(model, name)
         moving = {position: moves[name, position] for position in range(len(place.shape)) if (name, position) in moves}
@@ -182,7 +182,7 @@ def _place(model: nn.Module, name: str) -> Place:
 def _description(place: Place, moves: Mapping[int, Move]) -> str:
     dims = [TO_FILL if position in moves else {} for position in range(len(place.shape))]
     entry = json.dumps({name_pattern(place.name): {"dims": dims}})
-    moving = ", ".join(f"dimension {position} is {move.per_unit} times {move.axis}" for position, move in moves.items())
+    moving = ", ".join(f"dimension {position} is {move}" for position, move in moves.items())
     return (
         f"{place.name} ({type(place.owner).__name__}, shape {place.shape}): {moving}, and what that means can't be "
         f'told. Say it in "sparkling": {{"axes": {entry}}}, each "{TO_FILL}" replaced by something like '
@@ -215,20 +215,20 @@ def _groups(build_model: BuildModel, widths: Mapping[str, int], axes: Mapping[st
 
 def _indices(axes: Mapping[str, ParamAxes]) -> set[str | None]:
     """Axes that count what embeddings look up."""
-    return {dim.axis for param_axes in axes.values() for dim in param_axes.dims if dim.role is Role.INDEX}
+    return {leaf.axis for param_axes in axes.values() for leaf in param_axes.leaves if leaf.role is Role.INDEX}
 
 
 def _settled(found: Candidates, groups: Mapping[str, str | int], indices: set[str | None]) -> Candidates:
     """Candidates with what the other parameters tell about their axes."""
 
-    def settle(dim: Dim) -> Dim:
-        if dim.axis is not None and dim.axis in groups:
-            return replace(dim, groups=groups[dim.axis])
-        if dim.axis in indices:
-            return replace(dim, role=Role.INDEX, alive=())
-        return dim
+    def settle(leaf: Dim) -> Dim:
+        if leaf.axis is not None and leaf.axis in groups:
+            return replace(leaf, groups=groups[leaf.axis])
+        if leaf.axis in indices:
+            return replace(leaf, role=Role.INDEX, alive=())
+        return leaf
 
-    options = [replace(option, dims=tuple(map(settle, option.dims))) for option in found.options]
+    options = [option.mapped(settle) for option in found.options]
     return Candidates(tuple(dict.fromkeys(options)), found.certain)
 
 
@@ -326,4 +326,4 @@ def _offset(name: str, offset: float) -> float:
 
 
 def _powered(axes: ParamAxes, axis: str, power: float) -> ParamAxes:
-    return replace(axes, dims=tuple(replace(dim, power=power) if dim.axis == axis else dim for dim in axes.dims))
+    return axes.mapped(lambda leaf: replace(leaf, power=power) if leaf.axis == axis else leaf)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -15,8 +16,10 @@ from ds_sparkling.probe.moves import HEADS, KEY_VALUE_HEADS, Move
 _FUSED_GATE_UP = ("gate_up_proj", "gate_and_up_proj", "w13", "w12")
 #: Parameters that hold query, key and value projections in one.
 _FUSED_QKV = ("qkv", "qkv_proj", "query_key_value", "c_attn", "wqkv", "in_proj_qkv")
+#: Parameters that make queries.
+_QUERIES = ("q_proj", "q_b_proj", "wq", "wq_b", "query")
 #: Parameters (or the linear maps they belong to) whose output is multiplied with another one's: gates, and queries.
-_FACTORS = ("gate_proj", "w1", "q_proj", "q_b_proj", "wq", "query")
+_FACTORS = ("gate_proj", "w1", *_QUERIES)
 
 
 @dataclass(frozen=True)
@@ -131,19 +134,85 @@ def _norm(place: Place) -> Norm | None:
 
 def _layouts(place: Place, role: Role, move: Move) -> tuple[list[Dim], bool]:
     """How the entries of a moving dimension may lie, and whether the first way is sure."""
-    axis, per_unit = move.axis, move.per_unit
+    if not move.plain:
+        return _parted(place, role, move), False
+    ((axis, per_unit),) = move.shares
     alive = (0,) if role is Role.FAN_OUT and place.called(_FACTORS) else ()
     if per_unit == 1:
         return [Dim(axis, role, alive=alive)], not move.coupled
     blocks = Dim(axis, role, block=per_unit, alive=alive)
+    fused = role is Role.FAN_OUT and place.called(_FUSED_QKV)
     if axis in HEADS + KEY_VALUE_HEADS:
-        return [blocks], not move.coupled
-    segments = Dim(axis, role, segments=per_unit)
+        return ([blocks, *_equal_parts(axis, role, per_unit)], False) if fused else ([blocks], not move.coupled)
+    segments = Dim(axis, role, segments=per_unit, alive=alive)
     if role is not Role.FAN_OUT:
-        return [blocks, segments], False
+        return [segments, blocks] if _sizes_heads(axis) else [blocks, segments], False
     if place.called(_FUSED_GATE_UP) and per_unit % 2 == 0:
         halves = Dim(axis, role, block=per_unit // 2, segments=2, alive=(0,))
         return [halves, replace(halves, interleaved=True)], not move.coupled
-    if place.called(_FUSED_QKV):
-        return [replace(segments, alive=(0,)), blocks], False
-    return [blocks, segments], False
+    if fused:
+        return [replace(segments, alive=(0,)), blocks, *_products(place, [segments])], False
+    if _sizes_heads(axis):
+        return [*_products(place, [segments]), segments, blocks], False
+    return [blocks, segments, *_products(place, [segments])], False
+
+
+def _sizes_heads(axis: str) -> bool:
+    return axis.endswith("head_dim")
+
+
+def _equal_parts(axis: str, role: Role, per_unit: int) -> list[Dim]:
+    """Queries, keys and values, or two of these, of blocks end to end."""
+    return [
+        Dim(axis, role, block=per_unit // count, segments=count, alive=(0,)) for count in (3, 2) if not per_unit % count
+    ]
+
+
+def _parted(place: Place, role: Role, move: Move) -> list[Dim]:
+    """Ways in which parts of several axes, or of axes and what stays, make a dimension.
+
+    The parts are in one of their orders once, or once per head, of which there are as many as units have entries.
+    """
+    ways: list[Dim] = []
+    for parts in itertools.product(*(_leaves(role, *share) for share in move.shares)):
+        fixed = (Dim(fixed=move.fixed),) if move.fixed else ()
+        ways += [Dim(parts=order) for order in itertools.permutations((*parts, *fixed))]
+    heads = math.gcd(move.fixed, *(per_unit for _, per_unit in move.shares))
+    if heads > 1 and not any(axis in HEADS + KEY_VALUE_HEADS for axis, _ in move.shares):
+        leaves = [Dim(axis, role, segments=per_unit // heads) for axis, per_unit in move.shares]
+        fixed = (Dim(fixed=move.fixed // heads),) if move.fixed else ()
+        ways = [Dim(parts=order, segments=heads) for order in itertools.permutations((*leaves, *fixed))] + ways
+    if role is Role.FAN_OUT and place.called(_FACTORS + _FUSED_QKV):
+        ways = [replace(way, parts=(_alive(way.parts[0]), *way.parts[1:])) for way in ways]
+    products = _products(place, ways) if role is Role.FAN_OUT else []
+    return [*products, *ways] if any(_sizes_heads(axis) for axis, _ in move.shares) else [*ways, *products]
+
+
+def _leaves(role: Role, axis: str, per_unit: int) -> list[Dim]:
+    """How the entries of one axis may lie in a part."""
+    if per_unit == 1:
+        return [Dim(axis, role)]
+    blocks = Dim(axis, role, block=per_unit)
+    if axis in KEY_VALUE_HEADS and per_unit % 2 == 0:  # keys and values end to end
+        return [Dim(axis, role, block=per_unit // 2, segments=2), blocks]
+    if axis in HEADS:
+        return [blocks]
+    return [Dim(axis, role, segments=per_unit), blocks]
+
+
+def _alive(part: Dim) -> Dim:
+    return part if part.axis is None else replace(part, alive=(0,))
+
+
+def _products(place: Place, ways: list[Dim]) -> list[Dim]:
+    """What queries may be to a size of heads: the side of the product with keys that is summed over.
+
+    Attention scales the product by the root of the head's size, or leaves it.
+    """
+    if not place.called(_QUERIES):
+        return []
+    found = []
+    for way in ways:
+        summed = way.mapped(lambda leaf: replace(leaf, role=Role.FAN_IN, alive=()))
+        found += [replace(summed, power=-0.5), summed]
+    return found

@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from families import FAMILIES
 from torch import Tensor, nn
 
-from ds_sparkling.axes import Role
+from ds_sparkling.axes import Dim, Role
 from ds_sparkling.check.resolve import axes_to_grow, find_axes
 from ds_sparkling.errors import PlanError
+from ds_sparkling.factory import HuggingFaceFactory
 from ds_sparkling.strategy import Scaling, Strategy
 
 VOCABULARY, TOKENS = 40, 16
@@ -138,3 +140,80 @@ def test_a_growth_with_scaling_function_is_tried_at_its_own_ratio() -> None:
     assert axes_to_grow(Square, {"width": 32}, [{"width": 64}], [], function).proof
     with pytest.raises(PlanError, match="growing width would change the model's function: with scaling 'function'"):
         axes_to_grow(Square, {"width": 32}, [{"width": 48}], [], function)
+
+
+# -- dimensions of parts -------------------------------------------------------------------------------------------
+
+HEADS, SHARED = "num_attention_heads", "num_key_value_heads"
+VALUES, KEYS, RANK = "v_head_dim", "qk_nope_head_dim", "kv_lora_rank"
+ATTENTION = "model.layers.0.self_attn."
+#: Families and axes that grow, with what trying finds of one of their weights' rows.
+PARTS: tuple[tuple[str, tuple[str, ...], str, Dim], ...] = (
+    ("deepseek_v3", (VALUES,), "kv_b_proj", Dim(parts=(Dim(fixed=8), Dim(VALUES, Role.FAN_OUT)), segments=4)),
+    ("deepseek_v2", (RANK,), "kv_a_proj_with_mqa", Dim(parts=(Dim(RANK, Role.FAN_OUT), Dim(fixed=4)))),
+    ("deepseek_v3", (KEYS,), "kv_b_proj", Dim(parts=(Dim(KEYS, Role.FAN_OUT), Dim(fixed=6)), segments=4)),
+    (
+        "deepseek_v3",
+        (KEYS, RANK),
+        "q_b_proj",  # summed over, and attention divides by the root of all that a head has
+        Dim(parts=(Dim(KEYS, Role.FAN_IN), Dim(fixed=4)), segments=4, power=-0.5),
+    ),
+    (
+        "phi3",
+        (HEADS,),
+        "qkv_proj",
+        Dim(parts=(Dim(HEADS, Role.FAN_OUT, 8, alive=(0,), groups=2), Dim(fixed=32))),
+    ),
+    (
+        "phi3",
+        (HEADS, SHARED),
+        "qkv_proj",
+        Dim(parts=(Dim(HEADS, Role.FAN_OUT, 8, alive=(0,), groups=SHARED), Dim(SHARED, Role.FAN_OUT, 8, 2))),
+    ),
+)
+
+
+@pytest.mark.parametrize(("family", "axes", "name", "rows"), PARTS, ids=lambda value: str(value)[:40])
+def test_parts_of_a_dimension_are_found_by_trying(family: str, axes: tuple[str, ...], name: str, rows: Dim) -> None:
+    widths = {axis: FAMILIES[family][axis] for axis in axes}
+    found = find_axes(HuggingFaceFactory(FAMILIES[family]), widths, [axes])
+    assert found.proof
+    assert found.axes[f"{ATTENTION}{name}.weight"].dims[0] == rows
+
+
+def test_parts_fit_a_small_instance_whose_heads_are_fewer_and_ranks_smaller() -> None:
+    config = {"model_type": "deepseek_v3", "num_hidden_layers": 4}  # all else as in the 671B model
+    widths = {VALUES: 128, RANK: 512}
+    found = find_axes(HuggingFaceFactory(config), widths, [(VALUES,), (RANK,)])
+    assert found.proof
+    assert found.axes[f"{ATTENTION}kv_b_proj.weight"].dims == (
+        Dim(parts=(Dim(fixed=128), Dim(VALUES, Role.FAN_OUT)), segments=128),
+        Dim(RANK, Role.FAN_IN),
+    )
+
+
+class Attention(nn.Module):
+    """Attention without positions, with a head's size of its own."""
+
+    def __init__(self, width: int, head_dim: int, scaled: bool) -> None:
+        super().__init__()
+        self.tokens, self.head = nn.Embedding(VOCABULARY, width), nn.Linear(width, VOCABULARY)
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, 4 * head_dim) for _ in range(3))
+        self.o_proj = nn.Linear(4 * head_dim, width)
+        self.scale = head_dim**-0.5 if scaled else 0.3
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.tokens(input_ids)
+        q, k, v = (part(x).unflatten(-1, (4, -1)).transpose(1, 2) for part in (self.q_proj, self.k_proj, self.v_proj))
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, scale=self.scale)
+        logits: Tensor = self.head(x + self.o_proj(mixed.transpose(1, 2).flatten(2)))
+        return logits
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_the_size_of_heads_grows_where_nothing_but_a_product_hangs_on_it(scaled: bool) -> None:
+    found = find_axes(lambda width=8, head_dim=3: Attention(width, head_dim, scaled), {"head_dim": 3}, [("head_dim",)])
+    assert found.proof
+    power = -0.5 if scaled else 0.0
+    assert found.axes["q_proj.weight"].dims[0] == Dim("head_dim", Role.FAN_IN, segments=4, power=power)
+    assert found.axes["k_proj.bias"].dims[0].role is Role.FAN_OUT

@@ -77,3 +77,20 @@ def test_twins_in_groups_and_in_segments_that_take_turns() -> None:
         if not unit.old
     ]
     assert twin_cosine(weight, axes, "q", before, after).tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_twins_in_a_part_are_those_of_the_part_alone() -> None:
+    """Two heads of three key entries, which stay, and values of two entries, of which one becomes two."""
+    torch.manual_seed(0)
+    weight = torch.randn(2 * (3 + 3 * 2), 4)
+    value = Dim("v", Role.FAN_OUT, block=2)
+    axes = ParamAxes((Dim(parts=(Dim(fixed=3), value), segments=2), FIXED))
+    found = twin_cosine(weight, axes, "v", {"v": 2}, {"v": 3})
+    expected = [
+        float(
+            torch.cosine_similarity(weight[start + 4 : start + 6].flatten(), weight[start : start + 2].flatten(), dim=0)
+        )
+        for start in (3, 12)
+    ]
+    assert found.tolist() == pytest.approx(expected, abs=1e-6)
+    assert twin_cosine(weight, axes, "other", {"v": 2}, {"v": 3}).numel() == 0

@@ -33,15 +33,11 @@ MADE_OF_HEADS = {"olmoe", "stablelm"}
 SPLIT = {"gpt2", "gpt_neox", "bloom", "falcon"}
 REFUSED = {
     **{(family, "hidden"): "let their number grow along" for family in MADE_OF_HEADS},
-    **{
-        (family, growing): r"self_attn\.k_(norm|proj)\.weight: dimension 0"
-        for family in MADE_OF_HEADS
-        for growing in ("heads", "query heads")
-    },
+    **{(family, "query heads"): r"self_attn\.k_(norm|proj)\.weight: dimension 0" for family in MADE_OF_HEADS},
+    ("stablelm", "heads"): "no parameter changes",
     **{(family, growing): "no parameter changes" for family in SPLIT for growing in ("heads", "query heads")},
     ("qwen2_moe", "inner"): "no parameter changes",
     ("qwen3_next", "inner"): "no parameter changes",
-    ("phi3", "query heads"): r"qkv_proj\.weight: dimension 0",
 }
 
 SHARED_EXPERTS = {f"shared_experts.{name}_proj" for name in ("gate", "up", "down")}
@@ -55,6 +51,7 @@ UNSURE = {
     ("bloom", "hidden"): {"self_attention.query_key_value"} | BLOOM_MLP,
     ("falcon", "hidden"): {"self_attention.query_key_value"} | BLOOM_MLP,
     ("phi3", "heads"): {"self_attn.qkv_proj"},
+    ("phi3", "query heads"): {"self_attn.qkv_proj"},
     ("olmoe", "all"): {"self_attn.k_norm"},
     ("stablelm", "all"): {"self_attn.k_proj", "self_attn.v_proj"},
 }

@@ -2,7 +2,8 @@
 
 Between them: query heads that grow alone and with their key/value heads, biases, LayerNorm, 1 + w gains, embeddings
 that are scaled by their width, tied heads, transposed and interleaved experts with biases, shared experts, fused qkv,
-vocabularies; at ratios that aren't whole; twice in a row.
+vocabularies, dimensions of parts (latent attention's ranks and head sizes, queries beside keys and values that stay);
+at ratios that aren't whole; twice in a row.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import checkpoint_files
+import families
 import pytest
 import tiny
 import torch
@@ -24,9 +26,11 @@ from ds_sparkling.growth import GrowthPlan
 from ds_sparkling.strategy import INIT_PAIRS, Init, NewIndex, OptimizerState, Strategy
 
 CONFIGS = {family.name: (dict(family.config), family.preset) for family in FAMILIES}
+CONFIGS["Phi-3"] = (families.FAMILIES["phi3"], None)
 HIDDEN, INNER, DENSE = "hidden_size", "moe_intermediate_size", "intermediate_size"
 SHARED = "shared_expert_intermediate_size"
 HEADS, SHARED_HEADS, VOCABULARY = "num_attention_heads", "num_key_value_heads", "vocab_size"
+RANK, VALUES, KEYS = "kv_lora_rank", "v_head_dim", "qk_nope_head_dim"
 STRATEGIES = (
     Strategy(),
     Strategy(
@@ -77,6 +81,8 @@ RUNS = (
     Run("GPT-OSS", 3, 3, ({HEADS: 8}, {HIDDEN: 48, DENSE: 70, VOCABULARY: 71}), zero={"sub_group_size": 3000}),
     Run("Qwen2-MoE", 2, 3, ({HEADS: 6, SHARED_HEADS: 3, SHARED: 50}, {HIDDEN: 40, INNER: 30})),
     Run("DeepSeek-V3", 2, 2, ({INNER: 30, DENSE: 50}, {HEADS: 6, SHARED_HEADS: 6, HIDDEN: 48})),
+    Run("DeepSeek-V3", 2, 3, ({RANK: 18, VALUES: 9, HIDDEN: 48}, {KEYS: 12, VALUES: 13, RANK: 20})),
+    Run("Phi-3", 2, 3, ({HEADS: 6}, {HEADS: 9, SHARED_HEADS: 3, HIDDEN: 48}), zero={"sub_group_size": 3000}),
     Run("Gemma", 2, 2, ({HIDDEN: 56, VOCABULARY: 70}, {HEADS: 8}), bf16=True),
     Run("GPT-2", 2, 1, ({HIDDEN: 64, HEADS: 8}, {VOCABULARY: 80})),
 )  # fmt: skip
