@@ -29,6 +29,7 @@ import ds_sparkling
 from ds_sparkling.config import read_json, typed_block
 from ds_sparkling.data import Corpus
 from ds_sparkling.errors import CheckpointError, SparklingError
+from ds_sparkling.extension_locks import warn_of_left_locks
 from ds_sparkling.models.olmoe import OlmoeConfig, olmoe_factory
 from ds_sparkling.progress import progress_bar
 from ds_sparkling.record import Spent
@@ -329,6 +330,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     deepspeed.utils.logger.setLevel(logging.WARNING)
     # DeepSpeed calls collectives by names that torch has deprecated.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    warn_of_left_locks()
     deepspeed.init_distributed()
     try:
         run(args)

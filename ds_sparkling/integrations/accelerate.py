@@ -24,7 +24,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 import ds_sparkling
 from ds_sparkling.errors import ConfigError, UnsupportedError
-from ds_sparkling.probe import BuildModel
+from ds_sparkling.probe import BuildModel, require_factory
 
 _A = TypeVar("_A")
 
@@ -56,6 +56,7 @@ def growing(
         ConfigError: from ``prepare``, if a scheduler is prepared that a growth can't make anew; and what
             :func:`ds_sparkling.adopt` raises.
     """
+    require_factory(build_model)
     held: Any = accelerator
     if held.state.deepspeed_plugin is None:
         raise UnsupportedError("only models that accelerate trains by DeepSpeed can grow; pass a deepspeed_plugin")

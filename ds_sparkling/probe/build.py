@@ -9,10 +9,21 @@ import torch
 from torch import nn
 
 from ds_sparkling.axes import ParamAxes
-from ds_sparkling.errors import PlanError, UnsupportedError
+from ds_sparkling.errors import ConfigError, PlanError, UnsupportedError
 from ds_sparkling.probe.alone import frames_of, missing_group, without_peers
 
 BuildModel = Callable[..., nn.Module]
+
+
+def require_factory(build_model: object) -> None:
+    """Raise ConfigError for a ``build_model`` that doesn't build: a model, for instance, as DeepSpeed takes one."""
+    if isinstance(build_model, nn.Module) or not callable(build_model):
+        kind = type(build_model).__name__
+        raise ConfigError(
+            f"build_model must be a function that makes the model from its widths, because a growth has to make it "
+            f"anew; got a {kind}: pass lambda **widths: {kind if isinstance(build_model, nn.Module) else 'Model'}"
+            "(**widths), or whatever makes it"
+        )
 
 
 def base_widths(build_model: BuildModel, axes: Iterable[str], given: Mapping[str, int] | None) -> dict[str, int]:

@@ -30,6 +30,7 @@ from ds_sparkling.diagnostics.sampling import Grid
 from ds_sparkling.errors import GrowthError, UnsupportedError
 from ds_sparkling.optim.counters import same_numbers
 from ds_sparkling.partition import Piece, even_pieces, padded_piece, window_pieces
+from ds_sparkling.zero.gone import leave_word
 
 #: DeepSpeed versions whose internals this file was checked against.
 CHECKED_VERSIONS = ("0.19.8",)
@@ -262,24 +263,21 @@ def finish_writing(engine: DeepSpeedEngine) -> None:
 def strip(engine: DeepSpeedEngine) -> None:
     """Destroy ``engine`` and free its compute weights, gradients and buffers; shards taken before stay valid.
 
-    The engine object itself and its module are left empty; the former says so when it is used.
+    The engine itself, its module, its optimizer and all parameters are left empty, and say so when they are used.
     """
-    module = engine.module
+    module, optimizer, base = engine.module, engine.optimizer, base_optimizer(engine)
     _keep_masters(engine)
     engine.destroy()
-    for param in module.parameters():
+    for name, param in list(module.named_parameters()):
         param.grad = None
         if hasattr(param, "ds_tensor"):
             param.ds_tensor.data = param.ds_tensor.new_empty(0)
         param.data = param.data.new_empty(0)
-        for glued in ("_hp_mapping", "_z3_optimizer", "_zero_optimizer", "grad_accum"):
-            if hasattr(param, glued):
-                delattr(param, glued)
-    for wrapper in (engine.optimizer, base_optimizer(engine)):
-        wrapper.__dict__.clear()
-    module.__dict__.clear()  # whoever still holds it shall not hold what DeepSpeed has hooked onto it
-    engine.__dict__.clear()
-    engine.__class__ = _GrownEngine
+        leave_word(param, f"parameter ({name})", "the grown engine's module's")
+    for wrapper in {id(held): held for held in (optimizer, base)}.values():
+        leave_word(wrapper, "optimizer", "engine.optimizer of the grown engine")
+    leave_word(module, "model", "engine.module of the grown engine")
+    leave_word(engine, "engine", "the one that grow() returned")
     release_memory()
 
 
@@ -303,16 +301,6 @@ def release_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc keeps freed host memory otherwise
     if trim is not None:
         trim(0)
-
-
-class _GrownEngine:
-    """What is left of an engine that has been grown."""
-
-    def __getattr__(self, name: str) -> Any:
-        raise GrowthError(f"this engine was grown and is gone (asked for {name!r}); go on with the one grow() returned")
-
-    def __call__(self, *_args: object, **_kwargs: object) -> Any:
-        raise GrowthError("this engine was grown and is gone; go on with the one grow() returned")
 
 
 # -- one function per kind of optimizer -------------------------------------------------------------------------

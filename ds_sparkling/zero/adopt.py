@@ -13,7 +13,8 @@ from torch import nn
 
 from ds_sparkling.config import sparkling_config
 from ds_sparkling.errors import ConfigError, GrowthError, PlanError, UnsupportedError
-from ds_sparkling.probe import BuildModel
+from ds_sparkling.extension_locks import warn_of_left_locks
+from ds_sparkling.probe import BuildModel, require_factory
 from ds_sparkling.record import GrowthRecord, find_checkpoint
 from ds_sparkling.zero import access
 from ds_sparkling.zero.carry import preserved_rng
@@ -23,7 +24,7 @@ from ds_sparkling.zero.huggingface import built_plainly
 from ds_sparkling.zero.planning import agreed, check_same_model, plan_growth, starting_record
 from ds_sparkling.zero.run import GrowingRun
 from ds_sparkling.zero.stepping import check_optimizer
-from ds_sparkling.zero.support import refuse_unsupported
+from ds_sparkling.zero.support import refuse_unsupported, zero_stage
 
 logger = logging.getLogger(__name__)
 
@@ -42,9 +43,9 @@ def adopt(
     """Let an engine grow that ``deepspeed.initialize`` has made, in whosever hands it is.
 
     Collective; call it right after the engine has been made, before a checkpoint is loaded. Such an engine grows in
-    place: the engine object and the model in it become the grown ones, wherever they are held; not so the optimizer and
-    the scheduler that ``deepspeed.initialize`` returned: take ``engine.optimizer`` after a growth. Its DeepSpeed config
-    has the ``"sparkling"`` block. A checkpoint before a growth is written only if that block has a ``checkpoint_dir``.
+    place: the engine, its model, and the optimizer and the scheduler that ``deepspeed.initialize`` returned become the
+    grown ones, wherever they are held. Its DeepSpeed config has the ``"sparkling"`` block. A checkpoint before a
+    growth is written only if that block has a ``checkpoint_dir``.
 
     Args:
         engine: DeepSpeed's plain engine.
@@ -66,6 +67,8 @@ def adopt(
     consensus = Consensus("adopting the engine")
     with consensus:
         access.check_version()
+        warn_of_left_locks()  # a growth may load another op
+        require_factory(build_model)
         check_factories(optimizer=optimizer, lr_scheduler=lr_scheduler, model_parameters=model_parameters)
         if hasattr(engine, "sparkling"):
             raise GrowthError("this engine can grow already")
@@ -96,7 +99,7 @@ def adopt(
         block.checkpoint_dir if block.checkpoint_before_growth else None,
         on_growth=on_growth or (lambda _engine: None),
     )
-    check_same_model(build_model, run.widths, consensus)
+    check_same_model(build_model, run.widths, consensus, partitioned=zero_stage(ds_config) == 3)
     with consensus, preserved_rng(), built_plainly():
         _check_widths(engine, run)
     consensus.settle()

@@ -22,7 +22,7 @@ from ds_sparkling.diagnostics.routing import Router, RoutingMeter
 from ds_sparkling.optim.step import BirthStep
 from ds_sparkling.routing import chosen_experts
 from ds_sparkling.zero import access
-from ds_sparkling.zero.observing import Event
+from ds_sparkling.zero.observing import Event, ForwardHook
 from ds_sparkling.zero.ranks import RankProbe
 from ds_sparkling.zero.run import run_of
 from ds_sparkling.zero.tensorboard import write_by_compute, writer_of
@@ -54,8 +54,8 @@ class Diagnosis:
         self._ranks: RankProbe | None = None
         self._activations = ActivationMeter(repeated_blocks(engine.module))
         self._routing = RoutingMeter(_routers(engine))
-        engine.module.register_forward_pre_hook(self._before_forward)
-        engine.module.register_forward_hook(self._after_forward, always_call=True)
+        engine.module.register_forward_pre_hook(ForwardHook(self._before_forward))
+        engine.module.register_forward_hook(ForwardHook(self._after_forward), always_call=True)
 
     def due(self, step: int) -> bool:
         """Whether the optimizer step that makes it ``step`` steps in all is diagnosed: every so many steps, and the

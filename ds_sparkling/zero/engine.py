@@ -24,8 +24,9 @@ from torch import nn
 
 from ds_sparkling.config import BLOCK, read_json, sparkling_config
 from ds_sparkling.errors import ConfigError, PlanError, UnsupportedError
+from ds_sparkling.extension_locks import warn_of_left_locks
 from ds_sparkling.growth import GrowthPlan
-from ds_sparkling.probe import BuildModel, check_wide
+from ds_sparkling.probe import BuildModel, check_wide, require_factory
 from ds_sparkling.record import GrowthRecord, find_checkpoint
 from ds_sparkling.zero import access
 from ds_sparkling.zero.carry import Carried, preserved_rng
@@ -34,7 +35,7 @@ from ds_sparkling.zero.consensus import PATIENCE, Consensus, of_first_rank
 from ds_sparkling.zero.diagnosis import Diagnosis
 from ds_sparkling.zero.gradients import GradientWatch
 from ds_sparkling.zero.huggingface import built_plainly, weights_initialized
-from ds_sparkling.zero.in_place import take_place
+from ds_sparkling.zero.in_place import Held
 from ds_sparkling.zero.monitoring import GrowthCurves, mark_growth
 from ds_sparkling.zero.naming import expert_slices
 from ds_sparkling.zero.observing import observe_steps
@@ -56,6 +57,17 @@ from ds_sparkling.zero.support import refuse_unsupported, zero_stage
 from ds_sparkling.zero.tensorboard import close_writer, introduce_run
 
 logger = logging.getLogger(__name__)
+
+
+class GrowingEngine(DeepSpeedEngine):
+    """DeepSpeed's engine, as :func:`initialize` returns it: alone."""
+
+    def __getitem__(self, _index: object) -> Any:
+        """Raise TypeError: unpacking, where ``deepspeed.initialize`` returns four values, ends up here, too."""
+        raise TypeError(
+            "ds_sparkling.initialize returns one value, the engine: write engine = ds_sparkling.initialize(...); the "
+            "others are engine.optimizer, engine.training_dataloader and engine.lr_scheduler"
+        )
 
 
 def initialize(
@@ -87,7 +99,7 @@ def initialize(
         arguments: further arguments of ``deepspeed.initialize`` (``training_data``, ``collate_fn`` ...).
 
     Returns:
-        The engine, with its :class:`~ds_sparkling.zero.run.GrowingRun` as ``engine.sparkling``.
+        The engine alone, with its :class:`~ds_sparkling.zero.run.GrowingRun` as ``engine.sparkling``.
 
     Raises:
         ConfigError, PlanError, UnsupportedError, CheckpointError: before any memory is taken.
@@ -95,6 +107,8 @@ def initialize(
     consensus = Consensus("starting")
     with consensus:
         access.check_version()
+        warn_of_left_locks()
+        require_factory(build_model)
         check_factories(optimizer=optimizer, lr_scheduler=lr_scheduler, model_parameters=model_parameters)
         if arguments.get("mpu") is not None:
             raise UnsupportedError("mpu: model parallelism beyond expert parallelism can't be combined with growth yet")
@@ -127,7 +141,7 @@ def initialize(
         record,
         directory if block.checkpoint_before_growth else None,
     )
-    check_same_model(build_model, run.widths, consensus)
+    check_same_model(build_model, run.widths, consensus, partitioned=zero_stage(ds_config) == 3)
     consensus = Consensus("making the engine")
     with consensus.together():
         engine = _engine(run)
@@ -221,7 +235,7 @@ class _Growth:
         old: this rank's shards of the old engine; emptied while they are moved.
         carried: everything else that goes on.
         group: the process group that stage 3 partitions parameters over.
-        module: the old engine's.
+        held: what others may hold of the old engine.
         compiled: whether the old engine was.
         checkpoint: the one written before the growth; None if there is none.
     """
@@ -231,7 +245,7 @@ class _Growth:
     old: dict[str, access.Shard]
     carried: Carried
     group: Any
-    module: nn.Module
+    held: Held
     compiled: bool
     checkpoint: Path | None = None
 
@@ -276,8 +290,10 @@ def _grow(
         consensus.settle()
     if growth.compiled and grown.global_rank == 0:
         logger.warning("the engine was compiled and the grown one isn't yet: call engine.compile() on it")
-    if growth.run.on_growth is not None:
-        grown = take_place(grown, engine, growth.module)
+    if growth.run.on_growth is None:
+        growth.held.leave_word(grown)
+    else:
+        grown = growth.held.become(grown)
         consensus = Consensus("telling of the growth")
         with consensus.together():
             growth.run.on_growth(grown)
@@ -297,7 +313,8 @@ def _prepared(engine: DeepSpeedEngine, widths: dict[str, int], planned_step: int
     growths = [widths] if widths else []
     record = agreed(partial(knowing, run.record, growths, run.build_model, run.config), consensus)
     run = replace(run, record=record)
-    check_same_model(run.build_model, {**run.widths, **widths}, consensus)
+    partitioned = zero_stage(run.ds_config) == 3
+    check_same_model(run.build_model, {**run.widths, **widths}, consensus, partitioned=partitioned)
     with consensus, built_plainly():
         plan = plan_growth(engine, run, widths)
         check_wide(run.build_model, record.axes, run.widths, widths)
@@ -305,10 +322,10 @@ def _prepared(engine: DeepSpeedEngine, widths: dict[str, int], planned_step: int
             check_optimizer(engine, run.config.strategy)
             engine.lr_scheduler.check(run.config.strategy)
             grown_record = record.after(plan, step=engine.global_steps, planned_step=planned_step)
-            run = replace(run, record=grown_record, plan=plan)
+            run = replace(run, record=grown_record, plans=(*run.plans, plan))
         group = access.ordinary_group(engine, expert_slices(engine))
         growth = _Growth(
-            run, plan, access.shards(engine), Carried(engine), group, engine.module, bool(engine.is_compiled)
+            run, plan, access.shards(engine), Carried(engine), group, Held(engine), bool(engine.is_compiled)
         )
     consensus.settle()
     return growth
@@ -360,6 +377,8 @@ def _engine(run: GrowingRun, group: Any = None) -> DeepSpeedEngine:
         **arguments,
     )
     fit_out(engine, run)
+    if run.on_growth is None:
+        engine.__class__ = GrowingEngine
     return engine
 
 

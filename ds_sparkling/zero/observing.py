@@ -1,8 +1,8 @@
-"""Being there before and after every optimizer step of an engine."""
+"""Being there before and after every optimizer step of an engine, and in its module's forward passes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from deepspeed.runtime.engine import DeepSpeedEngine
@@ -38,3 +38,21 @@ def observe_steps(engine: DeepSpeedEngine, observers: Sequence[StepObserver]) ->
         return result
 
     engine.step = stepped
+
+
+class ForwardHook:
+    """A hook on an engine's module that a copy of the module, an average of the weights for instance, doesn't carry on.
+
+    A method as a hook would be copied with the object that it belongs to and all that this holds, down to process
+    groups, which can't be copied.
+    """
+
+    def __init__(self, method: Callable[..., None] | None) -> None:
+        self._method = method
+
+    def __call__(self, *args: Any) -> None:
+        if self._method is not None:
+            self._method(*args)
+
+    def __deepcopy__(self, _memo: object) -> ForwardHook:
+        return ForwardHook(None)

@@ -26,6 +26,7 @@ from ds_sparkling.zero.consensus import Consensus, of_first_rank
 from ds_sparkling.zero.huggingface import built_plainly
 from ds_sparkling.zero.naming import autoep_layers, engine_axes, expert_slices
 from ds_sparkling.zero.run import GrowingRun
+from ds_sparkling.zero.support import refuse_compiled
 
 logger = logging.getLogger(__name__)
 
@@ -105,18 +106,29 @@ def agreed(find: Callable[[], GrowthRecord], consensus: Consensus) -> GrowthReco
     return GrowthRecord.from_dict(of_first_rank(box[0], consensus))
 
 
-def check_same_model(build_model: BuildModel, widths: Mapping[str, int], consensus: Consensus) -> None:
+def check_same_model(
+    build_model: BuildModel, widths: Mapping[str, int], consensus: Consensus, *, partitioned: bool
+) -> None:
     """Build the model on the meta device on every rank, and hold it against the first rank's. Collective.
 
     What fails in ``build_model`` fails here, before anything is touched. Afterwards every rank has imported what the
     model needs.
 
+    Args:
+        build_model, widths: what makes the model, and at which widths.
+        consensus: what is being done.
+        partitioned: whether DeepSpeed is going to partition the model while it is built.
+
     Raises:
         PlanError: on all ranks, if ``build_model`` fails on one, or makes another model there than on the first.
+        UnsupportedError: on all ranks, if the model can't be partitioned.
     """
     own: dict[str, str] = {}
     with consensus, preserved_rng(), built_plainly():
-        own = _described(build_on_meta(build_model, widths))
+        model = build_on_meta(build_model, widths)
+        if partitioned:
+            refuse_compiled(model)
+        own = _described(model)
     consensus.settle()
     first = of_first_rank(own, consensus)
     with consensus:

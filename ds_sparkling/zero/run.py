@@ -28,7 +28,7 @@ class GrowingRun:
         arguments: further arguments of ``deepspeed.initialize``.
         record: the growths so far.
         checkpoint_dir: where to save before a growth; None if nowhere.
-        plan: the growth that made this engine; None for the first one.
+        plans: the growths since the first engine was made, whichever way it was; the last one made this engine.
         parameters: total and active (per token) parameters of this engine's model.
         monitored: whether the first rank, which writes for all, has a monitor.
         observations: what diagnostics remember; the same object in every engine of the run.
@@ -42,12 +42,17 @@ class GrowingRun:
     arguments: dict[str, Any]
     record: GrowthRecord
     checkpoint_dir: str | None
-    plan: GrowthPlan | None = None
+    plans: tuple[GrowthPlan, ...] = ()
     parameters: tuple[int, int] = (0, 0)
     monitored: bool = False
     observations: Observations = field(default_factory=Observations, compare=False)
     on_growth: Callable[[DeepSpeedEngine], None] | None = None
     gradients: GradientWatch | None = field(default=None, compare=False)
+
+    @property
+    def plan(self) -> GrowthPlan | None:
+        """The growth that made this engine; None for the first one."""
+        return self.plans[-1] if self.plans else None
 
     @property
     def widths(self) -> dict[str, int]:

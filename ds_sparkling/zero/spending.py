@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ds_sparkling.record import Spent
-from ds_sparkling.zero.observing import Event
+from ds_sparkling.zero.observing import Event, ForwardHook
 from ds_sparkling.zero.run import run_of
 
 
@@ -26,7 +26,7 @@ class SpentMeter:
     def __init__(self, engine: DeepSpeedEngine) -> None:
         self._engine = engine
         self._seen = 0
-        engine.module.register_forward_pre_hook(self._see, with_kwargs=True)
+        engine.module.register_forward_pre_hook(ForwardHook(self._see), with_kwargs=True)
 
     def _see(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         if module.training and torch.is_grad_enabled():

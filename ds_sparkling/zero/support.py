@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from torch import nn
+
 from ds_sparkling.config import value_at
 from ds_sparkling.errors import UnsupportedError
 
@@ -53,6 +55,21 @@ def refuse_unsupported(config: Config) -> None:
             f"optimizer.type = {optimizer!r} keeps state that isn't per element, so it can't be grown; use AdamW, "
             "Adam, SGD, Lion or Muon"
         )
+
+
+def refuse_compiled(model: nn.Module) -> None:
+    """Raise UnsupportedError if ``torch.compile`` wraps the model or a part of it.
+
+    While ``deepspeed.zero.Init`` partitions what is built, as it does under stage 3, such a wrapper never ends looking
+    for its own attributes.
+    """
+    for name, module in model.named_modules():
+        if hasattr(module, "_orig_mod"):
+            raise UnsupportedError(
+                f"build_model calls torch.compile ({name or 'the model itself'}), which can't be combined with ZeRO-3 "
+                "while the model is built: leave it out, and call engine.compile() after initialize and after each "
+                "growth; or call module.compile() in build_model, which compiles in place"
+            )
 
 
 def zero_stage(config: Config) -> int:

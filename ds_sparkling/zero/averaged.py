@@ -1,0 +1,162 @@
+"""Averages of the weights (an EMA, SWA) that grow along with the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import overload
+
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import Tensor, nn
+
+from ds_sparkling.errors import GrowthError, PlanError
+from ds_sparkling.growth import GrowthPlan, Widener
+from ds_sparkling.zero.access import full_shape
+from ds_sparkling.zero.carry import preserved_rng
+from ds_sparkling.zero.huggingface import built_plainly
+from ds_sparkling.zero.naming import ExpertSlice, expert_slices
+from ds_sparkling.zero.run import GrowingRun, run_of
+
+#: What averages like ``torch.optim.swa_utils.AveragedModel`` call the model that they hold.
+_INNER = "module."
+
+
+@overload
+def grow_averaged(engine: DeepSpeedEngine, averaged: nn.Module) -> nn.Module: ...
+
+
+@overload
+def grow_averaged(engine: DeepSpeedEngine, averaged: Mapping[str, Tensor]) -> Mapping[str, Tensor]: ...
+
+
+@torch.no_grad()
+def grow_averaged(
+    engine: DeepSpeedEngine, averaged: nn.Module | Mapping[str, Tensor]
+) -> nn.Module | Mapping[str, Tensor]:
+    """Grow an average of the weights as the engine's growths have grown the weights themselves.
+
+    Of an average that equals the weights it makes the grown weights, bit for bit in float32. Local: ranks that hold no
+    average needn't call it. Call it after every ``grow_if_due``: an average that has the engine's widths comes back as
+    it is, and one that has missed several growths goes through them all.
+
+    Args:
+        engine: the engine after the growth.
+        averaged: whole weights (not ZeRO-3's partitions) at widths that the engine has had since it was made: a module,
+            which may be a wrapper that holds the model as ``module`` (``torch.optim.swa_utils.AveragedModel``), or a
+            state dict. Stacked experts that AutoEP splits are either all of them or those that this rank holds.
+
+    Returns:
+        A wrapper itself, around a model made by ``build_model``; for any other module such a model; for a state dict a
+        new one. Buffers are the average's own where the widths leave their shape, otherwise those of the grown model.
+
+    Raises:
+        GrowthError: names the parameter that the average lacks, or that has no widths that the engine has had.
+    """
+    run, params, slices = run_of(engine), dict(engine.module.named_parameters()), expert_slices(engine)
+    entries = dict(averaged.named_parameters()) if isinstance(averaged, nn.Module) else averaged
+    prefix = _prefix(params, entries)
+    weights = {name: entries[prefix + name].detach() for name in params}
+    if not _misfits({name: full_shape(param) for name, param in params.items()}, weights, slices):
+        return averaged
+    missed = _missed(run, weights, slices)
+    grown = {name: _grown(missed, name, weight, slices.get(name)) for name, weight in weights.items()}
+    if not isinstance(averaged, nn.Module):
+        return _state(engine, averaged, prefix, grown)
+    inner = averaged.get_submodule(prefix.rstrip("."))
+    wide = _rebuilt(run, inner, grown)
+    if inner is averaged:
+        return wide
+    averaged.module = wide
+    return averaged
+
+
+def _prefix(names: Iterable[str], entries: Mapping[str, Tensor]) -> str:
+    """What stands before the engine's parameter names in those of the average."""
+    for prefix in ("", _INNER):
+        if all(prefix + name in entries for name in names):
+            return prefix
+    absent = [name for name in names if name not in entries]
+    raise GrowthError(
+        f"the average lacks {absent[:3]}; it must hold every parameter of engine.module by its name there, with or "
+        f"without {_INNER!r} before it"
+    )
+
+
+def _misfits(
+    shapes: Mapping[str, tuple[int, ...]], weights: Mapping[str, Tensor], slices: Mapping[str, ExpertSlice]
+) -> list[str]:
+    """The weights that don't have their shape, of all experts or of this rank's."""
+    found = []
+    for name, shape in shapes.items():
+        held = slices.get(name)
+        wanted = {shape} if held is None else {(count, *shape[1:]) for count in (held.experts, held.last - held.first)}
+        if tuple(weights[name].shape) not in wanted:
+            found.append(name)
+    return found
+
+
+def _missed(run: GrowingRun, weights: Mapping[str, Tensor], slices: Mapping[str, ExpertSlice]) -> Sequence[GrowthPlan]:
+    """The growths that are between the weights and the engine."""
+    misfits = [_misfits({param.name: param.before for param in plan.params}, weights, slices) for plan in run.plans]
+    if [] in misfits:
+        return run.plans[misfits.index([]) :]
+    nearest = min(misfits, key=len, default=[])
+    named = f" ({nearest[0]} has shape {tuple(weights[nearest[0]].shape)})" if nearest else ""
+    raise GrowthError(
+        f"the average{named} isn't of any widths that this engine, now at {run.widths}, has had since it was made; "
+        "pass whole weights, and load an average of the widths that the engine starts with"
+    )
+
+
+def _grown(plans: Sequence[GrowthPlan], name: str, weight: Tensor, held: ExpertSlice | None) -> Tensor:
+    """One weight, grown as the engine's was; in float32 if its own type is narrower."""
+    made = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    for plan in plans:
+        widener = Widener(plan, name)
+        if tuple(made.shape) != widener.before and held is not None:
+            widener = Widener(plan, name, (held.first, held.last))
+        old, made = made.reshape(-1), torch.empty(widener.after, dtype=made.dtype, device=made.device)
+        widener.weight(old, made.view(-1))
+    return made.to(weight.dtype)
+
+
+def _rebuilt(run: GrowingRun, old: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
+    """The model at the widths in force, with ``weights`` and what else ``old`` has."""
+    with preserved_rng(), built_plainly():
+        wide = run.build_model(**run.widths)
+    trained = {name: param.requires_grad for name, param in old.named_parameters()}
+    for name, param in wide.named_parameters():
+        if name not in weights or tuple(param.shape) != tuple(weights[name].shape):
+            raise PlanError(f"build_model makes {name} {tuple(param.shape)} at {run.widths}, which the engine has not")
+        param.data = weights[name]
+        param.requires_grad_(trained[name])
+    _put_buffers(wide, dict(old.named_buffers()), next(iter(weights.values())).device)
+    modes = {name: module.training for name, module in old.named_modules()}
+    for name, module in wide.named_modules():
+        module.training = modes.get(name, module.training)
+    return wide
+
+
+def _put_buffers(wide: nn.Module, old: Mapping[str, Tensor], device: torch.device) -> None:
+    for name, buffer in wide.named_buffers():
+        known = old.get(name)
+        buffer.data = known.clone() if known is not None and known.shape == buffer.shape else buffer.to(device)
+
+
+def _state(
+    engine: DeepSpeedEngine, averaged: Mapping[str, Tensor], prefix: str, grown: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The state dict with grown weights, in its own order and under all of its names."""
+    own = {id(param): name for name, param in engine.module.named_parameters()}
+    names = {name: own[id(param)] for name, param in engine.module.named_parameters(remove_duplicate=False)}
+    buffers = dict(engine.module.named_buffers())
+    state = {}
+    for key, value in averaged.items():
+        name = key.removeprefix(prefix)
+        if name in names:
+            state[key] = grown[names[name]]
+        elif name in buffers and buffers[name].shape != value.shape:
+            state[key] = buffers[name].detach().to(value, copy=True)
+        else:
+            state[key] = value
+    return state

@@ -1,0 +1,102 @@
+"""Averages of the weights that grow along: one that equals the weights makes the grown weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from distributed import Workers
+from tiny import Case
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from ds_sparkling.errors import GrowthError
+
+FIRST, SECOND = {"hidden_size": 12, "moe_intermediate_size": 8}, {"moe_intermediate_size": 16}
+RANDOM = {"init": {"fan_out": "random", "fan_in": "random"}, "check": False}
+
+
+def weights(engine: Any) -> dict[str, torch.Tensor]:
+    return {name: kept["weight"] for name, kept in tiny.local_state(engine)[0].items()}
+
+
+def grown_twice(case: Case, as_module: bool) -> None:
+    """An average that equals the weights does so after each of two growths."""
+    import ds_sparkling
+
+    engine = tiny.initialize(case)
+    tiny.train(engine, 1)
+    averaged: Any = AveragedModel(engine.module) if as_module else weights(engine)
+    if as_module:
+        averaged.update_parameters(engine.module)
+    for widths in (FIRST, SECOND):
+        assert ds_sparkling.grow_averaged(engine, averaged) is averaged  # has the engine's widths
+        engine = ds_sparkling.grow(engine, widths)
+        held, averaged = averaged, ds_sparkling.grow_averaged(engine, averaged)
+        assert (held is averaged) == as_module
+        own = dict(averaged.module.named_parameters()) if as_module else averaged
+        expected = weights(engine)
+        assert own.keys() == expected.keys()
+        assert all(torch.equal(own[name], weight) for name, weight in expected.items())
+    if as_module:
+        averaged.eval()
+        loss = float(averaged(*tiny.batch(10**6)).detach())
+        assert loss == tiny.evaluate(engine)  # the model's own sizes have grown, too
+
+
+@pytest.mark.parametrize(
+    ("case", "as_module"),
+    [
+        (Case(2, 0, sparkling=RANDOM), True),
+        (Case(2, 1, frozen=True), True),
+        (Case(2, 2, tied=False), True),
+        (Case(2, 3, sparkling=RANDOM), False),
+        (Case(2, 3, ep=2), False),
+    ],
+    ids=str,
+)
+def test_an_average_that_equals_the_weights_grows_into_the_grown_weights(
+    case: Case, as_module: bool, workers: Callable[[int], Workers]
+) -> None:
+    workers(2).run(grown_twice, case, as_module)
+
+
+def followed(case: Case) -> tuple[bool, list[str], list[str]]:
+    """What an average goes on with after a growth, and what is refused."""
+    import ds_sparkling
+
+    engine = tiny.initialize(case)
+    averaged = AveragedModel(engine.module, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    averaged.update_parameters(engine.module)
+    missing: Any = averaged.state_dict()
+    engine = ds_sparkling.grow(engine, FIRST)
+    ds_sparkling.grow_averaged(engine, averaged)
+    before = [param.detach().clone() for param in engine.module.parameters()]
+    tiny.train(engine, 1)
+    averaged.update_parameters(engine.module)
+    halfway = all(
+        torch.allclose(own, (old + new) / 2)
+        for own, old, new in zip(averaged.parameters(), before, engine.module.parameters(), strict=True)
+    )
+    grown = ds_sparkling.grow_averaged(engine, missing)
+    engine = ds_sparkling.grow(engine, SECOND)
+    once, both = ds_sparkling.grow_averaged(engine, grown), ds_sparkling.grow_averaged(engine, missing)
+    assert all(torch.equal(once[name], both[name]) for name in missing)
+    refused = []
+    for given in ({**missing, "module.norm.weight": torch.zeros(7)}, {"embed_tokens.weight": torch.zeros(2)}):
+        with pytest.raises(GrowthError) as error:
+            ds_sparkling.grow_averaged(engine, given)
+        refused.append(str(error.value))
+    return halfway, list(grown), refused
+
+
+def test_an_average_goes_on_averaging_and_one_of_other_widths_is_refused_by_name(
+    workers: Callable[[int], Workers],
+) -> None:
+    halfway, names, (other, lacking) = workers(2).run(followed, Case(2, 1))[0]
+    assert halfway
+    assert {"n_averaged", "module.embed_tokens.weight"} <= set(names)
+    assert "the average (norm.weight has shape (7,)) isn't of any widths" in other
+    assert "the average lacks" in lacking
