@@ -183,17 +183,22 @@ def evaluate(engine: Any) -> float:
 
 
 def local_state(engine: Any) -> tuple[State, dict[str, tuple[int, int]]]:
-    """This rank's view of all weights and moments through DeepSpeed's public getters, and its slice of the experts."""
+    """This rank's view of all weights and moments through DeepSpeed's public getters, and its slices of the experts.
+
+    Names are those of the whole model.
+    """
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-    from ds_sparkling.zero.naming import expert_slices
+    from ds_sparkling.zero.naming import held_parameters
 
     if hasattr(engine.optimizer, "_hp_optimizer_states_linked"):
         # DeepSpeed links state at the first group's step, before later groups have any.
         engine.optimizer._hp_optimizer_states_linked = False
         engine.optimizer._lazy_init_hp_params_optimizer_state()
+    held = held_parameters(engine)
     state: State = {}
-    for name, param in engine.module.named_parameters():
+    for local, param in engine.module.named_parameters():
+        name = held[local].name
         if not param.requires_grad:
             state[name] = {"weight": _frozen_weight(param)}
         elif engine.zero_optimization_stage() == 0:
@@ -204,7 +209,7 @@ def local_state(engine: Any) -> tuple[State, dict[str, tuple[int, int]]]:
             for key in ("exp_avg", "exp_avg_sq"):
                 state[name][key] = safe_get_full_optimizer_state(param, key)
         state[name] = {key: tensor.detach().clone().cpu() for key, tensor in state[name].items()}
-    return state, {name: (held.first, held.last) for name, held in expert_slices(engine).items()}
+    return state, {logical.name: logical.stack for logical in held.values() if logical.stack is not None}
 
 
 def _frozen_weight(param: nn.Parameter) -> Tensor:
@@ -228,12 +233,12 @@ def _unpartitioned(engine: Any, param: nn.Parameter) -> dict[str, Tensor]:
 
 
 def join(answers: list[tuple[State, dict[str, tuple[int, int]]]]) -> State:
-    """The logical state from every rank's: experts side by side, everything else equal on all ranks."""
+    """The logical state from every rank's: experts side by side, everything else equal on all ranks that have it."""
     joined: State = {}
-    for name, first in answers[0][0].items():
+    for name, first in {name: tensors for state, _ in answers for name, tensors in state.items()}.items():
         if name not in answers[0][1]:
-            for state, _ in answers[1:]:
-                assert all(torch.equal(state[name][key], value) for key, value in first.items()), name
+            for found in (state[name] for state, _ in answers if name in state):
+                assert all(torch.equal(found[key], value) for key, value in first.items()), name
             joined[name] = first
             continue
         parts = {slices[name]: state[name] for state, slices in answers}

@@ -20,8 +20,7 @@ from ds_sparkling.growth import GrowthPlan, Widener, make_plan
 from ds_sparkling.partition import Piece
 from ds_sparkling.zero import access
 from ds_sparkling.zero.access import Shard
-from ds_sparkling.zero.naming import ExpertSlice, engine_axes, expert_slices
-from ds_sparkling.zero.planning import logical_shapes
+from ds_sparkling.zero.naming import engine_axes, held_parameters, logical_shapes
 
 _WEIGHT = "weight"
 _STATES = ("exp_avg", "exp_avg_sq")
@@ -34,7 +33,7 @@ class _Place:
     flat: int
     offset: int
     piece: Piece
-    experts: ExpertSlice | None
+    experts: tuple[int, int] | None
 
 
 def through_files(
@@ -73,11 +72,11 @@ def through_files(
 
 def _places(engine: DeepSpeedEngine) -> dict[str, _Place]:
     """Where this rank's optimizer file will hold which parameter."""
-    slices = expert_slices(engine)
+    held = held_parameters(engine)
     order = [id(master) for master in access.master_groups(engine)]
     return {
         shard.name: _Place(
-            order.index(id(shard.master)), int(shard.weight.storage_offset()), shard.piece, slices.get(shard.name)
+            order.index(id(shard.master)), int(shard.weight.storage_offset()), shard.piece, held[shard.name].stack
         )
         for shard in access.shards(engine).values()
     }
@@ -102,9 +101,9 @@ def _convert(checkpoint: Path, places: Sequence[Mapping[str, _Place]], plan: Gro
     torch.save({"steps": steps, "tensors": wide}, path)
 
 
-def _of_slice(tensor: Tensor, experts: ExpertSlice | None) -> Tensor:
+def _of_slice(tensor: Tensor, experts: tuple[int, int] | None) -> Tensor:
     """A view of ``tensor``, flattened; of stacked experts only those that a rank holds."""
-    return (tensor if experts is None else tensor[experts.first : experts.last]).view(-1)
+    return (tensor if experts is None else tensor[slice(*experts)]).view(-1)
 
 
 def _widened(widener: Widener, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -121,13 +120,13 @@ def _widened(widener: Widener, parts: Mapping[str, Tensor]) -> dict[str, Tensor]
 def _load(engine: DeepSpeedEngine, path: Path) -> None:
     """Copy this rank's pieces out of the file that :func:`_convert` wrote."""
     saved = torch.load(path, mmap=True)
-    slices = expert_slices(engine)
+    held = held_parameters(engine)
     access.begin_writing(engine)
     access.make_states(engine, _templates(saved), drop=False)
     for name, shard in access.shards(engine).items():
         piece = shard.piece
         for key, part in {_WEIGHT: shard.weight, **shard.states}.items():
-            whole = _of_slice(saved["tensors"][name][key], slices.get(name))
+            whole = _of_slice(saved["tensors"][name][key], held[name].stack)
             part[: piece.numel].copy_(whole[piece.start : piece.stop])
     access.finish_writing(engine)
 

@@ -1,7 +1,7 @@
 """The growth maths: shapes and tensors in, tensors out. Knows torch, but no model, no engine and no file."""
 
 from ds_sparkling.growth.births import Block, birth_blocks
-from ds_sparkling.growth.plan import GrowthPlan, ParamPlan, count_parameters, make_plan
+from ds_sparkling.growth.plan import GrowthPlan, ParamPlan, Shares, count_parameters, make_plan
 from ds_sparkling.growth.widen import Widener
 
-__all__ = ["Block", "GrowthPlan", "ParamPlan", "Widener", "birth_blocks", "count_parameters", "make_plan"]
+__all__ = ["Block", "GrowthPlan", "ParamPlan", "Shares", "Widener", "birth_blocks", "count_parameters", "make_plan"]

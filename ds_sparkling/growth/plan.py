@@ -17,6 +17,8 @@ from ds_sparkling.growth.scaling import AxisGrowth, Factors, UnitScales, unit_sc
 from ds_sparkling.strategy import Strategy
 
 Shape = tuple[int, ...]
+#: Which share of its experts' parameters one token uses (top-k over experts): of all that are stacked, or by name.
+Shares = float | Mapping[str, float]
 
 _T = TypeVar("_T")
 
@@ -49,15 +51,14 @@ class GrowthPlan:
         growths: one :class:`AxisGrowth` per grown axis.
         strategy: how new entries, scales and optimizer state are made.
         params: one :class:`ParamPlan` per parameter, in the model's order.
-        active_share: share of the stacked experts that one token uses (top-k over experts); 1 for a dense model, None
-            if it isn't known.
+        active_share: share of the experts that one token uses; 1 for a dense model, None if it isn't known.
     """
 
     stage: int
     growths: tuple[AxisGrowth, ...]
     strategy: Strategy
     params: tuple[ParamPlan, ...]
-    active_share: float | None = 1.0
+    active_share: Shares | None = 1.0
 
     def param(self, name: str) -> ParamPlan:
         try:
@@ -126,7 +127,7 @@ class GrowthPlan:
                 {"name": p.name, "axes": p.axes.to_dict(), "before": list(p.before), "after": list(p.after)}
                 for p in self.params
             ],
-            "active_share": self.active_share,
+            "active_share": dict(self.active_share) if isinstance(self.active_share, Mapping) else self.active_share,
         }
 
     @classmethod
@@ -197,7 +198,7 @@ def make_plan(
     strategy: Strategy,
     *,
     stage: int,
-    active_share: float | None = 1.0,
+    active_share: Shares | None = 1.0,
 ) -> GrowthPlan:
     """Plan the growth of a model whose parameters have logical ``shapes`` at widths ``before``.
 
@@ -276,11 +277,15 @@ def _axis_growths(
     return tuple(growths)
 
 
-def count_parameters(shapes: Mapping[str, Shape], axes: Mapping[str, ParamAxes], active_share: float = 1.0) -> int:
-    """Parameters of a model with logical ``shapes``, of stacked experts only ``active_share``."""
-    return round(
-        sum(math.prod(shape) * (active_share if axes[name].stacked_experts else 1.0) for name, shape in shapes.items())
-    )
+def count_parameters(shapes: Mapping[str, Shape], axes: Mapping[str, ParamAxes], active_share: Shares = 1.0) -> int:
+    """Parameters of a model with logical ``shapes``, of experts only ``active_share``."""
+
+    def share(name: str) -> float:
+        if isinstance(active_share, Mapping):
+            return active_share.get(name, 1.0)
+        return active_share if axes[name].stacked_experts else 1.0
+
+    return round(sum(math.prod(shape) * share(name) for name, shape in shapes.items()))
 
 
 def _some(names: list[str], limit: int = 3) -> str:

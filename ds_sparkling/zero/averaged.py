@@ -14,7 +14,7 @@ from ds_sparkling.growth import GrowthPlan, Widener
 from ds_sparkling.zero.access import full_shape
 from ds_sparkling.zero.carry import preserved_rng
 from ds_sparkling.zero.huggingface import built_plainly
-from ds_sparkling.zero.naming import ExpertSlice, expert_slices
+from ds_sparkling.zero.naming import Logical, held_parameters
 from ds_sparkling.zero.run import GrowingRun, run_of
 
 #: What averages like ``torch.optim.swa_utils.AveragedModel`` call the model that they hold.
@@ -52,14 +52,14 @@ def grow_averaged(
     Raises:
         GrowthError: names the parameter that the average lacks, or that has no widths that the engine has had.
     """
-    run, params, slices = run_of(engine), dict(engine.module.named_parameters()), expert_slices(engine)
+    run, params, held = run_of(engine), dict(engine.module.named_parameters()), held_parameters(engine)
     entries = dict(averaged.named_parameters()) if isinstance(averaged, nn.Module) else averaged
     prefix = _prefix(params, entries)
     weights = {name: entries[prefix + name].detach() for name in params}
-    if not _misfits({name: full_shape(param) for name, param in params.items()}, weights, slices):
+    if not _misfits({name: full_shape(param) for name, param in params.items()}, weights, held):
         return averaged
-    missed = _missed(run, weights, slices)
-    grown = {name: _grown(missed, name, weight, slices.get(name)) for name, weight in weights.items()}
+    missed = _missed(run, weights, held)
+    grown = {name: _grown(missed, held[name], weight) for name, weight in weights.items()}
     if not isinstance(averaged, nn.Module):
         return _state(engine, averaged, prefix, grown)
     inner = averaged.get_submodule(prefix.rstrip("."))
@@ -83,21 +83,22 @@ def _prefix(names: Iterable[str], entries: Mapping[str, Tensor]) -> str:
 
 
 def _misfits(
-    shapes: Mapping[str, tuple[int, ...]], weights: Mapping[str, Tensor], slices: Mapping[str, ExpertSlice]
+    shapes: Mapping[str, tuple[int, ...]], weights: Mapping[str, Tensor], held: Mapping[str, Logical]
 ) -> list[str]:
     """The weights that don't have their shape, of all experts or of this rank's."""
-    found = []
-    for name, shape in shapes.items():
-        held = slices.get(name)
-        wanted = {shape} if held is None else {(count, *shape[1:]) for count in (held.experts, held.last - held.first)}
-        if tuple(weights[name].shape) not in wanted:
-            found.append(name)
-    return found
+    return [
+        name
+        for name, shape in shapes.items()
+        if tuple(weights[name].shape) not in (held[name].whole(shape), held[name].part(shape))
+    ]
 
 
-def _missed(run: GrowingRun, weights: Mapping[str, Tensor], slices: Mapping[str, ExpertSlice]) -> Sequence[GrowthPlan]:
+def _missed(run: GrowingRun, weights: Mapping[str, Tensor], held: Mapping[str, Logical]) -> Sequence[GrowthPlan]:
     """The growths that are between the weights and the engine."""
-    misfits = [_misfits({param.name: param.before for param in plan.params}, weights, slices) for plan in run.plans]
+    misfits = [
+        _misfits({name: plan.param(logical.name).before for name, logical in held.items()}, weights, held)
+        for plan in run.plans
+    ]
     if [] in misfits:
         return run.plans[misfits.index([]) :]
     nearest = min(misfits, key=len, default=[])
@@ -108,13 +109,13 @@ def _missed(run: GrowingRun, weights: Mapping[str, Tensor], slices: Mapping[str,
     )
 
 
-def _grown(plans: Sequence[GrowthPlan], name: str, weight: Tensor, held: ExpertSlice | None) -> Tensor:
+def _grown(plans: Sequence[GrowthPlan], logical: Logical, weight: Tensor) -> Tensor:
     """One weight, grown as the engine's was; in float32 if its own type is narrower."""
     made = weight.to(torch.promote_types(weight.dtype, torch.float32))
     for plan in plans:
-        widener = Widener(plan, name)
-        if tuple(made.shape) != widener.before and held is not None:
-            widener = Widener(plan, name, (held.first, held.last))
+        widener = Widener(plan, logical.name)
+        if tuple(made.shape) != widener.before:
+            widener = Widener(plan, logical.name, logical.stack)
         old, made = made.reshape(-1), torch.empty(widener.after, dtype=made.dtype, device=made.device)
         widener.weight(old, made.view(-1))
     return made.to(weight.dtype)

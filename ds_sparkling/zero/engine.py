@@ -37,7 +37,7 @@ from ds_sparkling.zero.gradients import GradientWatch
 from ds_sparkling.zero.huggingface import built_plainly, weights_initialized
 from ds_sparkling.zero.in_place import Held
 from ds_sparkling.zero.monitoring import GrowthCurves, mark_growth
-from ds_sparkling.zero.naming import expert_slices
+from ds_sparkling.zero.naming import held_parameters
 from ds_sparkling.zero.observing import observe_steps
 from ds_sparkling.zero.planning import (
     agreed,
@@ -323,7 +323,8 @@ def _prepared(engine: DeepSpeedEngine, widths: dict[str, int], planned_step: int
             engine.lr_scheduler.check(run.config.strategy)
             grown_record = record.after(plan, step=engine.global_steps, planned_step=planned_step)
             run = replace(run, record=grown_record, plans=(*run.plans, plan))
-        group = access.ordinary_group(engine, expert_slices(engine))
+        experts = {name for name, held in held_parameters(engine).items() if held.experts}
+        group = access.ordinary_group(engine, experts)
         growth = _Growth(
             run, plan, access.shards(engine), Carried(engine), group, Held(engine), bool(engine.is_compiled)
         )

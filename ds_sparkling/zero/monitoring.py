@@ -10,7 +10,7 @@ from ds_sparkling.diagnostics.updates import UpdateMeter
 from ds_sparkling.growth import GrowthPlan
 from ds_sparkling.optim.step import BirthStep
 from ds_sparkling.zero import access
-from ds_sparkling.zero.naming import expert_slices, replicas
+from ds_sparkling.zero.naming import held_parameters, replicas
 from ds_sparkling.zero.run import run_of
 from ds_sparkling.zero.spending import spent_events
 from ds_sparkling.zero.tensorboard import writer_of
@@ -62,9 +62,9 @@ class GrowthCurves:
 
 def _copies(engine: DeepSpeedEngine) -> dict[Tensor, int]:
     """On how many ranks the tensors that are stepped are, where ranks hold them whole (stage 0)."""
-    slices = expert_slices(engine)
+    held = held_parameters(engine)
     return {
-        shard.master: replicas(shard, slices.get(shard.name))
+        shard.master: replicas(shard, held[shard.name])
         for shard in access.shards(engine).values()
         if shard.master is not None and shard.group is None
     }

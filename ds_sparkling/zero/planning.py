@@ -12,6 +12,7 @@ from deepspeed import comm as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
 
+from ds_sparkling.axes import ParamAxes
 from ds_sparkling.check.proof import prove_function
 from ds_sparkling.check.resolve import Found, axes_to_grow
 from ds_sparkling.config import BLOCK, SparklingConfig
@@ -20,44 +21,34 @@ from ds_sparkling.growth import GrowthPlan, count_parameters, make_plan
 from ds_sparkling.probe import BuildModel, base_widths, build_on_meta, check_wide
 from ds_sparkling.record import GrowthRecord, read_record
 from ds_sparkling.routing import active_share, doubt_of_share
-from ds_sparkling.zero.access import full_shape
 from ds_sparkling.zero.carry import preserved_rng
 from ds_sparkling.zero.consensus import Consensus, of_first_rank
 from ds_sparkling.zero.huggingface import built_plainly
-from ds_sparkling.zero.naming import autoep_layers, engine_axes, expert_slices
+from ds_sparkling.zero.naming import engine_axes, logical_parameters, logical_shapes
 from ds_sparkling.zero.run import GrowingRun
 from ds_sparkling.zero.support import refuse_compiled
 
 logger = logging.getLogger(__name__)
 
 
-def logical_shapes(engine: DeepSpeedEngine) -> dict[str, tuple[int, ...]]:
-    """Shape of every parameter with all experts counted, in the module's order."""
-    slices = expert_slices(engine)
-    shapes = {}
-    for name, param in engine.module.named_parameters():
-        shape = full_shape(param)
-        shapes[name] = (slices[name].experts, *shape[1:]) if name in slices else shape
-    return shapes
-
-
 def plan_growth(engine: DeepSpeedEngine, run: GrowingRun, widths: Mapping[str, int]) -> GrowthPlan:
-    """The plan in the engine's parameter names; an empty ``widths`` plans a rebuild."""
+    """The plan of the whole model, in the engine's parameter names; an empty ``widths`` plans a rebuild."""
+    axes = engine_axes(engine, run.record.axes)
     return make_plan(
         logical_shapes(engine),
-        engine_axes(engine, run.record.axes),
+        axes,
         run.widths,
         widths,
         run.config.strategy,
         stage=len(run.record.stages) + 1,
-        active_share=_share(engine),
+        active_share=_shares(engine, axes),
     )
 
 
 def parameter_counts(engine: DeepSpeedEngine, record: GrowthRecord) -> tuple[int, int]:
     """Total and active (per token) parameters of the engine's model."""
     shapes, axes = logical_shapes(engine), engine_axes(engine, record.axes)
-    return count_parameters(shapes, axes), count_parameters(shapes, axes, _share(engine))
+    return count_parameters(shapes, axes), count_parameters(shapes, axes, _shares(engine, axes))
 
 
 def knowing(
@@ -182,18 +173,20 @@ def check_stages(build_model: BuildModel, config: SparklingConfig, record: Growt
 
 def warn_of_uncounted_experts(engine: DeepSpeedEngine, record: GrowthRecord) -> None:
     """Say so if all experts count as active, where a token may use some of them only."""
+    if any(logical.experts for logical in logical_parameters(engine).values()):
+        return  # DeepSpeed's own layers tell
     stacked = any(axes.stacked_experts for axes in engine_axes(engine, record.axes).values())
-    doubt = doubt_of_share(_known_share(engine), stacked=stacked)
+    doubt = doubt_of_share(active_share(engine.module), stacked=stacked)
     if doubt is not None:
         logger.warning("%s: active parameters and compute count all of them", doubt)
 
 
-def _share(engine: DeepSpeedEngine) -> float:
-    share = _known_share(engine)
-    return 1.0 if share is None else share
+def _shares(engine: DeepSpeedEngine, axes: Mapping[str, ParamAxes]) -> dict[str, float]:
+    """Share of each expert's parameters that one token uses: as DeepSpeed's layers have it, or else the model's config.
 
-
-def _known_share(engine: DeepSpeedEngine) -> float | None:
-    """Share of the stacked experts that one token uses: as AutoEP's layers have it, or else the model's config."""
-    layer = next(iter(autoep_layers(engine).values()), None)
-    return active_share(engine.module) if layer is None else layer.top_k / layer.num_experts
+    Args:
+        axes: of the whole model's parameters.
+    """
+    told = active_share(engine.module)
+    of_stacks = {name: told for name, found in axes.items() if found.stacked_experts and told is not None}
+    return of_stacks | {name: logical.share for name, logical in logical_parameters(engine).items() if logical.experts}

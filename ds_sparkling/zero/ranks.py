@@ -10,7 +10,8 @@ from ds_sparkling.diagnostics.sampling import Grid, chosen
 from ds_sparkling.diagnostics.spectrum import effective_rank
 from ds_sparkling.diagnostics.twins import twin_dimension
 from ds_sparkling.zero import access
-from ds_sparkling.zero.naming import engine_axes, expert_slices
+from ds_sparkling.zero.access import Shard
+from ds_sparkling.zero.naming import Logical, engine_axes, logical_parameters, replicas
 from ds_sparkling.zero.run import run_of
 
 #: Matrices looked at, and the rows and columns of each that are, evenly spaced.
@@ -30,20 +31,21 @@ class RankProbe:
         stages = [stage.widths for stage in run.record.stages] + [stage.widths for stage in run.config.stages]
         grown = {axis for widths in stages for axis in widths}
         axes, shards = engine_axes(engine, run.record.axes), access.shards(engine)
+        self._parameters = logical_parameters(engine)
+        shapes = {name: shards[logical.like].shape for name, logical in self._parameters.items()}
         matrices = [
             name
-            for name, shard in shards.items()
-            if len(shard.shape) - axes[name].stacked_experts > 1
+            for name, shape in shapes.items()
+            if len(shape) - axes[name].stacked_experts > 1
             and any(twin_dimension(axes[name], axis) is not None for axis in grown)
         ]
         self._engine = engine
-        self._slices = expert_slices(engine)
         self._grids: dict[str, Grid] = {}
         self._rows: dict[str, int] = {}
         for name in chosen(matrices, MATRICES):
             stacked = axes[name].stacked_experts
-            counts = tuple(min(size, SIDE) for size in shards[name].shape)
-            self._grids[name] = Grid(shards[name].shape, (1, *counts[1:]) if stacked else counts)
+            counts = tuple(min(size, SIDE) for size in shapes[name])
+            self._grids[name] = Grid(shapes[name], (1, *counts[1:]) if stacked else counts)
             self._rows[name] = counts[1] if stacked else counts[0]
 
     @torch.no_grad()
@@ -55,12 +57,21 @@ class RankProbe:
             return {}
         shards = access.shards(engine)
         for turn, (name, grid) in enumerate(self._grids.items()):
-            held, shard = self._slices.get(name), shards[name]
-            if held is not None and held.first > 0:
-                continue  # other ranks have the first expert
+            logical = self._parameters[name]
+            if not logical.here or (logical.stack is not None and logical.stack[0] > 0):
+                continue  # other ranks have the expert
+            shard = shards[logical.like]
             sample = shard.sampled(shard.held(shard.weight, grid), grid, engine.device)
-            mine = shard.rank == turn % len(shard.pieces) if shard.group is not None else engine.global_rank == 0
-            if mine:
-                found[turn] = effective_rank(sample.reshape(self._rows[name], -1))
+            share = self._share(shard, logical, turn)
+            if share:
+                found[turn] = share * effective_rank(sample.reshape(self._rows[name], -1))
         dist.all_reduce(found)
         return dict(zip(self._grids, found.tolist(), strict=True))
+
+    def _share(self, shard: Shard, logical: Logical, turn: int) -> float:
+        """What this rank adds of what is found; 1 in all over the ranks."""
+        if shard.group is not None:
+            return float(shard.rank == turn % len(shard.pieces))
+        if logical.ranks == 1:
+            return float(self._engine.global_rank == 0)
+        return 1 / replicas(shard, logical)

@@ -21,7 +21,7 @@ from ds_sparkling.strategy import OptimizerState
 from ds_sparkling.zero import access
 from ds_sparkling.zero.access import Shard
 from ds_sparkling.zero.consensus import Consensus
-from ds_sparkling.zero.naming import ExpertSlice, expert_slices
+from ds_sparkling.zero.naming import Logical, held_parameters, logical_parameters
 
 
 def make_room(plan: GrowthPlan, old: dict[str, Shard], engine: DeepSpeedEngine) -> None:
@@ -34,7 +34,7 @@ def make_room(plan: GrowthPlan, old: dict[str, Shard], engine: DeepSpeedEngine) 
     access.release_memory()
     access.begin_writing(engine)
     access.make_states(engine, old, drop=plan.strategy.optimizer_state is OptimizerState.DROP)
-    _check_shapes(plan, access.shards(engine), expert_slices(engine))
+    _check_shapes(plan, access.shards(engine), logical_parameters(engine))
 
 
 @torch.no_grad()
@@ -43,26 +43,25 @@ def move(plan: GrowthPlan, old: dict[str, Shard], engine: DeepSpeedEngine, conse
 
     Collective. A failure of one rank's own work is kept in ``consensus``, and its collectives go on.
     """
-    new, slices = access.shards(engine), expert_slices(engine)
+    new, held = access.shards(engine), held_parameters(engine)
     with progress_bar(list(old), desc="growing", unit="tensor", shown=engine.global_rank == 0) as names:
         for name in names:
-            _move_one(plan, name, old.pop(name), new.pop(name), slices.get(name), engine.device, consensus)
+            _move_one(plan, held[name], old.pop(name), new.pop(name), engine.device, consensus)
     access.finish_writing(engine)
 
 
 def _move_one(
     plan: GrowthPlan,
-    name: str,
+    logical: Logical,
     source: Shard,
     target: Shard,
-    held: ExpertSlice | None,
     device: torch.device,
     consensus: Consensus,
 ) -> None:
     """Fill one parameter's shard and states; collective."""
     widener = None
     with consensus:
-        widener = Widener(plan, name, None if held is None else (held.first, held.last))
+        widener = Widener(plan, logical.name, logical.stack)
     gathers: list[tuple[str | None, Callable[[torch.device], Tensor]]] = [
         (None, partial(source.gather, source.weight)),
         *((key, partial(source.gather, part)) for key, part in source.states.items()),
@@ -95,15 +94,14 @@ def _fill(widener: Widener, key: str | None, whole: Tensor, out: Tensor, start: 
         out.copy_(made)
 
 
-def _check_shapes(plan: GrowthPlan, new: dict[str, Shard], slices: dict[str, ExpertSlice]) -> None:
+def _check_shapes(plan: GrowthPlan, new: dict[str, Shard], logical: dict[str, Logical]) -> None:
     """The engine that build_model gave must have exactly the planned shapes."""
     planned = {param.name: param.after for param in plan.params}
-    if planned.keys() != new.keys():
+    if planned.keys() != logical.keys():
         raise GrowthError(
-            f"the grown engine has other parameters than planned: {sorted(planned.keys() ^ new.keys())[:3]}"
+            f"the grown engine has other parameters than planned: {sorted(planned.keys() ^ logical.keys())[:3]}"
         )
     for name, shape in planned.items():
-        held = slices.get(name)
-        expected = shape if held is None else (held.last - held.first, *shape[1:])
-        if new[name].shape != expected:
-            raise GrowthError(f"{name}: the grown engine has shape {new[name].shape}, planned was {expected}")
+        expected, found = logical[name].part(shape), new[logical[name].like].shape
+        if found != expected:
+            raise GrowthError(f"{name}: the grown engine has shape {found}, planned was {expected}")

@@ -17,7 +17,7 @@ from ds_sparkling.optim.step import BirthStep
 from ds_sparkling.optim.weight_norm import NormRatios, Part, Parts
 from ds_sparkling.strategy import BiasCorrection, Scope, Strategy
 from ds_sparkling.zero import access
-from ds_sparkling.zero.naming import engine_axes
+from ds_sparkling.zero.naming import engine_axes, logical_parameters
 from ds_sparkling.zero.run import run_of
 
 
@@ -73,14 +73,15 @@ def _parts_of(engine: DeepSpeedEngine) -> Parts:
     """Which parameters' elements lie where in the tensors that the base optimizer steps, and when they were born."""
     record = run_of(engine).record
     axes, history = engine_axes(engine, record.axes), record.width_history
-    shards = access.shards(engine)
+    shards, parameters = access.shards(engine), logical_parameters(engine)
     parts: dict[Tensor, list[Part]] = {}
-    for number, shard in enumerate(shards.values()):
-        if shard.master is not None:
-            blocks = birth_blocks(axes[shard.name], shard.shape, history, shard.piece.start, shard.piece.stop)
+    for number, (name, logical) in enumerate(parameters.items()):
+        shard = shards[logical.like]
+        if logical.here and shard.master is not None:
+            blocks = birth_blocks(axes[name], shard.shape, history, shard.piece.start, shard.piece.stop)
             placed = tuple(replace(block, start=block.start + shard.offset) for block in blocks)
             parts.setdefault(shard.master, []).append(Part(number, placed))
-    return len(shards), parts
+    return len(parameters), parts
 
 
 def _add_up(engine: DeepSpeedEngine, squares: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ from ds_sparkling.diagnostics.twins import twin_cosine, twin_dimension
 from ds_sparkling.strategy import Init
 from ds_sparkling.zero import access
 from ds_sparkling.zero.access import Shard
-from ds_sparkling.zero.naming import engine_axes, expert_slices, replicas
+from ds_sparkling.zero.naming import Logical, engine_axes, logical_parameters, replicas
 from ds_sparkling.zero.run import run_of
 
 #: Parameters looked at, and entries of each: what is gathered at a time, and at most, whatever the model's size.
@@ -54,6 +54,7 @@ class TwinProbe:
         self._engine = engine
         self._after = run.widths
         self._before = {axis: widths[-2] for axis, widths in history.items()} if stages else {}
+        self._parameters: dict[str, Logical] = {}
         self._axes: dict[str, ParamAxes] = {}
         self._grids: dict[str, Grid] = {}
         self._gradients: dict[str, Tensor] | None = None
@@ -63,15 +64,18 @@ class TwinProbe:
             return
         self._grown = sorted(stages[-1].widths)
         axes, shards = engine_axes(engine, run.record.axes), access.shards(engine)
-        matrices = {name for name, shard in shards.items() if len(shard.shape) - axes[name].stacked_experts > 1}
+        parameters = logical_parameters(engine)
+        alike = {name: shards[logical.like] for name, logical in parameters.items()}
+        matrices = {name for name, shard in alike.items() if len(shard.shape) - axes[name].stacked_experts > 1}
         names = [
             name
-            for name, shard in shards.items()
+            for name, shard in alike.items()
             if name in matrices and shard.master is not None and self._twins(axes[name])
         ]
         for name in chosen(names, PARAMETERS):
             self._axes[name] = axes[name]
-            self._grids[name] = thinned(shards[name].shape, ENTRIES, self._twins(axes[name]))
+            self._grids[name] = thinned(alike[name].shape, ENTRIES, self._twins(axes[name]))
+            self._parameters[name] = parameters[name]
 
     @property
     def empty(self) -> bool:
@@ -85,9 +89,7 @@ class TwinProbe:
         """
         if self._seen is None or self._gradients is None:
             self._seen, self._gradients = self._shards(), {}
-        shards = self._seen
-        for name in self._grids:
-            shard = shards[name]
+        for name, shard in self._seen.items():
             master = shard.master
             if master is not None and master.grad is not None and any(master is other for other in masters):
                 gradient = master.grad.reshape(-1)[shard.offset : shard.offset + shard.weight.numel()]
@@ -100,18 +102,19 @@ class TwinProbe:
         Collective.
         """
         shards, self._seen = self._seen or self._shards(), None
-        weights = {name: shards[name].held(shards[name].weight, grid) for name, grid in self._grids.items()}
+        weights = {name: shard.held(shard.weight, self._grids[name]) for name, shard in shards.items()}
         gradients, self._gradients = self._gradients, None
         # A step is skipped, and so has no gradients, on every rank or on none.
         found = [self._cosines(shards, held) for held in (weights, gradients) if held is not None]
-        summed = _over_ranks(found, self._replicas(shards), self._engine.device)
+        copies = {name: replicas(shard, self._parameters[name]) for name, shard in shards.items()}
+        summed = _over_ranks(found, list(self._grids), copies, self._engine.device)
         return (summed[0], summed[1] if len(summed) > 1 else None)
 
     def _cosines(self, shards: Mapping[str, Shard], held: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """This rank's cosines by parameter; a part that isn't held counts as zeros."""
         found = {}
-        for name, grid in self._grids.items():
-            shard, axes = shards[name], self._axes[name]
+        for name, shard in shards.items():
+            grid, axes = self._grids[name], self._axes[name]
             part = held.get(name)
             if part is None:
                 part = shard.held(torch.zeros_like(shard.weight), grid).float()
@@ -121,12 +124,9 @@ class TwinProbe:
         return found
 
     def _shards(self) -> dict[str, Shard]:
+        """Of the parameters looked at, those that this rank holds."""
         shards = access.shards(self._engine)
-        return {name: shards[name] for name in self._grids}
-
-    def _replicas(self, shards: Mapping[str, Shard]) -> list[int]:
-        slices = expert_slices(self._engine)
-        return [replicas(shard, slices.get(name)) for name, shard in shards.items()]
+        return {name: shards[logical.like] for name, logical in self._parameters.items() if logical.here}
 
     def _twins(self, axes: ParamAxes) -> list[int]:
         """The parameter's dimensions that hold copied units."""
@@ -135,30 +135,39 @@ class TwinProbe:
 
 
 def _over_ranks(
-    found: Sequence[Mapping[str, Tensor]], replicas: Sequence[int], device: torch.device
+    found: Sequence[Mapping[str, Tensor]], names: Sequence[str], copies: Mapping[str, int], device: torch.device
 ) -> list[TwinCosines | None]:
-    """The statistics of several sets of cosines by parameter, over all ranks. Collective."""
-    sums = torch.zeros(len(found), len(replicas), 2, dtype=torch.float64, device=device)
-    largest = torch.full((len(found), len(replicas)), -torch.inf, dtype=torch.float64, device=device)
+    """The statistics of several sets of cosines by parameter, over all ranks. Collective.
+
+    Args:
+        found: what this rank has seen.
+        names: of the parameters that all ranks look at, together.
+        copies: how many ranks see the same, by parameter.
+    """
+    sums = torch.zeros(len(found), len(names), 2, dtype=torch.float64, device=device)
+    largest = torch.full((len(found), len(names)), -torch.inf, dtype=torch.float64, device=device)
     for kind, cosines in enumerate(found):
-        for index, (values, count) in enumerate(zip(cosines.values(), replicas, strict=True)):
-            if values.numel():
-                sums[kind, index] = torch.stack([values.sum(), values.new_tensor(values.numel())]) / count
+        for index, name in enumerate(names):
+            values = cosines.get(name)
+            if values is not None and values.numel():
+                sums[kind, index] = torch.stack([values.sum(), values.new_tensor(values.numel())]) / copies[name]
                 largest[kind, index] = values.max()
     dist.all_reduce(sums)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return [
-        _statistics(cosines, totals, peaks)
+        _statistics(cosines, dict(zip(names, totals, strict=True)), peaks)
         for cosines, totals, peaks in zip(found, sums.tolist(), largest.tolist(), strict=True)
     ]
 
 
 def _statistics(
-    cosines: Mapping[str, Tensor], totals: Iterable[tuple[float, float]], peaks: Sequence[float]
+    cosines: Mapping[str, Tensor], totals: Mapping[str, tuple[float, float]], peaks: Sequence[float]
 ) -> TwinCosines | None:
-    counted = {name: (total, count) for name, (total, count) in zip(cosines, totals, strict=True) if count > 0}
+    counted = {name: (total, count) for name, (total, count) in totals.items() if count > 0}
     if not counted:
         return None
     mean = sum(total for total, _ in counted.values()) / sum(count for _, count in counted.values())
     by_parameter = {name: total / count for name, (total, count) in counted.items()}
-    return TwinCosines(mean, max(peaks), by_parameter, torch.cat(list(cosines.values())).cpu())
+    return TwinCosines(
+        mean, max(peaks), by_parameter, torch.cat([torch.empty(0), *(own.cpu() for own in cosines.values())])
+    )
