@@ -12,10 +12,13 @@ from ds_sparkling.errors import ConfigError, PlanError
 #: Stands in a hint for a dimension that is to be filled in.
 TO_FILL = "?"
 
+#: Numbers in an escaped name: parts of their own, and those of layers and experts that are attributes of their own.
+_NUMBERS = re.compile(r"(?<=\\\.)\d+(?=\\\.|$)|(?<=expert)\d+|(?<=expert_)\d+|(?<=layer)\d+|(?<=layer_)\d+")
+
 
 def name_pattern(name: str) -> str:
-    """A pattern that matches ``name`` and all that differ from it in numbers alone."""
-    return re.sub(r"(?<=\\\.)\d+(?=\\\.)", r"\\d+", re.escape(name))
+    """A pattern that matches ``name`` and all that differ from it in the numbers of layers and experts alone."""
+    return _NUMBERS.sub(r"\\d+", re.escape(name))
 
 
 def parse_hints(entries: Mapping[str, Any], where: str) -> dict[str, ParamAxes]:

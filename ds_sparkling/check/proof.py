@@ -9,15 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from fractions import Fraction
 
 import torch
+from torch import nn
 
-from ds_sparkling.axes import ParamAxes
+from ds_sparkling.axes import ParamAxes, Role
 from ds_sparkling.check.comparison import Change, Comparison, Runnable, compare, first_runnable, fitting_axes, tolerance
 from ds_sparkling.check.forward import Inputs, Side, difference_between_runs
 from ds_sparkling.check.instance import instances
 from ds_sparkling.errors import PlanError
 from ds_sparkling.probe import BuildModel
+from ds_sparkling.probe.moves import HEADS
+from ds_sparkling.probe.roles import makes_queries
 from ds_sparkling.strategy import Scaling, Strategy
 
 
@@ -123,7 +127,40 @@ def _refutation(axes: list[str], comparison: Comparison, how: Strategy) -> str:
         "attention scale, a size of heads), or a parameter may be laid out otherwise than its axes say. Set such a "
         f"scale from the starting widths, correct the axes, or leave {grown} as it is"
     )
-    return head + _where(comparison) + advice
+    return head + _where(comparison) + _heads_advice(comparison) + advice
+
+
+def _heads_advice(comparison: Comparison) -> str:
+    """What to do if queries are as wide as an axis that grows, and are split into as many heads as before."""
+    plan = comparison.plan
+    growths = {growth.axis: growth for growth in plan.growths}
+    if growths.keys() & set(HEADS):
+        return ""
+    for param in plan.params:
+        grown = [leaf.axis for leaf in param.axes.leaves if leaf.role is Role.FAN_OUT and leaf.axis in growths]
+        if not grown or not makes_queries(param.name):
+            continue
+        growth = growths[grown[0] or ""]
+        heads = _heads_of(comparison.narrow, param.name)
+        ratio = Fraction(growth.after, growth.before)
+        wanted = f", {heads[0]} {heads[1]} to {heads[1] * ratio}" if heads is not None else ""
+        return (
+            f"{param.name} makes queries as wide as {growth.axis}: if heads stay as many, each gets larger, which "
+            "attention scales by and positions hang on; grow the number of heads in the same stage by the same ratio"
+            f"{wanted}, or let build_model have it follow. "
+        )
+    return ""
+
+
+def _heads_of(model: nn.Module, name: str) -> tuple[str, int] | None:
+    """What the number of heads is called, and how many there are, by the config or the modules around a parameter."""
+    path = name.split(".")
+    around = [model.get_submodule(".".join(path[:depth])) for depth in range(len(path) - 1, -1, -1)]
+    for holder in (*around, getattr(model, "config", None)):
+        for called in (*HEADS, "heads"):
+            if isinstance(count := getattr(holder, called, None), int):
+                return called, count
+    return None
 
 
 def _where(comparison: Comparison) -> str:

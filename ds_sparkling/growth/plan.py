@@ -252,9 +252,10 @@ def _axis_growths(
     ratios = {Fraction(width, before[axis]) for axis, width in after.items() if dims[axis]}
     for axis in silent:
         if Fraction(after[axis], before[axis]) not in ratios:
+            fitting = sorted({str(ratio * before[axis]) for ratio in ratios if (ratio * before[axis]).denominator == 1})
             raise PlanError(
                 f"no parameter carries the width axis {axis!r}; it can only grow together with an axis that parameters "
-                "carry, and by the same ratio"
+                "carry, and by the same ratio" + (f": to {' or '.join(fitting)}, not {after[axis]}" if fitting else "")
             )
     growths = []
     for axis, width in after.items():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from fractions import Fraction
 
 import torch
 from torch import nn
@@ -13,6 +15,9 @@ from ds_sparkling.errors import ConfigError, PlanError, UnsupportedError
 from ds_sparkling.probe.alone import frames_of, missing_group, without_peers
 
 BuildModel = Callable[..., nn.Module]
+
+#: Kinds of a function's parameters that have no name of their own.
+_ANY = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def require_factory(build_model: object) -> None:
@@ -49,10 +54,39 @@ def base_widths(build_model: BuildModel, axes: Iterable[str], given: Mapping[str
         if not isinstance(width, int):
             raise PlanError(
                 f"no starting width is known for axis {axis!r}: give it in sparkling.widths, as build_model's default, "
-                "or as an attribute of model.config"
+                f"or as an attribute of model.config{names_known(build_model, config, axis)}"
             )
         widths[axis] = width
     return widths
+
+
+def names_known(build_model: BuildModel, config: object, wrong: str) -> str:
+    """What widths may be called, for an error about a name that means nothing: empty if nothing is known.
+
+    Args:
+        config: the built model's, if it has one.
+        wrong: the name that was given, whose nearest are listed first.
+    """
+    parameters = inspect.signature(build_model).parameters.values()
+    taken = [parameter.name for parameter in parameters if parameter.kind not in _ANY]
+    settings = vars(config) if hasattr(config, "__dict__") else {}
+    declared = [name for name, value in settings.items() if type(value) is int and not name.startswith("_")]
+    declared += list(getattr(config, "attribute_map", {}))
+    nearest = difflib.get_close_matches(wrong, [*taken, *declared], n=3)
+    said = [f"; did you mean {' or '.join(map(repr, dict.fromkeys(nearest)))}?"] if nearest else []
+    said += [f" build_model takes {', '.join(taken)}."] if taken else []
+    said += [f" Numbers in model.config: {', '.join(sorted(set(declared) - set(nearest)))}."] if declared else []
+    return "".join(said)
+
+
+def _refuse_unknown_names(build_model: BuildModel, widths: Mapping[str, int]) -> None:
+    """Raise PlanError if ``build_model`` doesn't take one of ``widths`` by name."""
+    parameters = inspect.signature(build_model).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return
+    for axis in widths:
+        if axis not in parameters or parameters[axis].kind is inspect.Parameter.POSITIONAL_ONLY:
+            raise PlanError(f"build_model takes no {axis!r} by name{names_known(build_model, None, axis)}")
 
 
 def build_on_meta(build_model: BuildModel, widths: Mapping[str, int]) -> nn.Module:
@@ -71,6 +105,7 @@ def build_alone(build_model: BuildModel, widths: Mapping[str, int], device: str)
     Raises:
         As :func:`build_on_meta`.
     """
+    _refuse_unknown_names(build_model, widths)
     try:
         with without_peers(), torch.device(device):
             model = build_model(**widths)
@@ -109,9 +144,25 @@ def check_wide(
     shapes = {name: tuple(param.shape) for name, param in build_on_meta(build_model, widths).named_parameters()}
     wide = {**widths, **after}
     for name, param in build_on_meta(build_model, wide).named_parameters():
-        planned = axes[name].shape(shapes[name], after) if name in axes else None
+        planned = axes[name].shape(shapes[name], wide) if name in axes else None
         if tuple(param.shape) != planned:
             raise PlanError(
                 f"{name} would become {planned}, but build_model makes it {tuple(param.shape)} at {wide}; if its size "
-                "follows from several widths, they have to grow together, by the same ratio"
+                "follows from several widths, they have to grow together, by the same "
+                f"ratio{by_one_ratio(widths, after)}"
             )
+
+
+def by_one_ratio(widths: Mapping[str, int], after: Mapping[str, int]) -> str:
+    """The widths that would grow by the same ratio as the one that grows most, for an error; empty if they do.
+
+    Args:
+        widths: those in force, of all axes.
+        after: the axes that grow.
+    """
+    wide = {**widths, **after}
+    most = max(after, key=lambda axis: Fraction(after[axis], widths[axis]))
+    ratio = Fraction(after[most], widths[most])
+    wanted = {axis: ratio * width for axis, width in widths.items() if ratio * width != wide[axis]}
+    whole = [f"{axis} {int(width)}" for axis, width in wanted.items() if width.denominator == 1]
+    return f": with {most} {after[most]} that is {', '.join(whole)}" if whole else ""

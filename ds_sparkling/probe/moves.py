@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ds_sparkling.errors import PlanError
-from ds_sparkling.probe.build import BuildModel, build_on_meta
+from ds_sparkling.probe.build import BuildModel, build_on_meta, names_known
 
 #: Widths that count attention heads, and those that count the key/value heads that query heads share.
 HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "num_query_heads")
@@ -80,7 +80,10 @@ def find_moves(build_model: BuildModel, widths: Mapping[str, int], told: Collect
     changes = {place: by_axis for place, by_axis in changes.items() if not sizes.stays(place, by_axis)}
     if widths and not changes:
         axes = ", ".join(map(repr, widths))
-        raise PlanError(f"no parameter changes with {axes}: is it a width, and does build_model pass it on?")
+        names = names_known(
+            build_model, getattr(build_on_meta(build_model, widths), "config", None), next(iter(widths))
+        )
+        raise PlanError(f"no parameter changes with {axes}: is it a width, and does build_model pass it on?{names}")
     for place, by_axis in changes.items():
         found = sizes.sum_of_multiples(place, by_axis) or sizes.common_multiple(place, by_axis)
         if found is not None:

@@ -37,7 +37,9 @@ class Head:
     Attributes:
         embeddings: the embeddings that carry the axis.
         weights: linear maps outside the repeated layers that consume the axis; the last one is likely the head.
-        gains: for a head that is tied: per norm that may feed it, likeliest first, its gain (and shift).
+        gains: for a head that is tied: per norm that may feed it, likeliest first, its gain (and shift). Where nothing
+            consumes the axis outside of the repeated layers the embedding itself may be the head, by a call of its
+            own: then they come after one of no gains.
     """
 
     embeddings: tuple[str, ...]
@@ -54,12 +56,14 @@ class Reading:
         candidates: what each kind may be.
         heads: per axis that embeddings carry, where multipliers and a tied head's factor can go.
         descriptions: per parameter, in the model's order, what is known of it, for an error.
+        hinted: parameters of which a hint says all.
     """
 
     kinds: Mapping[str, tuple[str, ...]]
     candidates: Mapping[str, Candidates]
     heads: Mapping[str, Head]
     descriptions: Mapping[str, str]
+    hinted: frozenset[str] = frozenset()
 
     def unknown(self, name: str) -> UnreadableError:
         """The error for a parameter that nobody can be sure of, with the hint to fill in."""
@@ -97,7 +101,7 @@ class Reading:
         for changes in itertools.product(*options):
             changed = dict(axes)
             for change in changes:
-                changed.update(change)
+                changed.update({name: param_axes for name, param_axes in change.items() if name not in self.hinted})
             yield changed
 
 
@@ -166,7 +170,8 @@ def read(build_model: BuildModel, widths: Mapping[str, int], hints: Mapping[str,
     axes = _likeliest(kinds, found)
     groups, indices = _groups(build_model, widths, axes), _indices(axes)
     found = {kind: _settled(options, groups, indices) for kind, options in found.items()}
-    return Reading(kinds, found, _heads(model, _likeliest(kinds, found)), descriptions)
+    heads = _heads(model, _likeliest(kinds, found))
+    return Reading(kinds, found, heads, descriptions, frozenset(hinted))
 
 
 def _likeliest(kinds: Mapping[str, tuple[str, ...]], found: Mapping[str, Candidates]) -> dict[str, ParamAxes]:
@@ -248,10 +253,11 @@ def _heads(model: nn.Module, axes: Mapping[str, ParamAxes]) -> dict[str, Head]:
     heads = {}
     for axis, names in embeddings.items():
         gains: dict[str, list[str]] = {}
-        weights = []
+        weights, consumed = [], False
         for name, param_axes in axes.items():
             if axis not in param_axes.axes or name.startswith(repeated):
                 continue
+            consumed |= len(param_axes.dims) > 1 and name not in names
             if param_axes.dims[0].role is Role.GAIN:
                 gains.setdefault(name.rpartition(".")[0], []).append(name)
             elif isinstance(modules[name.rpartition(".")[0]], nn.Linear) and param_axes.dims[-1].axis == axis:
@@ -262,7 +268,9 @@ def _heads(model: nn.Module, axes: Mapping[str, ParamAxes]) -> dict[str, Head]:
                 f"{tied[axis]} is tied to the embedding, so {axis}'s fan-in factor must go into the norm before the "
                 "head; found none outside the repeated layers"
             )
-        heads[axis] = Head(tuple(names), tuple(weights), norms if axis in tied else ())
+        if axis not in tied:
+            norms = () if consumed or not norms else ((), *norms)
+        heads[axis] = Head(tuple(names), tuple(weights), norms)
     return heads
 
 
@@ -286,7 +294,12 @@ def _tied_heads(model: nn.Module, axes: Mapping[str, ParamAxes]) -> dict[str, st
 
 
 def _used_alike(owner: nn.Module, other: nn.Module, name: str, shared: str) -> bool:
-    """Whether modules of one kind use a parameter that they share for the same, so that it grows alike for both."""
+    """Whether modules use a parameter that they share for the same, so that it grows alike for both.
+
+    Those of one kind do; and a bias is one wherever it is, as that of a head which the module around it holds, too.
+    """
+    if name.endswith("bias") and shared.endswith("bias"):
+        return True
     if type(owner) is not type(other):
         return False
     return isinstance(owner, nn.ParameterList) or name.rpartition(".")[2] == shared.rpartition(".")[2]
@@ -316,7 +329,7 @@ def _head_options(
         }
         for base in bases
         for gains in head.gains
-        for offset in (0.0, 1.0)
+        for offset in ((0.0, 1.0) if gains else (0.0,))
     ]
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from ds_sparkling.axes import FIXED, Dim, Norm, ParamAxes, Role
 from ds_sparkling.probe.moves import HEADS, KEY_VALUE_HEADS, Move
@@ -69,6 +70,11 @@ class Place:
         return any(part.lower().removesuffix("_bias") in names for part in (self.leaf, self.parent))
 
 
+def makes_queries(name: str) -> bool:
+    """Whether a parameter's name is that of what makes queries, alone or with keys and values."""
+    return any(part.lower() in _QUERIES + _FUSED_QKV for part in name.split(".")[-2:])
+
+
 def candidates(place: Place, moves: Mapping[int, Move]) -> Candidates:
     """What the dimensions of a parameter may be.
 
@@ -101,6 +107,8 @@ def _orientations(place: Place) -> tuple[list[tuple[Role, ...]], bool]:
         return [(out, into) if ndim == 2 else (out,)], True
     if _norm(place) is not None:
         return [(Role.GAIN,)], True
+    if isinstance(place.owner, _ConvNd):
+        return _of_convolution(place.owner, ndim)
     if place.is_of_torch:
         return [], False
     if place.kind == "conv1d":  # of transformers: a linear map whose weight is [in, out]
@@ -114,6 +122,21 @@ def _orientations(place: Place) -> tuple[list[tuple[Role, ...]], bool]:
     if ndim == 3:
         return [(out, out, into), (out, into, out)], True
     return [], False
+
+
+def _of_convolution(conv: _ConvNd, ndim: int) -> tuple[list[tuple[Role, ...]], bool]:
+    """The roles of a convolution's weight or bias; those of the kernel's own dimensions don't matter.
+
+    One that convolves every channel for itself holds numbers per unit. In other groups new channels are copies as long
+    as whole groups are, which has to be tried.
+    """
+    out, into = Role.FAN_OUT, Role.FAN_IN
+    if conv.groups > 1 and conv.groups == conv.in_channels:
+        return [(Role.PER_UNIT,) * ndim], True
+    if ndim == 1:
+        return [(out,)], True
+    pair = (into, out) if conv.transposed else (out, into)
+    return [(*pair, *(into,) * (ndim - 2))], conv.groups == 1
 
 
 def _stacked(place: Place) -> bool:

@@ -217,3 +217,105 @@ def test_the_size_of_heads_grows_where_nothing_but_a_product_hangs_on_it(scaled:
     power = -0.5 if scaled else 0.0
     assert found.axes["q_proj.weight"].dims[0] == Dim("head_dim", Role.FAN_IN, segments=4, power=power)
     assert found.axes["k_proj.bias"].dims[0].role is Role.FAN_OUT
+
+
+# -- heads, heads that are embeddings, experts in lists ------------------------------------------------------------
+
+
+class Body(nn.Module):
+    """An embedding, one mixer on what a norm gives, a norm, and a head: a linear map, or the embedding itself."""
+
+    def __init__(self, width: int, mixer: nn.Module, functional: bool = False) -> None:
+        super().__init__()
+        self.tokens, self.layers = nn.Embedding(VOCABULARY, width), nn.ModuleList([mixer])
+        self.first, self.last = nn.RMSNorm(width), nn.RMSNorm(width)
+        self.head = None if functional else nn.Linear(width, VOCABULARY, bias=False)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.tokens(input_ids)
+        x = self.last(x + self.layers[0](self.first(x)))
+        logits: Tensor = nn.functional.linear(x, self.tokens.weight) if self.head is None else self.head(x)
+        return logits
+
+
+class Fused(nn.Module):
+    """Attention with queries, keys and values in one map."""
+
+    def __init__(self, width: int, n_head: int) -> None:
+        super().__init__()
+        self.qkv, self.out, self.n_head = nn.Linear(width, 3 * width), nn.Linear(width, width), n_head
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        mixed: Tensor = self.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return mixed
+
+
+def test_heads_whose_number_stays_are_refused_with_the_number_that_would_do() -> None:
+    def fixed(width: int = 32, n_head: int = 4) -> nn.Module:
+        return Body(width, Fused(width, n_head))
+
+    with pytest.raises(PlanError, match=r"layers\.0\.qkv\.weight makes queries as wide as width.*n_head 4 to 8"):
+        find_axes(fixed, {"width": 32}, [("width",)])
+    assert find_axes(fixed, {"width": 32, "n_head": 4}, [("width", "n_head")]).proof
+    assert find_axes(lambda width: Body(width, Fused(width, width // 8)), {"width": 32}, [("width",)]).proof
+
+
+def test_an_embedding_that_is_called_as_the_head_has_its_factor_in_the_last_norm() -> None:
+    def build_model(width: int = 32) -> nn.Module:
+        return Body(width, nn.Linear(width, width), functional=True)
+
+    found = find_axes(build_model, {"width": 32}, [("width",)])
+    assert found.proof
+    assert found.axes["last.weight"].head_gain
+    assert not found.axes["first.weight"].head_gain
+
+
+class Convolved(nn.Module):
+    """A causal convolution between two maps, of each channel for itself, of groups of 8, or of all."""
+
+    def __init__(self, width: int, groups: int) -> None:
+        super().__init__()
+        self.into, self.out = nn.Linear(width, width), nn.Linear(width, width)
+        self.conv = nn.Conv1d(width, width, 3, padding=2, groups=groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(self.into(x).transpose(1, 2))[..., : x.shape[1]].transpose(1, 2)
+        mixed: Tensor = self.out(nn.functional.silu(y))
+        return mixed
+
+
+@pytest.mark.parametrize("share", [1, 8, 0])
+def test_convolutions_that_follow_the_width_grow(share: int) -> None:
+    def build_model(width: int) -> nn.Module:
+        return Body(width, Convolved(width, width // share if share else 1))
+
+    assert find_axes(build_model, {"width": 32}, [("width",)]).proof
+
+
+class Experts(nn.Module):
+    """Experts in lists of parameters, stored the other way round, each of a share of its own."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.router = nn.Linear(width, 4, bias=False)
+        self.up, self.down = (
+            nn.ParameterList([nn.Parameter(torch.randn(shape)) for _ in range(4)])
+            for shape in ((width, inner), (inner, width))
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        shares = self.router(x).softmax(-1)
+        experts = [nn.functional.silu(x @ up) @ down for up, down in zip(self.up, self.down, strict=True)]
+        return torch.stack([share[..., None] * y for share, y in zip(shares.unbind(-1), experts, strict=True)]).sum(0)
+
+
+def test_experts_in_lists_of_parameters_are_read_alike() -> None:
+    def build_model(width: int = 16, inner: int = 12) -> nn.Module:
+        return Body(width, Experts(width, inner))
+
+    found = find_axes(build_model, {"width": 16, "inner": 12}, [("width",), ("inner",), ("width", "inner")])
+    assert found.proof
+    assert {found.axes[f"layers.0.up.{expert}"].dims for expert in range(4)} == {
+        (Dim("width", Role.FAN_IN), Dim("inner", Role.FAN_OUT))
+    }

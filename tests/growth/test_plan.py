@@ -168,7 +168,7 @@ def without(mapping: dict[str, Any], name: str) -> dict[str, Any]:
         pytest.param({"before": {**WIDTHS, "heads": 2}, "after": {"heads": 4}}, ["'heads'"], id="an axis of nothing"),
         pytest.param(
             {"before": {**WIDTHS, "heads": 2}, "after": {"hidden": 8, "heads": 6}},
-            ["'heads'", "no parameter carries", "same ratio"],
+            ["'heads'", "no parameter carries", "same ratio: to 4, not 6"],
             id="an axis of nothing at a ratio of its own",
         ),
         pytest.param({"after": {"hidden": 4}}, ["hidden", "4 -> 4"], id="equal"),

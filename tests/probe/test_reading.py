@@ -251,7 +251,10 @@ UNSURE: dict[str, tuple[Callable[[int], nn.Module], list[dict[str, Any]]]] = {
     ),
     "blocks": (lambda w: nn.Linear(5, 2 * w, bias=False), [{"axis": W, "role": "fan_out", "block": 2}, {}]),
     "segments": (lambda w: nn.Linear(5, 3 * w, bias=False), [{"axis": W, "role": "fan_out", "segments": 3}, {}]),
-    "a convolution": (lambda w: nn.Conv1d(w, 8, 3, bias=False), [{}, {"axis": W, "role": "fan_in"}, {}]),
+    "a grouped convolution": (
+        lambda w: nn.Conv1d(w, w, 3, groups=w // 2, bias=False),
+        [{"axis": W, "role": "fan_out"}, {}, {}],
+    ),
     "four dimensions": (lambda w: Holder(weight=(2, w, 5, 3)), [{}, {"axis": W, "role": "fan_out"}, {}, {}]),
 }
 

@@ -13,7 +13,8 @@ from transformers.pytorch_utils import Conv1D
 from ds_sparkling.axes import FIXED, Dim, Norm, ParamAxes, Role
 from ds_sparkling.errors import PlanError
 from ds_sparkling.probe import read
-from ds_sparkling.probe.roles import Candidates
+from ds_sparkling.probe.moves import Move
+from ds_sparkling.probe.roles import Candidates, Place, candidates
 
 W = "width"
 OUT, IN = Dim(W, Role.FAN_OUT), Dim(W, Role.FAN_IN)
@@ -234,16 +235,39 @@ def test_what_a_head_has_is_a_block(axis: str) -> None:
         assert [option.dims for option in candidates.options] == [expected]
 
 
+OUT, INTO, EACH = (Dim("width", role) for role in (Role.FAN_OUT, Role.FAN_IN, Role.PER_UNIT))
+
+
+@pytest.mark.parametrize(
+    ("make", "certain", "dims"),
+    [
+        pytest.param(lambda w: nn.Conv1d(w, 8, 3, bias=False), True, (FIXED, INTO, FIXED), id="in"),
+        pytest.param(lambda w: nn.Conv2d(8, w, 3, bias=False), True, (OUT, FIXED, FIXED, FIXED), id="out"),
+        pytest.param(lambda w: nn.Conv1d(w, w, 3, bias=False), True, (OUT, INTO, FIXED), id="both"),
+        pytest.param(lambda w: nn.ConvTranspose1d(w, w, 3, bias=False), True, (INTO, OUT, FIXED), id="transposed"),
+        pytest.param(lambda w: nn.Conv1d(w, w, 3, groups=w, bias=False), True, (EACH, FIXED, FIXED), id="depthwise"),
+        pytest.param(lambda w: nn.Conv1d(w, w, 3, groups=w // 2, bias=False), False, (OUT, FIXED, FIXED), id="groups"),
+    ],
+)
+def test_convolutions(make: Make, certain: bool, dims: tuple[Dim, ...]) -> None:
+    candidates = found(make)
+    assert candidates.certain is certain
+    assert [option.dims for option in candidates.options] == [dims]
+
+
+def test_a_bias_of_a_depthwise_convolution_is_per_unit_and_of_another_an_output() -> None:
+    for groups, expected in ((4, EACH), (1, OUT)):
+        model = nn.Conv1d(4, 4, 3, groups=groups)
+        bias = candidates(Place("conv.bias", model, (4,)), {0: Move((("width", 1),))})
+        assert bias.options == (ParamAxes((expected,)),)
+
+
 # -- what is nothing known -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("make", "named"),
     [
-        pytest.param(
-            lambda w: nn.Conv1d(w, 8, 3, bias=False), ["part.weight (Conv1d", "dimension 1 is 1 times"], id="1"
-        ),
-        pytest.param(lambda w: nn.Conv1d(8, w, 3, bias=False), ["part.weight (Conv1d", "dimension 0"], id="2"),
         pytest.param(lambda w: Holder(2, w, 5, 5), ["part.weight (Holder", "dimension 1"], id="4-D"),
         pytest.param(lambda w: nn.Bilinear(w, 3, 2), ["part.weight (Bilinear", "dimension 1"], id="bilinear"),
         pytest.param(lambda w: nn.PReLU(w), ["part.weight (PReLU", "dimension 0"], id="an activation's"),
