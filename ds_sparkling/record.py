@@ -158,19 +158,22 @@ def read_record(checkpoint: Path) -> GrowthRecord | None:
 
 
 def find_checkpoint(
-    directory: str | os.PathLike[str], tag: str | None = None, *, universal: bool = False
+    directory: str | os.PathLike[str], tag: str | None = None, *, universal: bool | None = False
 ) -> Path | None:
     """The checkpoint directory that ``load_checkpoint(directory, tag)`` would load; None if there is none yet.
 
     Args:
         directory, tag: as in ``load_checkpoint``.
-        universal: whether the engine loads universal checkpoints, whose newest is named in ``latest_universal``.
+        universal: whether the engine loads universal checkpoints, whose newest is named in ``latest_universal`` instead
+            of ``latest``; None if nobody knows: then ``latest_universal`` counts where it is the only one.
 
     Raises:
         CheckpointError: if a tag is given, or named in ``latest``, and doesn't exist.
     """
     root = Path(directory)
     latest = root / ("latest_universal" if universal else "latest")
+    if universal is None and not latest.is_file():
+        latest = root / "latest_universal"
     if tag is None and not latest.is_file():
         return None
     name = tag if tag is not None else latest.read_text().strip()
@@ -183,12 +186,16 @@ def find_checkpoint(
     return path
 
 
-def recorded_widths(checkpoint: str | os.PathLike[str] | None, tag: str | None = None) -> dict[str, int]:
+def recorded_widths(
+    checkpoint: str | os.PathLike[str] | None, tag: str | None = None, *, universal: bool | None = None
+) -> dict[str, int]:
     """The widths at which a model has to be built to be loaded from ``checkpoint``: ``build_model(**widths)``.
 
     Args:
         checkpoint: a directory to load a checkpoint from; None if there is none.
         tag: the checkpoint in it; the one named in ``latest`` by default.
+        universal: whether the engine is going to load universal checkpoints (``checkpoint.load_universal`` in its
+            config), whose newest is named in ``latest_universal``; by default if there are no others.
 
     Returns:
         Nothing if there is no checkpoint yet, or one without a growth record: the starting widths.
@@ -196,6 +203,6 @@ def recorded_widths(checkpoint: str | os.PathLike[str] | None, tag: str | None =
     Raises:
         CheckpointError: as :func:`find_checkpoint` and :func:`read_record`.
     """
-    found = None if checkpoint is None else find_checkpoint(checkpoint, tag)
+    found = None if checkpoint is None else find_checkpoint(checkpoint, tag, universal=universal)
     record = None if found is None else read_record(found)
     return {} if record is None else record.widths

@@ -24,6 +24,7 @@ from deepspeed import comm as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 import ds_sparkling
 from ds_sparkling.config import read_json, typed_block
@@ -161,8 +162,6 @@ class Job:
         if before not in [(name, at) for name, at, _ in self.progress.milestones]:
             self.progress.milestones.append((*before, self.evaluate()))
         self.engine = ds_sparkling.grow_if_due(self.engine, client_state=self.progress.client_state)
-        if self.rank == 0:
-            tqdm.write(self.engine.sparkling.plan.describe(fraction=step / self.training.steps), file=sys.stderr)
         self.progress.milestones.append(("after growth", step, self.evaluate()))
 
     @torch.no_grad()
@@ -262,7 +261,8 @@ def run(args: argparse.Namespace) -> None:
     _say(f"training on {corpus.source}: {len(corpus.train):,} tokens, {len(corpus.validation):,} held out")
     job = Job(engine, corpus, training, checkpoints, progress)
     del engine
-    job.train()
+    with logging_redirect_tqdm():
+        job.train()
     if job.rank == 0:
         job.outcome(variant).write(output)
     _say(f"\n{job.summary()}\ncheckpoints {checkpoints}\n\nwatch it:   tensorboard --logdir {output}")

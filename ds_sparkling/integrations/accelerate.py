@@ -43,7 +43,8 @@ def growing(
         accelerator: an ``Accelerator`` with a DeepSpeed plugin, whose config has the ``"sparkling"`` block.
         build_model: ``build_model(**widths) -> nn.Module``; the model that is prepared must be what it makes.
         checkpoint: the directory that ``accelerator.load_state`` is going to load from, if it is; the model has to be
-            built at the widths recorded there.
+            built at the widths recorded there. Nothing is saved there: a checkpoint before a growth goes into the
+            ``checkpoint_dir`` of the ``"sparkling"`` block, if it has one.
         optimizer: ``optimizer(params) -> torch.optim.Optimizer``, if an optimizer is prepared rather than a
             ``DummyOptim``.
         model_parameters: ``model_parameters(model) -> groups``, if the optimizer has several.
@@ -76,6 +77,7 @@ def growing(
                 lr_scheduler=lr_scheduler,
                 model_parameters=model_parameters,
                 on_growth=lambda engine: _point(results, engine),
+                read_only=True,
             )
             _point(results, engines[0])
         return prepared

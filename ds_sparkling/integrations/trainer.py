@@ -25,6 +25,7 @@ import ds_sparkling
 from ds_sparkling.errors import ConfigError, UnsupportedError
 from ds_sparkling.integrations.accelerate import growing
 from ds_sparkling.probe import BuildModel
+from ds_sparkling.zero.notices import notice_end
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ class SparklingCallback(TrainerCallback):
         trainer: the Trainer that the callback is going to be added to.
         build_model: ``build_model(**widths) -> nn.Module``; the Trainer's model must be what it makes.
         checkpoint: what ``trainer.train(resume_from_checkpoint=...)`` is going to get, if anything; the model has to be
-            built at the widths recorded there.
+            built at the widths recorded there. Nothing is saved there but by the Trainer.
         optimizer, model_parameters: functions that make anew, at a growth, an optimizer that isn't in the DeepSpeed
             JSON, and its groups; as for :func:`ds_sparkling.adopt`.
     """
@@ -93,6 +94,8 @@ class SparklingCallback(TrainerCallback):
             setattr(model.config, name, value)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            notice_end(self.trainer.model_wrapped.sparkling, state.max_steps, "the Trainer")
         # The Trainer has aligned them with its tokenizer's.
         config = self.trainer.model.config
         self._tokens = {name: getattr(config, name) for name in _TOKENS if hasattr(config, name)}

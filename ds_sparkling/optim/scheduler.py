@@ -175,6 +175,21 @@ def phase(scheduler: Any, groups: int) -> Phase | None:
     return None
 
 
+def planned_end(scheduler: Any) -> int | None:
+    """The number of steps after which a scheduler has come to the end of its schedule; None if it doesn't tell.
+
+    Known are those of :func:`phase`, DeepSpeed's WarmupDecayLR, torch's OneCycleLR, and what transformers makes for a
+    number of training steps.
+    """
+    now = phase(scheduler, 0)
+    if now is not None:
+        return now.left.total
+    told = [getattr(scheduler, name, None) for name in ("total_num_steps", "total_steps")]
+    for rule in getattr(scheduler, "lr_lambdas", []):
+        told.append(getattr(rule, "keywords", {}).get("num_training_steps"))
+    return next((steps for steps in told if isinstance(steps, int)), None)
+
+
 def group_numbers(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The numeric hyperparameters of every parameter group."""
     plain = [{key: _plain(value) for key, value in group.items()} for group in groups]

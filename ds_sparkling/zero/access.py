@@ -45,6 +45,38 @@ def check_version() -> None:
         )
 
 
+#: What DeepSpeed writes into a checkpoint's model states, from where ``load_checkpoint`` returns nearly all of it as
+#: the client's state, too.
+_MODEL_STATES = {
+    "buffer_names",
+    "checkpoint_parallel_dimensions",
+    "data_sampler",
+    "dp_world_size",
+    "ds_autoep_layers",
+    "ds_config",
+    "ds_version",
+    "frozen_param_fragments",
+    "frozen_param_shapes",
+    "global_samples",
+    "global_steps",
+    "lr_scheduler",
+    "module",
+    "mp_world_size",
+    "num_experts",
+    "optimizer",
+    "param_shapes",
+    "random_ltd",
+    "shared_params",
+    "skipped_steps",
+    "universal_checkpoint_info",
+}
+
+
+def clients_own(state: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a client state, as ``load_checkpoint`` returned it, isn't DeepSpeed's."""
+    return {key: value for key, value in state.items() if key not in _MODEL_STATES}
+
+
 @dataclass
 class Shard:
     """What this rank holds of one parameter.

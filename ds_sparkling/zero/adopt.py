@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 import os
 from collections.abc import Callable
 from typing import Any
@@ -21,12 +20,11 @@ from ds_sparkling.zero.carry import preserved_rng
 from ds_sparkling.zero.consensus import Consensus
 from ds_sparkling.zero.engine import check_factories, fit_out
 from ds_sparkling.zero.huggingface import built_plainly
+from ds_sparkling.zero.notices import notice_plans
 from ds_sparkling.zero.planning import agreed, check_same_model, plan_growth, starting_record
 from ds_sparkling.zero.run import GrowingRun
 from ds_sparkling.zero.stepping import check_optimizer
 from ds_sparkling.zero.support import refuse_unsupported, zero_stage
-
-logger = logging.getLogger(__name__)
 
 
 def adopt(
@@ -39,23 +37,28 @@ def adopt(
     lr_scheduler: Callable[..., Any] | None = None,
     model_parameters: Callable[[nn.Module], Any] | None = None,
     on_growth: Callable[[DeepSpeedEngine], None] | None = None,
+    read_only: bool = False,
 ) -> DeepSpeedEngine:
     """Let an engine grow that ``deepspeed.initialize`` has made, in whosever hands it is.
 
     Collective; call it right after the engine has been made, before a checkpoint is loaded. Such an engine grows in
     place: the engine, its model, and the optimizer and the scheduler that ``deepspeed.initialize`` returned become the
-    grown ones, wherever they are held. Its DeepSpeed config has the ``"sparkling"`` block. A checkpoint before a
-    growth is written only if that block has a ``checkpoint_dir``.
+    grown ones, wherever they are held. Its DeepSpeed config has the ``"sparkling"`` block.
 
     Args:
         engine: DeepSpeed's plain engine.
         build_model: as for :func:`~ds_sparkling.zero.engine.initialize`; the engine's model must be what it makes.
-        checkpoint: the directory that the engine is going to ``load_checkpoint`` from, if it is; its model has to be
-            built at the widths recorded there (:func:`~ds_sparkling.record.recorded_widths`).
-        tag: the checkpoint in that directory; the one named in ``latest`` by default.
+        checkpoint: as for :func:`~ds_sparkling.zero.engine.initialize`, the directory the run's checkpoints live in;
+            the block's ``checkpoint_dir`` by default. If it holds one, the engine is going to load that, and its model
+            has been built at the widths recorded there (:func:`~ds_sparkling.record.recorded_widths`); before each
+            growth a checkpoint is saved there.
+        tag: the checkpoint to look at; the one named in ``latest``, or in ``latest_universal`` where the engine loads
+            universal ones, by default.
         optimizer, lr_scheduler, model_parameters: functions that make anew, at a growth, what was passed to
             ``deepspeed.initialize``; as for :func:`~ds_sparkling.zero.engine.initialize`.
         on_growth: called with the engine after each growth.
+        read_only: ``checkpoint`` is what is resumed from, if anything, and nothing is saved there, as the loop saves by
+            itself; before a growth a checkpoint is saved in the block's ``checkpoint_dir``, if it has one.
 
     Returns:
         The engine itself.
@@ -77,12 +80,15 @@ def adopt(
         refuse_unsupported(ds_config)
         _check_remade(engine, optimizer, lr_scheduler, model_parameters)
     consensus.settle()
-    unsaved = block.stages and block.checkpoint_before_growth and block.checkpoint_dir is None
-    if unsaved and on_growth is None and engine.global_rank == 0:
-        logger.warning("no checkpoint_dir is known, so no checkpoint is written before a growth")
+    looked_at = os.fspath(checkpoint) if checkpoint is not None else None
+    directory = block.checkpoint_dir
+    if not read_only:
+        directory = looked_at = looked_at or directory
 
     def starting() -> GrowthRecord:
-        found = find_checkpoint(checkpoint, tag) if checkpoint is not None else None
+        found = None
+        if looked_at is not None:
+            found = find_checkpoint(looked_at, tag, universal=engine.load_universal_checkpoint())
         record = starting_record(build_model, block, found)
         if record.stages and engine.global_steps:
             raise GrowthError("adopt the engine before it loads a checkpoint, which knows about growths")
@@ -96,7 +102,7 @@ def adopt(
         block,
         {"optimizer": optimizer, "lr_scheduler": lr_scheduler, "model_parameters": model_parameters},
         record,
-        block.checkpoint_dir if block.checkpoint_before_growth else None,
+        directory if block.checkpoint_before_growth else None,
         on_growth=on_growth or (lambda _engine: None),
     )
     check_same_model(build_model, run.widths, consensus, partitioned=zero_stage(ds_config) == 3)
@@ -108,6 +114,7 @@ def adopt(
         if block.stages:
             check_optimizer(engine, block.strategy)
     consensus.settle()
+    notice_plans(engine, loop_saves=read_only)
     return engine
 
 
@@ -142,7 +149,8 @@ def _check_widths(engine: DeepSpeedEngine, run: GrowingRun) -> None:
     try:
         plan_growth(engine, run, {})
     except PlanError as error:
+        asked = "checkpoint, universal=True" if engine.load_universal_checkpoint() else "checkpoint"
         raise PlanError(
             f"the engine's model isn't what build_model makes at widths {run.widths} ({error}); to go on from a "
-            "checkpoint, build it by build_model(**ds_sparkling.recorded_widths(checkpoint)) and pass that checkpoint"
+            f"checkpoint, build it by build_model(**ds_sparkling.recorded_widths({asked})) and pass that checkpoint"
         ) from error

@@ -15,6 +15,7 @@ from ds_sparkling.errors import CheckpointError
 from ds_sparkling.optim.step import BirthStep
 from ds_sparkling.record import GrowthRecord, find_checkpoint, read_record
 from ds_sparkling.whole_file import whole_file
+from ds_sparkling.zero.access import clients_own
 from ds_sparkling.zero.consensus import Consensus
 from ds_sparkling.zero.run import run_of
 
@@ -58,6 +59,7 @@ def hook_checkpoints(engine: DeepSpeedEngine, step: BirthStep) -> None:
                     with whole_file(Path(save_dir) / "latest") as latest:
                         latest.write_text(tag)
             consensus.settle()
+        run_of(engine).client.see(client_state, engine.global_steps)
         return saved
 
     def load_checkpoint(load_dir: str, tag: str | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -79,6 +81,8 @@ def hook_checkpoints(engine: DeepSpeedEngine, step: BirthStep) -> None:
         with consensus.together():
             result = load(load_dir, tag, *args, **kwargs)
         consensus.settle()
+        if result[0] is not None:
+            run_of(engine).client.see(clients_own(result[1]), engine.global_steps)
         if result[0] is not None and engine.load_universal_checkpoint():
             _restore_groups(engine)
         if record is not None and result[0] is not None:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
-from deepspeed import comm as dist
 from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.utils import groups
@@ -38,6 +37,7 @@ from ds_sparkling.zero.huggingface import built_plainly, weights_initialized
 from ds_sparkling.zero.in_place import Held
 from ds_sparkling.zero.monitoring import GrowthCurves, mark_growth
 from ds_sparkling.zero.naming import held_parameters
+from ds_sparkling.zero.notices import notice_growth, notice_plans
 from ds_sparkling.zero.observing import observe_steps
 from ds_sparkling.zero.planning import (
     agreed,
@@ -90,9 +90,11 @@ def initialize(
         config: the DeepSpeed config with its ``"sparkling"`` block, a path or a mapping; ``args.deepspeed_config`` if
             left out.
         args: parsed command line, as for ``deepspeed.initialize``.
-        checkpoint: the directory the run's checkpoints live in. If it holds one, the model is built at the widths
-            recorded there, ready for ``engine.load_checkpoint``; before each growth a checkpoint is saved there.
-        tag: the checkpoint to look at; the one named in ``latest`` by default.
+        checkpoint: the directory the run's checkpoints live in; the block's ``checkpoint_dir`` by default. If it holds
+            one, the model is built at the widths recorded there, ready for ``engine.load_checkpoint``; before each
+            growth a checkpoint is saved there.
+        tag: the checkpoint to look at; the one named in ``latest``, or in ``latest_universal`` where the engine loads
+            universal ones, by default.
         optimizer: ``optimizer(params) -> torch.optim.Optimizer``, if the JSON has none.
         lr_scheduler: ``lr_scheduler(optimizer) -> scheduler``, if the JSON has none.
         model_parameters: ``model_parameters(model) -> parameters or groups``; all parameters by default.
@@ -117,8 +119,6 @@ def initialize(
         refuse_unsupported(ds_config)
     meet(consensus, args)
     directory = os.fspath(checkpoint) if checkpoint is not None else block.checkpoint_dir
-    if block.stages and block.checkpoint_before_growth and directory is None and dist.get_rank() == 0:
-        logger.warning("no checkpoint directory is known, so none is written before a growth; pass checkpoint=DIR")
     consensus = Consensus("planning")
     universal = bool((ds_config.get("checkpoint") or {}).get("load_universal"))
 
@@ -148,6 +148,7 @@ def initialize(
         if block.stages:
             check_optimizer(engine, block.strategy)
     consensus.settle()
+    notice_plans(engine)
     return engine
 
 
@@ -177,7 +178,8 @@ def grow_if_due(engine: DeepSpeedEngine, *, client_state: Mapping[str, Any] | No
 
     Args:
         engine: made by :func:`initialize` or adopted.
-        client_state: what ``save_checkpoint`` shall put into the checkpoint written before the growth.
+        client_state: what ``save_checkpoint`` shall put into the checkpoint written before the growth. Without it, a
+            run that has saved or loaded a client state gets that one, and a checkpoint that isn't named in ``latest``.
 
     Raises:
         GrowthError: if a stage is due and the call is between ``backward`` and ``step``.
@@ -201,7 +203,7 @@ def grow(
     Args:
         engine: made by :func:`initialize` or adopted, after an optimizer step and before the next forward pass.
         widths: the axes that grow, and to what.
-        client_state: what ``save_checkpoint`` shall put into the checkpoint written before the growth.
+        client_state: as for :func:`grow_if_due`.
 
     Returns:
         The engine to go on with.
@@ -267,7 +269,7 @@ def _grow(
         if widths:
             growth.checkpoint = _save_before(engine, growth, client_state)
             if engine.global_rank == 0:
-                logger.info("%s", growth.plan.describe())
+                notice_growth(growth.run, growth.plan, engine.global_steps)
         consensus = Consensus("growing", growth.way_out)
         with consensus:
             close_writer(engine)
@@ -333,12 +335,30 @@ def _prepared(engine: DeepSpeedEngine, widths: dict[str, int], planned_step: int
 
 
 def _save_before(engine: DeepSpeedEngine, growth: _Growth, client_state: Mapping[str, Any] | None) -> Path | None:
-    """Write the checkpoint before the growth, if one is wanted, and say where."""
-    if growth.run.checkpoint_dir is None:
+    """Write the checkpoint before the growth, if one is wanted, and say where.
+
+    A run that puts a state of its own into checkpoints, but passes none for the growth, gets its last one into this
+    checkpoint. It isn't the latest one then, unless that state is of this very step: what the script did since would
+    be lost on a resume, without a word.
+    """
+    directory, known, step = growth.run.checkpoint_dir, growth.run.client, engine.global_steps
+    if directory is None:
         return None
-    tag = f"global_step{engine.global_steps}-before-growth{growth.plan.stage}"
-    engine.save_checkpoint(growth.run.checkpoint_dir, tag=tag, client_state=dict(client_state or {}))
-    return Path(growth.run.checkpoint_dir) / tag
+    if client_state is not None:
+        known.see(client_state, step)
+    contents = known.contents if client_state is None else client_state
+    consensus = Consensus("saving before the growth")
+    current = of_first_rank(contents is not known.contents or not contents or known.step == step, consensus)
+    checkpoint = Path(directory) / f"global_step{step}-before-growth{growth.plan.stage}"
+    engine.save_checkpoint(directory, tag=checkpoint.name, client_state=contents, save_latest=current)
+    if not current and engine.global_rank == 0:
+        logger.warning(
+            "%s has the client_state of step %d, and isn't the latest checkpoint therefore; pass client_state= to "
+            "grow_if_due or grow for one to resume from",
+            checkpoint,
+            known.step,
+        )
+    return checkpoint
 
 
 def _gradients(engine: DeepSpeedEngine) -> GradientWatch:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,24 @@ from ds_sparkling.growth import GrowthPlan
 from ds_sparkling.probe import BuildModel
 from ds_sparkling.record import GrowthRecord, Spent
 from ds_sparkling.zero.gradients import GradientWatch
+
+
+@dataclass
+class ClientState:
+    """The state of the training script itself that its checkpoints carry, as far as a run has seen it.
+
+    Attributes:
+        contents: what was last passed to ``save_checkpoint`` or for a growth, or came out of ``load_checkpoint``.
+        step: optimizer steps done then.
+    """
+
+    contents: dict[str, Any] = field(default_factory=dict)
+    step: int = 0
+
+    def see(self, contents: Mapping[str, Any] | None, step: int) -> None:
+        """Remember ``contents``, if there are any."""
+        if contents and contents is not self.contents:
+            self.contents, self.step = dict(contents), step
 
 
 @dataclass(frozen=True)
@@ -32,6 +50,7 @@ class GrowingRun:
         parameters: total and active (per token) parameters of this engine's model.
         monitored: whether the first rank, which writes for all, has a monitor.
         observations: what diagnostics remember; the same object in every engine of the run.
+        client: the training script's own state; the same object in every engine of the run.
         gradients: knows whether the engine holds gradients; None until the run hangs on one.
         on_growth: for an engine in other hands: it grows in place, and this is called with it after each growth.
     """
@@ -47,6 +66,7 @@ class GrowingRun:
     monitored: bool = False
     observations: Observations = field(default_factory=Observations, compare=False)
     on_growth: Callable[[DeepSpeedEngine], None] | None = None
+    client: ClientState = field(default_factory=ClientState, compare=False)
     gradients: GradientWatch | None = field(default=None, compare=False)
 
     @property

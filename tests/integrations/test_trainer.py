@@ -49,7 +49,7 @@ def test_a_grown_model_is_set_up_as_the_trainer_did_and_the_best_is_forgotten(
 ) -> None:
     made = trainer(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False})
     callback = SparklingCallback(made, Model)
-    callback.on_train_begin(None, None, None)
+    callback.on_train_begin(None, SimpleNamespace(is_world_process_zero=False), None)
     grown, stages = Model(0), [1]
     made.model_wrapped = SimpleNamespace(module=grown, sparkling=SimpleNamespace(record=SimpleNamespace(stages=stages)))
     monkeypatch.setattr("ds_sparkling.grow_if_due", lambda _engine: stages.append(2) if grows else None, raising=False)

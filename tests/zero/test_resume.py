@@ -50,8 +50,7 @@ def resumed(case: Case, directory: str, tag: str) -> tuple[int, list[float], Any
     engine = tiny.initialize(case, checkpoint=directory, tag=tag)
     path, client_state = engine.load_checkpoint(directory, tag=tag)
     assert path is not None
-    if "before-growth" not in tag:
-        assert client_state["seen"] == engine.global_steps
+    assert client_state["seen"] == engine.global_steps
     start = engine.global_steps
     engine.sparkling = without_checkpoints(engine.sparkling)
     engine, losses = loop(engine, STEPS)
