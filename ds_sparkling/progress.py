@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -24,7 +25,8 @@ def progress_bar(
 ) -> Iterator[tqdm[Any]]:
     """A progress bar, closed at the end of the ``with`` whatever happens in it.
 
-    After an error it stays as it was, so that what is said about the error begins on a line of its own.
+    After an error it stays as it was, so that what is said about the error begins on a line of its own. In a log, where
+    nothing is wiped out, it always stays.
 
     Args:
         items: what to iterate over, if anything.
@@ -32,6 +34,7 @@ def progress_bar(
         leave: whether the bar stays when all went well, too.
         options: of tqdm.
     """
+    leave = leave or not sys.stderr.isatty()
     with _Bar(items, disable=None if shown is None else not shown, leave=leave, **options) as bar:
         try:
             yield bar

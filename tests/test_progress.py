@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,16 @@ def test_after_an_error_the_bar_stays_and_its_line_ends(capsys: pytest.CaptureFi
     assert text.endswith("\n")
 
 
-def test_without_an_error_nothing_is_left(capsys: pytest.CaptureFixture[str]) -> None:
+def test_in_a_log_every_bar_ends_its_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress_bar(range(3), desc="growing") as bar:
+        assert list(bar) == [0, 1, 2]
+    assert capsys.readouterr().err.endswith("\n")
+
+
+def test_on_a_terminal_nothing_is_left_without_an_error(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     with progress_bar(range(3), desc="growing") as bar:
         assert list(bar) == [0, 1, 2]
     with progress_bar(range(3), desc="hidden", shown=False) as bar:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ from ds_sparkling.axes import ParamAxes
 from ds_sparkling.check.resolve import axes_to_grow
 from ds_sparkling.checkpoint.layout import Param
 from ds_sparkling.checkpoint.metadata import expert_layers
+from ds_sparkling.checkpoint.names import OwnNames, some
 from ds_sparkling.checkpoint.source import Source
 from ds_sparkling.config import SparklingConfig, read_json
-from ds_sparkling.errors import ConfigError, PlanError
+from ds_sparkling.errors import CheckpointError, ConfigError, PlanError
 from ds_sparkling.factory import HuggingFaceFactory, named_factory
 from ds_sparkling.hints import TO_FILL, match_hints, name_pattern, parse_hints
 from ds_sparkling.probe import BuildModel, UnreadableError, base_widths, check_wide
@@ -75,7 +76,7 @@ def checkpoint_axes(source: Source, widths: Mapping[str, int], config: str | Non
                 ),
             )
         axes = _in_checkpoint(source, record.widths, record.axes)
-        return ModelAxes(record.widths, axes, dict(record.axes), record.tried)
+        return _renamed(ModelAxes(record.widths, axes, dict(record.axes), record.tried))
     if not Path(config).exists() and ":" in config:
         return _probed(source, widths, block, named_factory(config), None)
     data = read_json(config)
@@ -127,6 +128,12 @@ def _hinted(source: Source, path: Path, data: Mapping[str, Any]) -> ModelAxes:
             hints(params.values(), widths, axes),
         )
     axes = {name: axes[name] for name in params}
+    if source.layout.settings.stage > 1 and source.model_states(0).get("frozen_param_shapes") is None:
+        logger.warning(
+            "%s was saved with exclude_frozen_parameters: if anything is frozen, the frozen base isn't in it and isn't "
+            "widened",
+            source.path,
+        )
     return ModelAxes(dict(widths), axes, {})
 
 
@@ -150,20 +157,37 @@ def _probed(
     check_wide(build_model, found.axes, before, widths)
     if found.doubt:
         logger.warning("%s", found.doubt)
-    return ModelAxes(before, _in_checkpoint(source, before, found.axes), found.axes, found.tried)
+    return _renamed(ModelAxes(before, _in_checkpoint(source, before, found.axes), found.axes, found.tried))
 
 
 def _in_checkpoint(source: Source, widths: Mapping[str, int], built: Mapping[str, ParamAxes]) -> dict[str, ParamAxes]:
     """The axes in the checkpoint's names, from those of the model as built."""
     model = source.model_states(0)
     known = dict(built)
+    own = OwnNames.of([*source.layout.params], built)
     names = BlockNames.from_config(model.get("ds_config") or {})
-    for layer in expert_layers(model):
-        known.update(block_axes(layer.path, names, built))
-    unmatched = [param for name, param in source.layout.params.items() if name not in known]
+    blocks = [own(layer.path) for layer in expert_layers(model)]
+    for block in blocks:
+        known.update(block_axes(block, names, built))
+    unmatched = [param for name, param in source.layout.params.items() if name not in known and own(name) not in known]
     if unmatched:
         raise UnknownAxesError(
             f"{unmatched[0].name} is in {source.path}, but not in the model as built",
             hints(source.layout.params.values(), widths, known),
         )
-    return {name: known[name] for name in source.layout.params}
+    present = {held for name in source.layout.params for held in (name, own(name))}
+    rewritten = tuple(f"{block}." for block in blocks)
+    absent = [name for name in built if name not in present and not name.startswith(rewritten)]
+    if absent:
+        raise CheckpointError(
+            f"{source.path} lacks {some(absent)} of the model as built, so they can't be widened with the rest. If it "
+            "was saved with exclude_frozen_parameters, the frozen base isn't in it: save it whole, or grow the run "
+            "online"
+        )
+    return {name: known[name] if name in known else known[own(name)] for name in source.layout.params}
+
+
+def _renamed(axes: ModelAxes) -> ModelAxes:
+    """``axes`` without those of the model as built, where a wrapper has changed names: the engine reads them anew."""
+    names = OwnNames.of([*axes.axes], axes.built)
+    return axes if all(names(name) == name or name in axes.built for name in axes.axes) else replace(axes, built={})

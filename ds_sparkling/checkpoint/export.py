@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from ds_sparkling.autoep import BlockNames
 from ds_sparkling.checkpoint.contents import Contents
 from ds_sparkling.checkpoint.layout import Shape
 from ds_sparkling.checkpoint.metadata import ExpertLayer, expert_layers, shared_names
+from ds_sparkling.checkpoint.names import HuggingFaceModel, OwnNames, some
 from ds_sparkling.checkpoint.output import OutputFile, Run, Slot
 from ds_sparkling.checkpoint.source import WEIGHT, Source
 from ds_sparkling.errors import CheckpointError, ConfigError
@@ -65,21 +67,34 @@ class HuggingFaceFiles:
         contents: the parameters; they are written in the compute weights' dtype.
         config: the model's config, at the new widths.
         stacked: whether the model as built has experts stacked in one tensor; otherwise each is a module of its own.
+
+    Raises:
+        CheckpointError: if the checkpoint doesn't hold the config's model, tensor by tensor.
     """
 
     def __init__(self, contents: Contents, config: Mapping[str, Any], *, stacked: bool = True) -> None:
         model = contents.source.model_states(0)
-        if contents.source.layout.settings.stage > 1 and model.get("frozen_param_shapes") is None:
-            raise CheckpointError(
-                f"{contents.source.path} was saved with exclude_frozen_parameters, so it hasn't all of the model"
-            )
         self._contents = contents
         self._config = dict(config)
         dtypes = {param.dtype for param in contents.params.values()}
         if len(dtypes) == 1:
             self._config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtypes.pop()).partition(".")[2]
         self._stacked = stacked
-        self._shards = self._cut(list(self._tensors()))
+        hugging_face = HuggingFaceModel.of(self._config)
+        excluded = contents.source.layout.settings.stage > 1 and model.get("frozen_param_shapes") is None
+        if excluded and (hugging_face is None or not all(param.trained for param in contents.params.values())):
+            raise CheckpointError(
+                f"{contents.source.path} was saved with exclude_frozen_parameters, so it hasn't all of the model"
+            )
+        self._own = OwnNames.of([*contents.params], hugging_face.shapes if hugging_face else ())
+        tensors = list(self._tensors())
+        found = {tensor.name: tensor.shape for tensor in tensors}
+        if len(found) < len(tensors):
+            twice = [name for name, count in Counter(tensor.name for tensor in tensors).items() if count > 1]
+            raise CheckpointError(f"{contents.source.path} holds {some(twice)} more than once, under wrappers' names")
+        if hugging_face is not None:
+            hugging_face.check(found, contents.source.path)
+        self._shards = self._cut(tensors)
 
     def names(self) -> list[str]:
         return [*self._shards, *(["model.safetensors.index.json"] if len(self._shards) > 1 else []), "config.json"]
@@ -119,18 +134,19 @@ class HuggingFaceFiles:
         experts = {name for layer in layers for name in layer.names}
         for name, param in self._contents.params.items():
             if name not in experts:
-                own = _own_name(name, layers, names)
+                own = self._own(_own_name(name, layers, names))
                 yield Exported(own, param.shape, param.dtype, (Run(name, WEIGHT, 0, param.numel),))
         for layer in layers:
             yield from self._experts(layer, names)
         for name, tensor in model["module"].items():
             if name not in self._contents.params and name not in tied and isinstance(tensor, Tensor):
-                yield Exported(_own_name(name, layers, names), tuple(tensor.shape), tensor.dtype, buffer=tensor)
+                own = self._own(_own_name(name, layers, names))
+                yield Exported(own, tuple(tensor.shape), tensor.dtype, buffer=tensor)
 
     def _experts(self, layer: ExpertLayer, names: BlockNames) -> Iterator[Exported]:
         """AutoEP's w1, w2 and w3 as the model's own gate, down and up projections."""
         w1, w2, w3 = (self._contents.params[name] for name in layer.names)
-        block = f"{layer.path}.{names.experts}"
+        block = self._own(f"{layer.path}.{names.experts}")
 
         def runs(name: str, expert: int) -> Run:
             numel = self._contents.params[name].numel // layer.experts

@@ -120,7 +120,7 @@ def test_a_hints_file_may_belong_to_the_longest_name(
 
 
 def test_an_error_begins_on_a_line_of_its_own(saved: Path, tmp_path: Path) -> None:
-    """While files are looked at, written and read back: whatever bar is open then."""
+    """While files are looked at, planned with, written and read back: after every bar."""
     shutil.copytree(saved, tmp_path / "damaged")
     model = tmp_path / "damaged/global_step2/zero_pp_rank_1_mp_rank_00_model_states.pt"
     model.write_bytes(model.read_bytes()[:100])
@@ -130,13 +130,20 @@ def test_an_error_begins_on_a_line_of_its_own(saved: Path, tmp_path: Path) -> No
         "import itertools, types; from ds_sparkling.checkpoint import output; numbers = itertools.count(); "
         "output.zlib = types.SimpleNamespace(crc32=lambda data: next(numbers)); "
     )
-    for checkpoint, first in ((tmp_path / "damaged", ""), (saved, limit), (saved, spoil)):
+    for checkpoint, first, more in (
+        (tmp_path / "damaged", "", []),
+        (saved, "", ["--widths", "no_axis=5"]),
+        (saved, limit, []),
+        (saved, spoil, []),
+    ):
         command = [sys.executable, "-c", script.format(first), str(checkpoint), str(tmp_path / "out"), "--verify"]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run([*command, *more], capture_output=True)
         assert done.returncode == 1
-        before, error = done.stderr.rstrip().rsplit("\n", 1)
-        assert before.splitlines(), first
-        assert error.startswith("error: "), done.stderr
+        text = done.stderr.decode()  # with its carriage returns
+        lines = text.split("\n")
+        assert "looking at files" in lines[0]
+        assert [line for line in lines if "error: " in line] == [line for line in lines if line.startswith("error: ")]
+        assert "\nerror: " in text
 
 
 def fill_in(hints: dict[str, Any]) -> None:
