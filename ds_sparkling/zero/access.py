@@ -305,7 +305,8 @@ def strip(engine: DeepSpeedEngine) -> None:
         if hasattr(param, "ds_tensor"):
             param.ds_tensor.data = param.ds_tensor.new_empty(0)
         param.data = param.data.new_empty(0)
-        leave_word(param, f"parameter ({name})", "the grown engine's module's")
+        if nn.Parameter in type(param).__mro__:  # not other classes of tensors that torch counts as parameters
+            leave_word(param, f"parameter ({name})", "the grown engine's module's")
     for wrapper in {id(held): held for held in (optimizer, base)}.values():
         leave_word(wrapper, "optimizer", "engine.optimizer of the grown engine")
     leave_word(module, "model", "engine.module of the grown engine")
