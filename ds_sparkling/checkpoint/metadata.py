@@ -97,6 +97,7 @@ def refuse_unknown(where: object, model: Mapping[str, Any]) -> None:
     reasons = {
         "model parallelism (mp_world_size > 1)": model.get("mp_world_size", 1) != 1,
         "native DeepSpeed MoE layers": bool(model.get("num_experts")) and not model.get("ds_autoep_layers"),
+        "sequence parallelism (sequence_parallel_size)": config.get("sequence_parallel_size", 1) not in (None, 1),
         "AutoEP folded with tensor parallelism": "folding_metadata" in model,
         "use_data_before_expert_parallelism": bool(config.get("use_data_before_expert_parallelism")),
         "zero_optimization.elastic_checkpoint": bool(zero.get("elastic_checkpoint")),

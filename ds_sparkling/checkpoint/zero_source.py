@@ -171,10 +171,13 @@ class ZeroSource(Source):
 
     def _prefix(self) -> str:
         found = {match[1] or "" for match in map(_OPTIMIZER.fullmatch, self._names) if match}
-        models = [match[match.lastindex or 1] for match in map(_MODEL.fullmatch, self._names) if match]
-        models += [match[2] for match in map(_MODEL_3.fullmatch, self._names) if match]
-        if any(int(number) for number in models):
-            raise UnsupportedError(f"{self.path}: checkpoints with model parallelism aren't supported")
+        models = {match[0]: match[1] for match in map(_MODEL.fullmatch, self._names) if match}
+        models |= {match[0]: match[2] for match in map(_MODEL_3.fullmatch, self._names) if match}
+        parallel = sorted(name for name, rank in models.items() if int(rank))
+        if parallel:
+            raise UnsupportedError(
+                f"{self.path} has {_some(parallel)}: checkpoints with tensor or model parallelism aren't supported"
+            )
         if not found:
             if self._names:
                 raise UnsupportedError(

@@ -21,6 +21,7 @@ from ds_sparkling.zero.consensus import Consensus
 from ds_sparkling.zero.engine import check_factories, fit_out
 from ds_sparkling.zero.huggingface import built_plainly
 from ds_sparkling.zero.notices import notice_plans
+from ds_sparkling.zero.parallelism import refuse_engine, refuse_parallelism
 from ds_sparkling.zero.planning import agreed, check_same_model, plan_growth, starting_record
 from ds_sparkling.zero.run import GrowingRun
 from ds_sparkling.zero.stepping import check_optimizer
@@ -75,6 +76,8 @@ def adopt(
         check_factories(optimizer=optimizer, lr_scheduler=lr_scheduler, model_parameters=model_parameters)
         if hasattr(engine, "sparkling"):
             raise GrowthError("this engine can grow already")
+        refuse_engine(engine)
+        refuse_parallelism()
         ds_config = copy.deepcopy(engine.config)
         block = sparkling_config(ds_config)
         refuse_unsupported(ds_config)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ds_sparkling.errors import GrowthError, PlanError
 from ds_sparkling.growth import GrowthPlan, Widener
+from ds_sparkling.probe import build_alone
 from ds_sparkling.zero.access import full_shape
 from ds_sparkling.zero.carry import preserved_rng
 from ds_sparkling.zero.huggingface import built_plainly
@@ -124,7 +125,7 @@ def _grown(plans: Sequence[GrowthPlan], logical: Logical, weight: Tensor) -> Ten
 def _rebuilt(run: GrowingRun, old: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
     """The model at the widths in force, with ``weights`` and what else ``old`` has."""
     with preserved_rng(), built_plainly():
-        wide = run.build_model(**run.widths)
+        wide = build_alone(run.build_model, run.widths, "cpu")
     trained = {name: param.requires_grad for name, param in old.named_parameters()}
     for name, param in wide.named_parameters():
         if name not in weights or tuple(param.shape) != tuple(weights[name].shape):

@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
-from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.utils import groups
 from torch import nn
 
 from ds_sparkling.config import BLOCK, read_json, sparkling_config
-from ds_sparkling.errors import ConfigError, PlanError, UnsupportedError
+from ds_sparkling.errors import ConfigError, PlanError
 from ds_sparkling.extension_locks import warn_of_left_locks
 from ds_sparkling.growth import GrowthPlan
 from ds_sparkling.probe import BuildModel, check_wide, require_factory
@@ -39,6 +38,7 @@ from ds_sparkling.zero.monitoring import GrowthCurves, mark_growth
 from ds_sparkling.zero.naming import held_parameters
 from ds_sparkling.zero.notices import notice_growth, notice_plans
 from ds_sparkling.zero.observing import observe_steps
+from ds_sparkling.zero.parallelism import refuse_engine, refuse_parallelism
 from ds_sparkling.zero.planning import (
     agreed,
     check_same_model,
@@ -112,8 +112,7 @@ def initialize(
         warn_of_left_locks()
         require_factory(build_model)
         check_factories(optimizer=optimizer, lr_scheduler=lr_scheduler, model_parameters=model_parameters)
-        if arguments.get("mpu") is not None:
-            raise UnsupportedError("mpu: model parallelism beyond expert parallelism can't be combined with growth yet")
+        refuse_parallelism(arguments)
         ds_config = read_json(_given(config, args))
         block = sparkling_config(ds_config)
         refuse_unsupported(ds_config)
@@ -385,10 +384,6 @@ def _engine(run: GrowingRun, group: Any = None) -> DeepSpeedEngine:
     )
     with weights_initialized(), partitioned:
         model = run.build_model(**run.widths)
-    if isinstance(model, PipelineModule):
-        raise UnsupportedError(
-            "build_model made a PipelineModule; pipeline parallelism can't be combined with growth yet"
-        )
     arguments = dict(run.arguments)
     model_parameters = arguments.pop("model_parameters")
     engine, *_ = deepspeed.initialize(
@@ -405,8 +400,7 @@ def _engine(run: GrowingRun, group: Any = None) -> DeepSpeedEngine:
 
 def fit_out(engine: DeepSpeedEngine, run: GrowingRun) -> None:
     """Hang ``run`` onto a fresh engine, and put its scheduler, optimizer step, checkpoints and monitors in order."""
-    if type(engine) is not DeepSpeedEngine:
-        raise UnsupportedError(f"a {type(engine).__name__} can't be grown yet; only DeepSpeed's plain engine can")
+    refuse_engine(engine)
     monitored = _agree_with_first_rank(engine, run)
     engine.sparkling = replace(
         run,

@@ -25,6 +25,7 @@ from ds_sparkling.zero.carry import preserved_rng
 from ds_sparkling.zero.consensus import Consensus, of_first_rank
 from ds_sparkling.zero.huggingface import built_plainly
 from ds_sparkling.zero.naming import engine_axes, logical_parameters, logical_shapes
+from ds_sparkling.zero.parallelism import refuse_parallelism
 from ds_sparkling.zero.run import GrowingRun
 from ds_sparkling.zero.support import refuse_compiled
 
@@ -117,6 +118,7 @@ def check_same_model(
     own: dict[str, str] = {}
     with consensus, preserved_rng(), built_plainly():
         model = build_on_meta(build_model, widths)
+        refuse_parallelism()  # build_model may have asked for it
         if partitioned:
             refuse_compiled(model)
         own = _described(model)
