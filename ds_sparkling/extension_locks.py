@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 #: File systems that other machines may see, whose processes this one doesn't.
 _SHARED = ("nfs", "lustre", "gpfs", "beegfs", "ceph", "cifs", "smb", "glusterfs", "fuse", "9p", "virtiofs", "wekafs")
 
-#: Seconds after which nobody builds any more, for locks that another machine may hold.
+#: Seconds after which nobody builds any more, for locks that somebody may hold whom one can't see.
 _LONG = 900.0
 
 _warned: set[Path] = set()
@@ -81,12 +81,15 @@ def _held_open(files: set[str]) -> set[str]:
 
 
 def _left(lock: Path) -> bool:
-    """Whether a lock that nobody here holds is still there, and isn't one that another machine may just have taken."""
+    """Whether a lock that nobody here is seen to hold is still there, and isn't one that somebody may just have taken
+    whom one can't see: on another machine, or another user."""
     try:
-        age = time.time() - lock.stat().st_mtime
+        found = lock.stat()
     except FileNotFoundError:
         return False
-    return age > _LONG or not _file_system(lock).startswith(_SHARED)
+    others = found.st_uid != os.getuid() and os.getuid() != 0
+    unseen = others or _file_system(lock).startswith(_SHARED)
+    return not unseen or time.time() - found.st_mtime > _LONG
 
 
 def _file_system(path: Path) -> str:
