@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ds_sparkling.axes import ParamAxes
@@ -40,6 +40,17 @@ def parse_hints(entries: Mapping[str, Any], where: str) -> dict[str, ParamAxes]:
         except (re.error, KeyError, TypeError, ValueError, AttributeError, PlanError) as error:
             raise ConfigError(f"{where}.{pattern}: {error}") from error
     return hints
+
+
+def hintable(
+    shapes: Mapping[str, tuple[int, ...]], buffers: Collection[str], hints: Mapping[str, ParamAxes]
+) -> dict[str, tuple[int, ...]]:
+    """What patterns may mean: parameters, and buffers that have as many dimensions as they say."""
+
+    def fits(name: str) -> bool:
+        return any(re.fullmatch(pattern, name) and len(h.dims) == len(shapes[name]) for pattern, h in hints.items())
+
+    return {name: shape for name, shape in shapes.items() if name not in buffers or fits(name)}
 
 
 def match_hints(

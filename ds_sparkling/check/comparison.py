@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from ds_sparkling.axes import Dim, ParamAxes
 from ds_sparkling.check.forward import Call, Inputs, NotRunnableError, Seen, Side, given_call, run, token_call, watch
 from ds_sparkling.check.instance import Instance
-from ds_sparkling.check.module import grow_into, plan_of, randomize, settled
+from ds_sparkling.check.module import grow_into, plan_of, randomize, randomize_buffers, settled
 from ds_sparkling.errors import PlanError
 from ds_sparkling.growth import GrowthPlan
-from ds_sparkling.probe import Move, key_value_heads
+from ds_sparkling.probe import Move, key_value_heads, saved_buffers
 from ds_sparkling.strategy import Strategy
 
 #: Largest |difference| over largest |value| of logits that counts as the same function. In float64 a growth that keeps
@@ -100,6 +100,9 @@ def first_runnable(instances: Iterable[Instance], inputs: Inputs | None, dtype: 
             try:
                 model = settled(instance.build(), kind)
                 randomize(model, seed)
+                if held := saved_buffers(model):
+                    moving = {name for name, _ in instance.moves}
+                    randomize_buffers({name: buffer for name, buffer in held.items() if name in moving}, seed)
                 call = token_call(model, seed) if inputs is None else given_call(inputs)
                 run(model, call)
                 return Runnable(instance, model, call)
@@ -116,7 +119,8 @@ def fitting_axes(instance: Instance, model: nn.Module, axes: Mapping[str, ParamA
     """
     fitted = {}
     shared = key_value_heads(model)
-    for name, param in model.named_parameters():
+    buffers = {name: buffer for name, buffer in saved_buffers(model).items() if name in axes}
+    for name, param in (*model.named_parameters(), *buffers.items()):
         known = axes.get(name)
         if known is None or len(known.dims) != param.dim():
             raise NotRunnableError(f"{name} of the small instance isn't in the model that it stands for")

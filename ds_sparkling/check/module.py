@@ -12,10 +12,21 @@ from torch import Tensor, nn
 from ds_sparkling.axes import ParamAxes
 from ds_sparkling.errors import PlanError
 from ds_sparkling.growth import GrowthPlan, Widener, make_plan
+from ds_sparkling.probe import saved_buffers
 from ds_sparkling.strategy import Strategy
 
 #: Spread of what is added to gains and biases, which models start at zero or one.
 _VECTOR_STD = 0.1
+
+
+@torch.no_grad()
+def randomize_buffers(buffers: Mapping[str, Tensor], seed: int) -> None:
+    """Move buffers of floats off what they start at, by a tenth of that or of one, so that all entries matter."""
+    for index, buffer in enumerate(buffers.values()):
+        if buffer.is_floating_point():
+            generator = torch.Generator().manual_seed(seed - 1 - index)
+            noise = torch.rand(buffer.shape, generator=generator, dtype=torch.float64) * _VECTOR_STD
+            buffer.add_((noise * buffer.abs().clamp(min=1.0).double()).to(buffer))
 
 
 @torch.no_grad()
@@ -61,21 +72,25 @@ def plan_of(
         PlanError: if it can't grow so.
     """
     shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
-    return make_plan(shapes, axes, before, after, strategy, stage=1)
+    buffers = {name: tuple(buffer.shape) for name, buffer in saved_buffers(model).items()}
+    return make_plan(shapes, axes, before, after, strategy, stage=1, buffers=buffers)
 
 
 @torch.no_grad()
 def grow_into(wide: nn.Module, narrow: nn.Module, plan: GrowthPlan) -> None:
     """Fill ``wide``, built at the new widths, with the growth of ``narrow``.
 
-    Tied parameters are filled once. Buffers of a checkpoint are taken over, as a restart from it would; all others
-    stay as the wide model makes them.
+    Tied parameters are filled once. Buffers of a checkpoint are taken over, as a restart from it would, or grow along;
+    all others stay as the wide model makes them.
 
     Raises:
         PlanError: names a parameter whose shape isn't the planned one.
     """
-    old = dict(narrow.named_parameters())
-    for name, param in wide.named_parameters():
+    kept = saved_buffers(narrow)
+    old = {**dict(narrow.named_parameters()), **kept}
+    planned = {buffer.name for buffer in plan.buffers}
+    followers = {name: buffer for name, buffer in saved_buffers(wide).items() if name in planned}
+    for name, param in (*wide.named_parameters(), *followers.items()):
         widener = Widener(plan, name)
         if widener.after != tuple(param.shape):
             raise PlanError(
@@ -85,12 +100,6 @@ def grow_into(wide: nn.Module, narrow: nn.Module, plan: GrowthPlan) -> None:
         grown = torch.empty(math.prod(widener.after), dtype=param.dtype)
         widener.weight(old[name].detach(), grown)
         param.copy_(grown.view(widener.after))
-    kept, new = _persistent_buffers(narrow), _persistent_buffers(wide)
-    for name, buffer in new.items():
-        if name in kept and kept[name].shape == buffer.shape:
+    for name, buffer in saved_buffers(wide).items():
+        if name not in planned and name in kept and kept[name].shape == buffer.shape:
             buffer.copy_(kept[name])
-
-
-def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
-    saved = model.state_dict(keep_vars=True)
-    return {name: buffer for name, buffer in model.named_buffers() if name in saved}

@@ -19,7 +19,7 @@ from ds_sparkling.check.resolve import find_axes
 from ds_sparkling.check.tally import Tally, tallies
 from ds_sparkling.errors import PlanError
 from ds_sparkling.growth import GrowthPlan, make_plan
-from ds_sparkling.probe import BuildModel, base_widths, build_on_meta, read
+from ds_sparkling.probe import BuildModel, base_widths, build_on_meta, read, saved_buffers
 from ds_sparkling.strategy import Strategy
 
 
@@ -149,9 +149,11 @@ def check_growth(
     """
     before = base_widths(build_model, after, widths)
     axes = _axes(build_model, before, after, inputs, hints)
-    shapes = {name: tuple(param.shape) for name, param in build_on_meta(build_model, before).named_parameters()}
+    model = build_on_meta(build_model, before)
+    shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
+    buffers = {name: tuple(buffer.shape) for name, buffer in saved_buffers(model).items()}
     strategy = strategy or Strategy()
-    plan = make_plan(shapes, axes, before, after, strategy, stage=1, active_share=None)
+    plan = make_plan(shapes, axes, before, after, strategy, stage=1, active_share=None, buffers=buffers)
     whole = Instance(build_model, before, dict(after))
     small = [whole] if as_is else instances(build_model, before, after, keep_vocabulary=inputs is not None)
     runnable = first_runnable(small, inputs, dtype, seed)

@@ -13,13 +13,13 @@ from ds_sparkling.autoep import BlockNames, block_axes
 from ds_sparkling.axes import ParamAxes
 from ds_sparkling.check.resolve import axes_to_grow
 from ds_sparkling.checkpoint.layout import Param
-from ds_sparkling.checkpoint.metadata import expert_layers
+from ds_sparkling.checkpoint.metadata import buffer_shapes, expert_layers
 from ds_sparkling.checkpoint.names import OwnNames, some
 from ds_sparkling.checkpoint.source import Source
 from ds_sparkling.config import SparklingConfig, read_json
 from ds_sparkling.errors import CheckpointError, ConfigError, PlanError
 from ds_sparkling.factory import HuggingFaceFactory, named_factory
-from ds_sparkling.hints import TO_FILL, match_hints, name_pattern, parse_hints
+from ds_sparkling.hints import TO_FILL, hintable, match_hints, name_pattern, parse_hints
 from ds_sparkling.probe import BuildModel, UnreadableError, base_widths, check_wide
 
 logger = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ class ModelAxes:
 
     Attributes:
         widths: those in force.
-        axes: of the checkpoint's parameters, in its names.
+        axes: of the checkpoint's parameters, and of its buffers that follow an axis, in its names.
         built: of the model as built, in its own names; empty if only the checkpoint's are known.
         tried: the axes of which that is known for sure.
     """
@@ -119,7 +119,9 @@ def _hinted(source: Source, path: Path, data: Mapping[str, Any]) -> ModelAxes:
             raise ConfigError(f"{path}: widths.{axis} is {width!r}; give the width in force")
     params = source.layout.params
     where = f"{path}: axes"
-    axes = match_hints(parse_hints(data["axes"], where), {name: param.shape for name, param in params.items()}, where)
+    said, buffers = parse_hints(data["axes"], where), buffer_shapes(source.model_states(0))
+    shapes = {name: param.shape for name, param in params.items()} | buffers
+    axes = match_hints(said, hintable(shapes, buffers, said), where)
     unmatched = [name for name in params if name not in axes]
     if unmatched:
         raise UnknownAxesError(
@@ -127,7 +129,7 @@ def _hinted(source: Source, path: Path, data: Mapping[str, Any]) -> ModelAxes:
             + (f" and {len(unmatched) - 1} more" if len(unmatched) > 1 else ""),
             hints(params.values(), widths, axes),
         )
-    axes = {name: axes[name] for name in params}
+    axes = {name: axes[name] for name in shapes if name in axes}
     if source.layout.settings.stage > 1 and source.model_states(0).get("frozen_param_shapes") is None:
         logger.warning(
             "%s was saved with exclude_frozen_parameters: if anything is frozen, the frozen base isn't in it and isn't "
@@ -175,7 +177,8 @@ def _in_checkpoint(source: Source, widths: Mapping[str, int], built: Mapping[str
             f"{unmatched[0].name} is in {source.path}, but not in the model as built",
             hints(source.layout.params.values(), widths, known),
         )
-    present = {held for name in source.layout.params for held in (name, own(name))}
+    held = (*source.layout.params, *buffer_shapes(model))
+    present = {known_as for name in held for known_as in (name, own(name))}
     rewritten = tuple(f"{block}." for block in blocks)
     absent = [name for name in built if name not in present and not name.startswith(rewritten)]
     if absent:
@@ -184,7 +187,8 @@ def _in_checkpoint(source: Source, widths: Mapping[str, int], built: Mapping[str
             "was saved with exclude_frozen_parameters, the frozen base isn't in it: save it whole, or grow the run "
             "online"
         )
-    return {name: known[name] if name in known else known[own(name)] for name in source.layout.params}
+    found = {name: known.get(name, known.get(own(name))) for name in held}
+    return {name: axes for name, axes in found.items() if axes is not None}
 
 
 def _renamed(axes: ModelAxes) -> ModelAxes:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ds_sparkling.checkpoint.layout import Param
 from ds_sparkling.checkpoint.source import WEIGHT, Source
 from ds_sparkling.errors import CheckpointError
-from ds_sparkling.growth import GrowthPlan, Widener
+from ds_sparkling.growth import GrowthPlan, Widener, grown_buffer
 from ds_sparkling.growth.widen import Statistics
 from ds_sparkling.partition import cut
 from ds_sparkling.strategy import OptimizerState
@@ -61,6 +61,10 @@ class Contents:
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Logical shape of every parameter."""
         return {name: param.shape for name, param in self.params.items()}
+
+    def buffer(self, name: str, held: Tensor) -> Tensor:
+        """A buffer, from what the checkpoint holds of it."""
+        return held if self.plan is None else grown_buffer(self.plan, name, held)
 
     def cuts(self, name: str, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """``start .. stop`` in stretches that one call of :meth:`make` should make: whole rows where it can be."""

@@ -18,7 +18,7 @@ from ds_sparkling.checkpoint.axes import ModelAxes, checkpoint_axes
 from ds_sparkling.checkpoint.contents import BLOCK, Contents
 from ds_sparkling.checkpoint.export import HuggingFaceFiles, experts_are_stacked, widened_config
 from ds_sparkling.checkpoint.layout import Layout, Settings, make_layout, regrouped
-from ds_sparkling.checkpoint.metadata import expert_layers
+from ds_sparkling.checkpoint.metadata import buffer_shapes, expert_layers
 from ds_sparkling.checkpoint.opening import check_files, find, open_checkpoint, understanding
 from ds_sparkling.checkpoint.output import Filler, OutputFile, Report
 from ds_sparkling.checkpoint.publish import check_free, published, staging, writing
@@ -283,7 +283,16 @@ def _plan(source: Source, model: ModelAxes, request: Request, block: SparklingCo
     shapes = {name: param.shape for name, param in source.layout.params.items()}
     stage = 1 + (len(source.record.stages) if source.record is not None else 0)
     share = None if expert_layers(source.model_states(0)) else 1.0  # a checkpoint doesn't tell top-k
-    return make_plan(shapes, model.axes, model.widths, request.widths, block.strategy, stage=stage, active_share=share)
+    return make_plan(
+        shapes,
+        model.axes,
+        model.widths,
+        request.widths,
+        block.strategy,
+        stage=stage,
+        active_share=share,
+        buffers=buffer_shapes(source.model_states(0)),
+    )
 
 
 def _record(source: Source, model: ModelAxes, plan: GrowthPlan, block: SparklingConfig) -> GrowthRecord:

@@ -140,8 +140,8 @@ class HuggingFaceFiles:
             yield from self._experts(layer, names)
         for name, tensor in model["module"].items():
             if name not in self._contents.params and name not in tied and isinstance(tensor, Tensor):
-                own = self._own(_own_name(name, layers, names))
-                yield Exported(own, tuple(tensor.shape), tensor.dtype, buffer=tensor)
+                own, buffer = self._own(_own_name(name, layers, names)), self._contents.buffer(name, tensor)
+                yield Exported(own, tuple(buffer.shape), buffer.dtype, buffer=buffer)
 
     def _experts(self, layer: ExpertLayer, names: BlockNames) -> Iterator[Exported]:
         """AutoEP's w1, w2 and w3 as the model's own gate, down and up projections."""

@@ -198,6 +198,12 @@ def _place(tensor: Any) -> tuple[Any, ...]:
     return (tensor.data_ptr(), tuple(tensor.shape)) if tensor.numel() else (0,)
 
 
+def buffer_shapes(model: Mapping[str, Any]) -> dict[str, Shape]:
+    """Shape of every buffer in the module's state dict."""
+    names = [name for name in model.get("buffer_names") or [] if name in model["module"]]
+    return {name: tuple(model["module"][name].shape) for name in names}
+
+
 def logical(shape: Any, expert: bool, shared: int) -> Shape:
     """The shape of all experts from that of one expert-parallel rank's."""
     shape = tuple(int(size) for size in shape)

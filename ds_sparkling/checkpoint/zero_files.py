@@ -195,13 +195,16 @@ class ZeroFiles:
         return file
 
     def _module(self, file: PickledFile, old: Mapping[str, Any]) -> Any:
-        """The module's state dict: whole compute weights in stages 1 and 2, only buffers in stage 3."""
+        """The module's state dict: buffers, and in stages 1 and 2 whole compute weights."""
         module = copy.copy(old["module"])
         made: dict[tuple[str, int], Tensor] = {}
         for key, tensor in old["module"].items():
             name = self._tied.get(key, key)
             param = self._contents.params.get(name)
-            if param is None or not isinstance(tensor, Tensor) or not tensor.numel():
+            if not isinstance(tensor, Tensor) or not tensor.numel():
+                continue
+            if param is None:
+                module[key] = self._contents.buffer(name, tensor)
                 continue
             place = name, tensor.data_ptr()
             if place not in made:

@@ -2,6 +2,16 @@
 
 from ds_sparkling.growth.births import Block, birth_blocks
 from ds_sparkling.growth.plan import GrowthPlan, ParamPlan, Shares, count_parameters, make_plan
-from ds_sparkling.growth.widen import Widener
+from ds_sparkling.growth.widen import Widener, grown_buffer
 
-__all__ = ["Block", "GrowthPlan", "ParamPlan", "Shares", "Widener", "birth_blocks", "count_parameters", "make_plan"]
+__all__ = [
+    "Block",
+    "GrowthPlan",
+    "ParamPlan",
+    "Shares",
+    "Widener",
+    "birth_blocks",
+    "count_parameters",
+    "grown_buffer",
+    "make_plan",
+]

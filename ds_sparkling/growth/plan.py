@@ -41,6 +41,19 @@ class ParamPlan:
     def new_elements(self) -> int:
         return math.prod(self.after) - math.prod(self.before)
 
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "axes": self.axes.to_dict(),
+            "before": list(self.before),
+            "after": list(self.after),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> ParamPlan:
+        axes = ParamAxes.from_dict(data["axes"])
+        return cls(data["name"], axes, tuple(data["before"]), tuple(data["after"]))
+
 
 @dataclass(frozen=True)
 class GrowthPlan:
@@ -52,6 +65,7 @@ class GrowthPlan:
         strategy: how new entries, scales and optimizer state are made.
         params: one :class:`ParamPlan` per parameter, in the model's order.
         active_share: share of the experts that one token uses; 1 for a dense model, None if it isn't known.
+        buffers: one :class:`ParamPlan` per buffer that checkpoints hold and that follows an axis.
     """
 
     stage: int
@@ -59,6 +73,7 @@ class GrowthPlan:
     strategy: Strategy
     params: tuple[ParamPlan, ...]
     active_share: Shares | None = 1.0
+    buffers: tuple[ParamPlan, ...] = ()
 
     def param(self, name: str) -> ParamPlan:
         try:
@@ -68,7 +83,7 @@ class GrowthPlan:
 
     @property
     def _by_name(self) -> dict[str, ParamPlan]:
-        return self.once("params", lambda: {param.name: param for param in self.params})
+        return self.once("params", lambda: {param.name: param for param in (*self.params, *self.buffers)})
 
     def scales(self) -> dict[str, UnitScales]:
         """The :class:`UnitScales` of every grown axis; don't change them."""
@@ -123,10 +138,8 @@ class GrowthPlan:
             "stage": self.stage,
             "growths": [dict(vars(growth)) for growth in self.growths],
             "strategy": self.strategy.to_dict(),
-            "params": [
-                {"name": p.name, "axes": p.axes.to_dict(), "before": list(p.before), "after": list(p.after)}
-                for p in self.params
-            ],
+            "params": [param.to_dict() for param in self.params],
+            "buffers": [buffer.to_dict() for buffer in self.buffers],
             "active_share": dict(self.active_share) if isinstance(self.active_share, Mapping) else self.active_share,
         }
 
@@ -136,11 +149,9 @@ class GrowthPlan:
             data["stage"],
             tuple(AxisGrowth(**{**growth, "groups": tuple(growth["groups"])}) for growth in data["growths"]),
             Strategy.from_dict(data["strategy"]),
-            tuple(
-                ParamPlan(p["name"], ParamAxes.from_dict(p["axes"]), tuple(p["before"]), tuple(p["after"]))
-                for p in data["params"]
-            ),
+            tuple(map(ParamPlan.from_dict, data["params"])),
             data["active_share"],
+            tuple(map(ParamPlan.from_dict, data["buffers"])),
         )
 
     def describe(self, *, fraction: float | None = None) -> str:
@@ -187,7 +198,9 @@ class GrowthPlan:
         table = [
             "  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in (header, *body)
         ]
-        return [*table, f"  {unchanged} tensors keep their shape"]
+        buffers = sum(buffer.grows for buffer in self.buffers)
+        followers = [f"  {buffers} buffers grow along, new entries as their sources'"] if buffers else []
+        return [*table, f"  {unchanged} tensors keep their shape", *followers]
 
 
 def make_plan(
@@ -199,14 +212,17 @@ def make_plan(
     *,
     stage: int,
     active_share: Shares | None = 1.0,
+    buffers: Mapping[str, Shape] | None = None,
 ) -> GrowthPlan:
     """Plan the growth of a model whose parameters have logical ``shapes`` at widths ``before``.
 
     Args:
         shapes: logical shape of every parameter, all experts counted.
-        axes: what each parameter's dimensions are; must cover exactly ``shapes``.
+        axes: what each parameter's dimensions are; must cover exactly ``shapes``, and those of ``buffers`` that follow
+            an axis.
         before: widths in force of (at least) every axis that grows.
         after: widths of the axes that grow.
+        buffers: shape of every buffer that checkpoints hold.
 
     Raises:
         PlanError: an unknown axis, a width that doesn't grow, an unmatched parameter, or a shape that contradicts the
@@ -218,23 +234,26 @@ def make_plan(
     unmatched = [name for name in shapes if name not in axes]
     if unmatched:
         raise PlanError(f"no axes are known for {_some(unmatched)}; a plan must match every parameter")
-    absent = [name for name in axes if name not in shapes]
+    held = {name: shape for name, shape in (buffers or {}).items() if name in axes and name not in shapes}
+    absent = [name for name in axes if name not in shapes and name not in held]
     if absent:
         raise PlanError(f"axes are given for {_some(absent)}, which the model doesn't have")
 
     growths = _axis_growths(axes, before, after)
-    params = []
-    for name, shape in shapes.items():
-        param_axes = axes[name]
-        if len(param_axes.dims) != len(shape) or param_axes.shape(shape, before) != tuple(shape):
-            raise PlanError(
-                f"{name}: shape {tuple(shape)} contradicts its axes {_roles(param_axes)} at widths {dict(before)}"
-            )
-        settled = param_axes.settled(before, after)
-        params.append(ParamPlan(name, settled, tuple(shape), settled.shape(shape, after)))
-    plan = GrowthPlan(stage, growths, strategy, tuple(params), active_share)
+    params = tuple(_param_plan(name, shape, axes[name], before, after) for name, shape in shapes.items())
+    followers = tuple(_param_plan(name, shape, axes[name], before, after) for name, shape in held.items())
+    plan = GrowthPlan(stage, growths, strategy, params, active_share, followers)
     plan.scales()  # refuses a scaling that can't hold, before anything is touched
     return plan
+
+
+def _param_plan(
+    name: str, shape: Shape, axes: ParamAxes, before: Mapping[str, int], after: Mapping[str, int]
+) -> ParamPlan:
+    if len(axes.dims) != len(shape) or axes.shape(shape, before) != tuple(shape):
+        raise PlanError(f"{name}: shape {tuple(shape)} contradicts its axes {_roles(axes)} at widths {dict(before)}")
+    settled = axes.settled(before, after)
+    return ParamPlan(name, settled, tuple(shape), settled.shape(shape, after))
 
 
 def _axis_growths(

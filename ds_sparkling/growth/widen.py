@@ -467,6 +467,17 @@ class Widener:
         return drawn
 
 
+@torch.no_grad()
+def grown_buffer(plan: GrowthPlan, name: str, old: Tensor) -> Tensor:
+    """A buffer after a growth: itself if the plan doesn't grow it."""
+    if not any(buffer.name == name and buffer.grows for buffer in plan.buffers):
+        return old
+    widener = Widener(plan, name)
+    out = torch.empty(widener.numel, dtype=old.dtype, device=old.device)
+    widener.weight(old, out)
+    return out.view(widener.after)
+
+
 def _runs(source: Tensor, kind: Tensor, first: int = 0) -> list[_Run]:
     """Split indices ``first ..`` wherever the kind changes or the sources stop being consecutive."""
     breaks = (source[1:] != source[:-1] + 1) | (kind[1:] != kind[:-1])

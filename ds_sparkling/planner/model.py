@@ -120,9 +120,9 @@ def probe_model(
     shapes = {name: tuple(param.shape) for name, param in built.named_parameters()}
     frozen = frozenset(name for name, param in built.named_parameters() if not param.requires_grad)
     share = _share(active_share(built), shapes, found, experts_per_token)
-    model = Model(widths, shapes, found, frozen, share)
     check_wide(build_model, found, widths, final)
-    return model
+    # Buffers that follow an axis are no parameters, and hardly weigh.
+    return Model(widths, shapes, {name: found[name] for name in shapes}, frozen, share)
 
 
 def _share(

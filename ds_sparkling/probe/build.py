@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from fractions import Fraction
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ds_sparkling.axes import ParamAxes
 from ds_sparkling.errors import ConfigError, PlanError, UnsupportedError
@@ -128,26 +128,38 @@ def _refuse_pipelines(kinds: Iterable[type]) -> None:
         )
 
 
+def saved_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers that checkpoints hold. All others the model makes anew, by its widths, as after a restart."""
+    saved = model.state_dict(keep_vars=True).keys()
+    return {name: buffer for name, buffer in model.named_buffers() if name in saved}
+
+
+def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter, and of every buffer that checkpoints hold."""
+    return {name: tuple(held.shape) for name, held in (*model.named_parameters(), *saved_buffers(model).items())}
+
+
 def check_wide(
     build_model: BuildModel, axes: Mapping[str, ParamAxes], widths: Mapping[str, int], after: Mapping[str, int]
 ) -> None:
     """See that ``build_model`` makes at its new widths what the axes say.
 
     Args:
-        axes: of the model's parameters.
+        axes: of the model's parameters, and of its buffers that follow an axis.
         widths: those in force, of all axes.
         after: the axes that grow.
 
     Raises:
-        PlanError: names a parameter that would have another shape.
+        PlanError: names a parameter or a buffer that would have another shape.
     """
-    shapes = {name: tuple(param.shape) for name, param in build_on_meta(build_model, widths).named_parameters()}
-    wide = {**widths, **after}
-    for name, param in build_on_meta(build_model, wide).named_parameters():
-        planned = axes[name].shape(shapes[name], wide) if name in axes else None
-        if tuple(param.shape) != planned:
+    narrow, wide = build_on_meta(build_model, widths), {**widths, **after}
+    shapes = shapes_of(narrow)
+    planned = {name: axes[name].shape(shapes[name], wide) if name in axes else None for name in shapes}
+    planned.update({name: shapes[name] for name in saved_buffers(narrow) if name not in axes})
+    for name, shape in shapes_of(build_on_meta(build_model, wide)).items():
+        if shape != planned.get(name):
             raise PlanError(
-                f"{name} would become {planned}, but build_model makes it {tuple(param.shape)} at {wide}; if its size "
+                f"{name} would become {planned.get(name)}, but build_model makes it {shape} at {wide}; if its size "
                 "follows from several widths, they have to grow together, by the same "
                 f"ratio{by_one_ratio(widths, after)}"
             )

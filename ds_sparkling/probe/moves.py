@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ds_sparkling.errors import PlanError
-from ds_sparkling.probe.build import BuildModel, build_on_meta, names_known
+from ds_sparkling.probe.build import BuildModel, build_on_meta, names_known, shapes_of
 
 #: Widths that count attention heads, and those that count the key/value heads that query heads share.
 HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "num_query_heads")
@@ -44,7 +44,7 @@ class Move:
         return " and ".join(multiples + ([f"{self.fixed} entries that stay"] if self.fixed else []))
 
 
-#: (parameter, dimension) -> what it does, for those that move
+#: (parameter or buffer of the state, dimension) -> what it does, for those that move
 Moves = dict[tuple[str, int], Move]
 
 
@@ -94,10 +94,17 @@ def find_moves(build_model: BuildModel, widths: Mapping[str, int], told: Collect
 
 
 def _changed(before: nn.Module, after: nn.Module, axis: str) -> Iterator[tuple[tuple[str, int], tuple[int, int]]]:
-    """Every dimension that isn't the same in two models, and its sizes in them."""
-    _check_state(before, after, axis)
-    large = _shapes(after)
-    for name, shape in _shapes(before).items():
+    """Every dimension that isn't the same in two models, and its sizes in them.
+
+    Raises:
+        PlanError: if the models have other parameters, or buffers that belong to their state.
+    """
+    small, large = shapes_of(before), shapes_of(after)
+    if small.keys() != large.keys():
+        raise PlanError(
+            f"changing {axis} changes which parameters (or buffers of its state) the model has; such an axis can't grow"
+        )
+    for name, shape in small.items():
         for position, both in enumerate(zip(shape, large[name], strict=True)):
             if both[0] != both[1]:
                 yield (name, position), both
@@ -145,7 +152,7 @@ class _Sizes:
         key = (times, moved)
         if key not in self._shapes:
             wide = {**self._widths, **{axis: times * self._widths[axis] for axis in moved}}
-            self._shapes[key] = _shapes(build_on_meta(self._build_model, wide))
+            self._shapes[key] = shapes_of(build_on_meta(self._build_model, wide))
         return self._shapes[key][place[0]][place[1]]
 
     def stays(self, place: tuple[str, int], changes: Mapping[str, tuple[int, int]]) -> bool:
@@ -216,21 +223,3 @@ def _irregular(
         f"{name}: dimension {position} of size {size} goes from {small} to {large} when {axis} goes from "
         f"{widths[axis]} to {2 * widths[axis]}; only multiples of the width, beside what stays, can grow{heads}"
     )
-
-
-def _shapes(model: nn.Module) -> Shapes:
-    return {name: tuple(param.shape) for name, param in model.named_parameters()}
-
-
-def _check_state(before: nn.Module, after: nn.Module, axis: str) -> None:
-    """Refuse an axis that changes which parameters there are, or buffers that belong to the model's state.
-
-    All other buffers the model makes anew by itself.
-    """
-    if _shapes(before).keys() != _shapes(after).keys():
-        raise PlanError(f"changing {axis} changes which parameters the model has; such an axis can't grow")
-    saved = before.state_dict().keys()
-    shapes = {name: buffer.shape for name, buffer in before.named_buffers()}
-    for name, buffer in after.named_buffers():
-        if name in saved and shapes.get(name) != buffer.shape:
-            raise PlanError(f"buffer {name} changes its shape with {axis}; growing buffers isn't supported")

@@ -16,8 +16,8 @@ from torch import nn
 
 from ds_sparkling.axes import Dim, ParamAxes, Role
 from ds_sparkling.errors import PlanError
-from ds_sparkling.hints import TO_FILL, match_hints, name_pattern
-from ds_sparkling.probe.build import BuildModel, build_on_meta
+from ds_sparkling.hints import TO_FILL, hintable, match_hints, name_pattern
+from ds_sparkling.probe.build import BuildModel, build_on_meta, saved_buffers, shapes_of
 from ds_sparkling.probe.moves import HEADS, KEY_VALUE_HEADS, Move, find_moves, pair
 from ds_sparkling.probe.roles import Candidates, Place, candidates
 
@@ -52,7 +52,7 @@ class Reading:
     """What a model's parameters may be.
 
     Attributes:
-        kinds: parameters that are alike but for numbers in their names, by pattern.
+        kinds: parameters, and buffers of the state that move, which differ in numbers of their names alone, by pattern.
         candidates: what each kind may be.
         heads: per axis that embeddings carry, where multipliers and a tied head's factor can go.
         descriptions: per parameter, in the model's order, what is known of it, for an error.
@@ -152,13 +152,16 @@ def read(build_model: BuildModel, widths: Mapping[str, int], hints: Mapping[str,
     kinds: dict[str, tuple[str, ...]] = {}
     found: dict[str, Candidates] = {}
     descriptions: dict[str, str] = {}
-    shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
-    hinted = match_hints(hints or {}, shapes, "axes")
+    shapes = shapes_of(model)
+    buffers = saved_buffers(model).keys()
+    hinted = match_hints(hints or {}, hintable(shapes, buffers, hints or {}), "axes")
     moves = find_moves(build_model, widths, hinted.keys())
-    for name, _ in model.named_parameters():
+    for name in shapes:
         place = _place(model, name)
         moving = {position: moves[name, position] for position in range(len(place.shape)) if (name, position) in moves}
         given = hinted.get(name)
+        if name in buffers and not moving:
+            continue
         options = candidates(place, moving) if given is None else Candidates((given,), True)
         descriptions[name] = _description(place, moving)
         if not options.options:
@@ -169,7 +172,11 @@ def read(build_model: BuildModel, widths: Mapping[str, int], hints: Mapping[str,
         found[kind] = options
     axes = _likeliest(kinds, found)
     groups, indices = _groups(build_model, widths, axes), _indices(axes)
-    found = {kind: _settled(options, groups, indices) for kind, options in found.items()}
+    found = {
+        # A buffer's entries may be of any type, so new ones are copies even of what is looked up.
+        kind: _settled(options, groups, set() if kinds[kind][0] in buffers else indices)
+        for kind, options in found.items()
+    }
     heads = _heads(model, _likeliest(kinds, found))
     return Reading(kinds, found, heads, descriptions, frozenset(hinted))
 
@@ -257,7 +264,7 @@ def _heads(model: nn.Module, axes: Mapping[str, ParamAxes]) -> dict[str, Head]:
         for name, param_axes in axes.items():
             if axis not in param_axes.axes or name.startswith(repeated):
                 continue
-            consumed |= len(param_axes.dims) > 1 and name not in names
+            consumed |= any(leaf.axis == axis and leaf.role is Role.FAN_IN for leaf in param_axes.leaves)
             if param_axes.dims[0].role is Role.GAIN:
                 gains.setdefault(name.rpartition(".")[0], []).append(name)
             elif isinstance(modules[name.rpartition(".")[0]], nn.Linear) and param_axes.dims[-1].axis == axis:

@@ -1,4 +1,7 @@
-"""What a dimension that moves may be: candidates by the module's type and the parameter's name, likeliest first."""
+"""What a dimension that moves may be: candidates by the module's type and the parameter's name, likeliest first.
+
+A buffer holds numbers per unit, which new units take over from their sources.
+"""
 
 from __future__ import annotations
 
@@ -57,6 +60,10 @@ class Place:
         return type(self.owner).__name__.lower()
 
     @property
+    def is_buffer(self) -> bool:
+        return self.leaf in self.owner._buffers
+
+    @property
     def is_bias(self) -> bool:
         return self.leaf.endswith("bias")
 
@@ -81,8 +88,12 @@ def candidates(place: Place, moves: Mapping[int, Move]) -> Candidates:
     Args:
         moves: dimension -> what it does, for those that move.
     """
+    ndim = len(place.shape)
     if not moves:
         return Candidates((ParamAxes((FIXED,) * len(place.shape), stacked_experts=_stacked(place)),), True)
+    if place.is_buffer:
+        ways = [_layouts(place, Role.PER_UNIT, moves[at])[0] if at in moves else [FIXED] for at in range(ndim)]
+        return Candidates(tuple(map(ParamAxes, itertools.product(*ways))), False)
     options: list[ParamAxes] = []
     orientations, told = _orientations(place)
     for rank, roles in enumerate(orientations):

@@ -10,7 +10,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
 
 from ds_sparkling.errors import GrowthError, PlanError
-from ds_sparkling.growth import GrowthPlan, Widener
+from ds_sparkling.growth import GrowthPlan, Widener, grown_buffer
 from ds_sparkling.probe import build_alone
 from ds_sparkling.zero.access import full_shape
 from ds_sparkling.zero.carry import preserved_rng
@@ -64,7 +64,7 @@ def grow_averaged(
     if not isinstance(averaged, nn.Module):
         return _state(engine, averaged, prefix, grown)
     inner = averaged.get_submodule(prefix.rstrip("."))
-    wide = _rebuilt(run, inner, grown)
+    wide = _rebuilt(run, inner, grown, missed)
     if inner is averaged:
         return wide
     averaged.module = wide
@@ -122,7 +122,7 @@ def _grown(plans: Sequence[GrowthPlan], logical: Logical, weight: Tensor) -> Ten
     return made.to(weight.dtype)
 
 
-def _rebuilt(run: GrowingRun, old: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
+def _rebuilt(run: GrowingRun, old: nn.Module, weights: Mapping[str, Tensor], plans: Sequence[GrowthPlan]) -> nn.Module:
     """The model at the widths in force, with ``weights`` and what else ``old`` has."""
     with preserved_rng(), built_plainly():
         wide = build_alone(run.build_model, run.widths, "cpu")
@@ -132,7 +132,10 @@ def _rebuilt(run: GrowingRun, old: nn.Module, weights: Mapping[str, Tensor]) -> 
             raise PlanError(f"build_model makes {name} {tuple(param.shape)} at {run.widths}, which the engine has not")
         param.data = weights[name]
         param.requires_grad_(trained[name])
-    _put_buffers(wide, dict(old.named_buffers()), next(iter(weights.values())).device)
+    buffers = dict(old.named_buffers())
+    for plan in plans:
+        buffers = {name: grown_buffer(plan, name, buffer) for name, buffer in buffers.items()}
+    _put_buffers(wide, buffers, next(iter(weights.values())).device)
     modes = {name: module.training for name, module in old.named_modules()}
     for name, module in wide.named_modules():
         module.training = modes.get(name, module.training)

@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
-from torch import Tensor, nn
 
 from ds_sparkling.errors import GrowthError
+from ds_sparkling.growth import GrowthPlan, grown_buffer
 from ds_sparkling.optim.scheduler import regrouped_state
+from ds_sparkling.probe import saved_buffers
 from ds_sparkling.zero.access import base_optimizer, group_names
 
 _COUNTERS = (
@@ -46,12 +47,6 @@ _LOSS_SCALE = (
 )
 
 
-def _saved_buffers(module: nn.Module) -> dict[str, Tensor]:
-    """The buffers that checkpoints hold. All others the model makes anew, by its widths, as after a restart."""
-    saved = module.state_dict(keep_vars=True).keys()
-    return {name: buffer for name, buffer in module.named_buffers() if name in saved}
-
-
 class Carried:
     """A snapshot of an engine's counters, schedule, loss scale, hyperparameters, buffers and modes."""
 
@@ -66,7 +61,7 @@ class Carried:
         ]
         self._group_names = group_names(engine)
         self._schedule = None if engine.lr_scheduler is None else engine.lr_scheduler.state_dict()
-        self._buffers = _saved_buffers(engine.module)
+        self._buffers = saved_buffers(engine.module)
         self._training = {name: module.training for name, module in engine.module.named_modules()}
         self._frozen = _frozen_names(engine)
 
@@ -81,8 +76,12 @@ class Carried:
             )
 
     @torch.no_grad()
-    def restore(self, engine: DeepSpeedEngine) -> None:
-        """Put everything into the fresh ``engine``."""
+    def restore(self, engine: DeepSpeedEngine, plan: GrowthPlan) -> None:
+        """Put everything into the fresh ``engine``; buffers that follow an axis grow as planned.
+
+        Raises:
+            GrowthError: if a buffer isn't of the planned shape.
+        """
         for name, value in self._counters.items():
             setattr(engine, name, value)
         for name, value in self._loss_scale.items():
@@ -92,9 +91,14 @@ class Carried:
             group.update(self._groups[origin])
         if self._schedule is not None:
             engine.lr_scheduler.load_state_dict(regrouped_state(self._schedule, origins))
-        for name, buffer in _saved_buffers(engine.module).items():
-            if name in self._buffers and self._buffers[name].shape == buffer.shape:
-                buffer.copy_(self._buffers[name])
+        for name, buffer in saved_buffers(engine.module).items():
+            if name in self._buffers:
+                grown = grown_buffer(plan, name, self._buffers[name])
+                if grown.shape != buffer.shape:
+                    raise GrowthError(
+                        f"buffer {name} is {tuple(buffer.shape)} in the grown engine, planned was {tuple(grown.shape)}"
+                    )
+                buffer.copy_(grown)
         for name, module in engine.module.named_modules():
             module.training = self._training.get(name, module.training)
 

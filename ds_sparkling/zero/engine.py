@@ -283,7 +283,7 @@ def _grow(
         consensus.settle()
         with consensus.together():
             move(growth.plan, growth.old, grown, consensus)
-            growth.carried.restore(grown)
+            growth.carried.restore(grown, growth.plan)
             if widths:
                 grown.lr_scheduler.born(growth.plan.strategy)
                 growth.run.observations.grown()

@@ -18,7 +18,7 @@ from ds_sparkling.check.resolve import Found, axes_to_grow
 from ds_sparkling.config import BLOCK, SparklingConfig
 from ds_sparkling.errors import ConfigError, PlanError
 from ds_sparkling.growth import GrowthPlan, count_parameters, make_plan
-from ds_sparkling.probe import BuildModel, base_widths, build_on_meta, check_wide
+from ds_sparkling.probe import BuildModel, base_widths, build_on_meta, check_wide, saved_buffers
 from ds_sparkling.record import GrowthRecord, read_record
 from ds_sparkling.routing import active_share, doubt_of_share
 from ds_sparkling.zero.carry import preserved_rng
@@ -35,14 +35,17 @@ logger = logging.getLogger(__name__)
 def plan_growth(engine: DeepSpeedEngine, run: GrowingRun, widths: Mapping[str, int]) -> GrowthPlan:
     """The plan of the whole model, in the engine's parameter names; an empty ``widths`` plans a rebuild."""
     axes = engine_axes(engine, run.record.axes)
+    buffers = {name: tuple(buffer.shape) for name, buffer in saved_buffers(engine.module).items()}
+    followers = {name: run.record.axes[name] for name in buffers if name in run.record.axes}
     return make_plan(
         logical_shapes(engine),
-        axes,
+        {**axes, **followers},
         run.widths,
         widths,
         run.config.strategy,
         stage=len(run.record.stages) + 1,
         active_share=_shares(engine, axes),
+        buffers=buffers,
     )
 
 
@@ -165,7 +168,8 @@ def check_stages(build_model: BuildModel, config: SparklingConfig, record: Growt
             continue
         model = build_on_meta(build_model, widths)
         shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
-        make_plan(shapes, record.axes, widths, stage.widths, config.strategy, stage=number)
+        buffers = {name: tuple(buffer.shape) for name, buffer in saved_buffers(model).items()}
+        make_plan(shapes, record.axes, widths, stage.widths, config.strategy, stage=number, buffers=buffers)
         try:
             check_wide(build_model, record.axes, widths, stage.widths)
         except PlanError as error:

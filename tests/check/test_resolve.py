@@ -9,7 +9,7 @@ import torch
 from families import FAMILIES
 from torch import Tensor, nn
 
-from ds_sparkling.axes import Dim, Role
+from ds_sparkling.axes import FIXED, Dim, ParamAxes, Role
 from ds_sparkling.check.resolve import axes_to_grow, find_axes
 from ds_sparkling.errors import PlanError
 from ds_sparkling.factory import HuggingFaceFactory
@@ -319,3 +319,45 @@ def test_experts_in_lists_of_parameters_are_read_alike() -> None:
     assert {found.axes[f"layers.0.up.{expert}"].dims for expert in range(4)} == {
         (Dim("width", Role.FAN_IN), Dim("inner", Role.FAN_OUT))
     }
+
+
+# -- buffers -------------------------------------------------------------------------------------------------------
+
+
+class Shifted(nn.Module):
+    """An MLP with what a checkpoint holds beside its parameters: a shift of units, a choice of them, a projection."""
+
+    shift: Tensor
+    taken: Tensor
+    projection: Tensor | None
+
+    def __init__(self, width: int, inner: int, projected: bool) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(width, inner), nn.Linear(inner, width)
+        self.register_buffer("shift", torch.zeros(width))
+        self.register_buffer("taken", torch.arange(inner) % 2 == 0)
+        self.register_buffer("fixed", torch.ones(3))
+        self.register_buffer("projection", torch.randn(width, 4) if projected else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.up(x + self.shift)
+        y = torch.where(self.taken, nn.functional.silu(y), y)
+        gate: Any = 1.0 if self.projection is None else (x @ self.projection).sum(-1, keepdim=True).sigmoid()
+        mixed: Tensor = self.down(y) * gate
+        return mixed
+
+
+def test_buffers_that_follow_a_width_hold_numbers_per_unit() -> None:
+    def build_model(width: int = 16, inner: int = 12, projected: bool = False) -> nn.Module:
+        return Body(width, Shifted(width, inner, projected))
+
+    widths = {"width": 16, "inner": 12}
+    found = find_axes(build_model, widths, [("width",), ("inner",)])
+    assert found.proof
+    assert found.axes["layers.0.shift"].dims == (Dim("width", Role.PER_UNIT),)
+    assert found.axes["layers.0.taken"].dims == (Dim("inner", Role.PER_UNIT),)
+    assert "layers.0.fixed" not in found.axes
+    with pytest.raises(PlanError, match="growing width would change"):
+        find_axes(lambda width: build_model(width, projected=True), {"width": 16}, [("width",)])
+    hint = {r"layers\.\d+\.projection": ParamAxes((Dim("width", Role.FAN_IN), FIXED))}
+    assert find_axes(lambda width: build_model(width, projected=True), {"width": 16}, [("width",)], hint).proof

@@ -100,3 +100,69 @@ AXES = {
     r"norm\.weight": {**dims("h="), "norm": "rms", "head_gain": True},
     "empty": dims("", ""),
 }
+
+
+# -- buffers that follow a width -----------------------------------------------------------------------------------
+
+
+class Shifted(nn.Module):
+    """A language model whose checkpoints hold buffers that are as long as its widths, one of them of integers."""
+
+    shift: torch.Tensor
+    kind: torch.Tensor
+
+    def __init__(self, width: int, tokens: int) -> None:
+        super().__init__()
+        self.embed, self.norm, self.head = nn.Embedding(tokens, width), nn.RMSNorm(width), nn.Linear(width, tokens)
+        self.mix = nn.Linear(width, width)
+        self.register_buffer("shift", torch.linspace(-1, 1, width))
+        self.register_buffer("kind", torch.arange(tokens) % 3)
+        self.register_buffer("counts", torch.arange(5.0))
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(input_ids) + self.kind[input_ids][..., None]
+        logits: torch.Tensor = self.head(self.norm(x + self.mix(self.norm(x)) + self.shift))
+        return logits
+
+
+def build_shifted(width: int = 6, tokens: int = tiny.VOCABULARY) -> nn.Module:
+    torch.manual_seed(1)
+    return Shifted(width, tokens)
+
+
+def grow_buffers(stage: int, directory: str) -> Any:
+    """Train, count, save, grow, save; what the buffers are then."""
+    import ds_sparkling
+
+    config = {**Case(2, stage).config, "sparkling": {}}
+    engine: Any = ds_sparkling.initialize(build_shifted, config)
+    tokens, labels = tiny.batch(0)
+    loss = nn.functional.cross_entropy(engine(tokens).flatten(0, 1), labels.flatten())
+    engine.backward(loss)
+    engine.step()
+    engine.module.shift += 1
+    engine.module.counts += 1
+    engine.save_checkpoint(directory, tag="before")
+    engine = ds_sparkling.grow(engine, SHIFTED_WIDE)
+    engine.save_checkpoint(directory, tag="after")
+    return {name: buffer.tolist() for name, buffer in engine.module.named_buffers()}, engine.sparkling.plan.describe()
+
+
+SHIFTED_WIDE = {"width": 9, "tokens": 33}
+
+
+@pytest.mark.parametrize("stage", [3, 1])
+def test_buffers_grow_along_online_and_offline_alike(
+    stage: int, workers: Callable[[int], Workers], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = tmp_path / "saved"
+    (buffers, plan), *_ = workers(2).run(grow_buffers, stage, str(saved))
+    shift = (torch.linspace(-1, 1, 6) + 1).tolist()
+    assert buffers["shift"] == [*shift, *shift[:3]]
+    assert buffers["kind"] == [token % 3 for token in [*range(tiny.VOCABULARY), 0, 1]]
+    assert buffers["counts"] == [1.0, 2.0, 3.0, 4.0, 5.0]
+    assert "2 buffers grow along" in plan
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    options: dict[str, Any] = {"tag": "before", "config": "test_odd_models:build_shifted"}
+    checkpoint_files.run(saved, tmp_path / "wide", SHIFTED_WIDE, **options)
+    checkpoint_files.same_files(saved / "after", tmp_path / "wide/before")

@@ -211,9 +211,16 @@ class WithBuffer(nn.Module):
         self.register_buffer("table", torch.zeros(size), persistent=persistent)
 
 
-def test_a_buffer_of_the_models_state_that_moves_is_refused() -> None:
-    with pytest.raises(PlanError, match=r"buffer part\.table changes its shape with width"):
-        find_moves(lambda width: nn.ModuleDict({"part": WithBuffer(width, width, persistent=True)}), {"width": 4})
+def test_a_buffer_of_the_models_state_moves_as_a_parameter_does() -> None:
+    def build_model(width: int) -> nn.Module:
+        return nn.ModuleDict({"part": WithBuffer(width, 2 * width, persistent=True)})
+
+    assert find_moves(build_model, {"width": 4}) == {
+        ("part.map.weight", 1): Move((("width", 1),)),
+        ("part.table", 0): Move((("width", 2),)),
+    }
+    with pytest.raises(PlanError, match=r"part\.table: dimension 0 of size 16"):
+        find_moves(lambda width: nn.ModuleDict({"part": WithBuffer(width, width**2, persistent=True)}), {"width": 4})
 
 
 @pytest.mark.parametrize(("sized", "persistent"), [(True, False), (False, True), (False, False)])
