@@ -10,8 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-import torch
-from deepspeed import comm as dist
+from torch import distributed as dist
 
 from ds_sparkling import errors
 from ds_sparkling.errors import GrowthError, SparklingError
@@ -132,7 +131,8 @@ class Consensus:
             kind=type(error).__name__ if own else self._kind.__name__,
             message=str(error) if own else f"{type(error).__name__}: {error}",
             # Where another rank left or died, this is what shows on those that it leaves behind.
-            follows=isinstance(error, torch.distributed.DistError) or "closed by peer" in str(error),
+            follows=isinstance(error, dist.DistError) or "/gloo/" in str(error),
+            ends=not isinstance(error, Exception),
         )
 
     def _raised(self, failure: Failure) -> SparklingError:
@@ -151,7 +151,7 @@ def of_first_rank(value: _T, consensus: Consensus) -> _T:
     box = [value]
     with consensus.together():
         if dist.is_initialized() and dist.get_world_size() > 1:
-            torch.distributed.broadcast_object_list(box, src=0)
+            dist.broadcast_object_list(box, src=0)
     consensus.settle()
     return box[0]
 

@@ -56,12 +56,14 @@ class Failure:
         kind: class of the error to raise, of :mod:`ds_sparkling.errors`.
         message: what happened.
         follows: whether it may be what another rank's failure looks like from here.
+        ends: whether the rank's process ends with it.
     """
 
     rank: int | None
     kind: str
     message: str
     follows: bool = False
+    ends: bool = False
 
 
 def roll_call(alike: str, patience: float | None = None) -> RollCall:
@@ -228,7 +230,9 @@ class RollCall:
         worst = min(failures, key=lambda failure: (failure.follows, failure.rank or 0), default=None)
         return {
             "failure": None if worst is None else asdict(worst),
-            "in_step": not gone and self._store.add(f"{self._key}left", 0) in (0, self.ranks),
+            "in_step": not gone
+            and not any(failure.follows or failure.ends for failure in failures)
+            and self._store.add(f"{self._key}left", 0) in (0, self.ranks),
         }
 
     def _first(self, name: str, value: Any) -> bytes:

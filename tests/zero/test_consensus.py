@@ -1,0 +1,189 @@
+"""Ranks agree on how it went, whatever becomes of one of them, and none waits for ever."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import pytest
+import torch
+
+#: What one rank of three does while the others are on their way to settle, and what all hear of it.
+PRIVATE = {
+    "raises": "testing failed on rank 2: KeyError: 'mine'",
+    "exits": "testing failed on rank 2: SystemExit: 3",
+    "is killed": "of 3 ranks, 2 didn't come",
+    "never comes": "of 3 ranks, 2 didn't come",
+    "does something else": "is elsewhere",
+}
+#: The same while they are in a collective that needs it.
+TOGETHER = {
+    "raises": "testing failed on rank 2: KeyError: 'mine'",
+    "exits": "testing failed on rank 2: SystemExit: 3",
+    "is killed": "of 3 ranks, 2 didn't come",
+    "raises in a roll call of its own": "testing failed on rank 2: KeyError: 'mine'",
+}
+
+
+def serve(rank: int, ranks: int, port: int, answer: Connection, job: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.distributed.init_process_group("gloo")
+    torch.distributed.barrier()
+    answer.send(job(*args))
+    os._exit(0)
+
+
+def run(ranks: int, job: Callable[..., Any], *args: Any) -> list[Any]:
+    """What ``job(*args)`` gives on every rank, in processes of their own; None from those that end before.
+
+    Nothing in there needs DeepSpeed, so a server that has imported torch once starts them fast.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "pytest", "ds_sparkling.zero.consensus"])
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    pipes = [context.Pipe(duplex=False) for _ in range(ranks)]
+    processes = [
+        context.Process(target=serve, args=(rank, ranks, port, pipe[1], job, args)) for rank, pipe in enumerate(pipes)
+    ]
+    for process in processes:
+        process.start()
+    answers = []
+    for reading, writing in pipes:
+        writing.close()
+        try:
+            answers.append(reading.recv() if reading.poll(40) else "hangs")
+        except EOFError:
+            answers.append(None)
+    for process in processes:
+        process.kill()
+        process.join()
+    return answers
+
+
+def quickly() -> None:
+    """Let seconds be tenths of them."""
+    from ds_sparkling.zero import rollcall
+
+    rollcall._BEAT, rollcall._GONE, rollcall._GOODBYE = 0.2, 3.0, 1.0
+
+
+def misbehave(how: str) -> None:
+    if how.startswith("raises"):
+        raise KeyError("mine")
+    if how == "exits":
+        sys.exit(3)
+    if how == "is killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def privately(how: str) -> str:
+    from ds_sparkling.errors import GrowthError
+    from ds_sparkling.zero.consensus import Consensus
+
+    quickly()
+    last = torch.distributed.get_rank() == 2
+    if last and how == "never comes":
+        time.sleep(8)
+        return "elsewhere"
+    consensus = Consensus("testing", alike="elsewhere" if last and how == "does something else" else None, patience=4.0)
+    try:
+        with consensus:
+            if last:
+                misbehave(how)
+        consensus.settle()
+    except GrowthError as error:
+        return str(error)
+    return "went through"
+
+
+def together(how: str) -> str:
+    from ds_sparkling.errors import GrowthError
+    from ds_sparkling.zero.consensus import Consensus
+
+    quickly()
+    last = torch.distributed.get_rank() == 2
+    consensus = Consensus("testing", patience=4.0)
+    try:
+        with consensus.together():
+            if last:
+                misbehave(how)
+            if how == "raises in a roll call of its own":
+                Consensus("part of it").settle()
+            torch.distributed.all_reduce(torch.ones(3))
+        consensus.settle()
+    except GrowthError as error:
+        with pytest.raises(GrowthError, match="in the middle of different collectives"):
+            Consensus("going on").settle()
+        return str(error)
+    return "went through"
+
+
+@pytest.mark.parametrize("how", PRIVATE)
+def test_what_becomes_of_one_rank_is_an_error_on_all(how: str) -> None:
+    answers = run(3, privately, how)
+    gone = how in ("exits", "is killed", "never comes")
+    assert all(PRIVATE[how] in text for text in answers[: 2 if gone else 3]), answers
+
+
+@pytest.mark.parametrize("how", TOGETHER)
+def test_what_becomes_of_one_rank_in_a_collective_is_an_error_on_all(how: str) -> None:
+    answers = run(3, together, how)
+    gone = how in ("exits", "is killed")
+    assert all(TOGETHER[how] in text for text in answers[: 2 if gone else 3]), answers
+
+
+def go_on() -> tuple[str, int]:
+    """A failure on all ranks at once, or outside of collectives, leaves them in step."""
+    from ds_sparkling.errors import PlanError
+    from ds_sparkling.zero import rollcall
+    from ds_sparkling.zero.consensus import Consensus
+
+    rank = torch.distributed.get_rank()
+    consensus = Consensus("testing")
+    with consensus:
+        if rank > 0:
+            raise PlanError(f"on {rank}")
+    with pytest.raises(PlanError) as lowest:
+        consensus.settle()
+    with consensus.together():
+        raise PlanError("alike")
+    with pytest.raises(PlanError, match="on rank 0: alike"):
+        consensus.settle()
+    for _ in range(3):
+        Consensus("going on").settle()
+    torch.distributed.all_reduce(torch.ones(1))
+    assert rollcall._attendance is not None
+    keys = rollcall._attendance.store.list_keys() if hasattr(rollcall._attendance.store, "list_keys") else []
+    return str(lowest.value), sum("call" in str(key) and "outcome" in str(key) for key in keys)
+
+
+def test_ranks_that_failed_alike_go_on_and_clean_up() -> None:
+    answers = run(3, go_on)
+    assert answers == [("testing failed on rank 1: on 1", answers[0][1])] * 3
+    assert answers[0][1] <= 4  # the failed ones and the last
+
+
+def slowly() -> str:
+    from ds_sparkling.zero import rollcall
+    from ds_sparkling.zero.consensus import Consensus
+
+    rollcall._BEAT, rollcall._GONE = 0.1, 0.5
+    consensus = Consensus("working", patience=0.5)
+    with consensus:
+        if torch.distributed.get_rank() == 1:
+            time.sleep(2)
+    consensus.settle()
+    return "went through"
+
+
+def test_a_rank_that_works_for_long_is_waited_for() -> None:
+    assert run(2, slowly) == ["went through"] * 2
