@@ -56,6 +56,7 @@ class SparklingConfig:
         diagnose_every: optimizer steps between diagnoses of blocks, twins, ranks and routers; 0 for no alarms either.
         axes: what parameters are that probing can't read, by patterns that match their names.
         check: whether to try each growth on a small instance of the model beforehand.
+        patience: seconds that ranks may come later than others to where a growth begins.
     """
 
     stages: tuple[StageConfig, ...] = ()
@@ -67,6 +68,7 @@ class SparklingConfig:
     diagnose_every: int = 50
     axes: dict[str, ParamAxes] = field(default_factory=dict)
     check: bool = True
+    patience: int = 50
 
     @classmethod
     def from_dict(cls, block: Mapping[str, Any]) -> SparklingConfig:
@@ -93,6 +95,7 @@ class SparklingConfig:
                 "diagnose_every",
                 "axes",
                 "check",
+                "patience",
             },
         )
         init = _mapping(block.get("init", {}), f"{BLOCK}.init")
@@ -121,10 +124,11 @@ class SparklingConfig:
             strategy=strategy,
             checkpoint_dir=checkpoint_dir,
             checkpoint_before_growth=_boolean(block, "checkpoint_before_growth"),
-            log_every=_interval(block, "log_every", cls.log_every),
-            diagnose_every=_interval(block, "diagnose_every", cls.diagnose_every),
+            log_every=_at_least(0, block, "log_every", cls.log_every),
+            diagnose_every=_at_least(0, block, "diagnose_every", cls.diagnose_every),
             axes=axes,
             check=_boolean(block, "check"),
+            patience=_at_least(1, block, "patience", cls.patience),
         )
 
 
@@ -244,12 +248,11 @@ def _boolean(block: Mapping[str, Any], key: str) -> bool:
     return value
 
 
-def _interval(block: Mapping[str, Any], key: str, default: int) -> int:
-    """Steps between two things; 0 for never."""
-    steps = _integer(block.get(key, default), f"{BLOCK}.{key}")
-    if steps < 0:
-        raise ConfigError(f"{BLOCK}.{key} must not be negative, got {steps}")
-    return steps
+def _at_least(least: int, block: Mapping[str, Any], key: str, default: int) -> int:
+    number = _integer(block.get(key, default), f"{BLOCK}.{key}")
+    if number < least:
+        raise ConfigError(f"{BLOCK}.{key} must be at least {least}, got {number}")
+    return number
 
 
 def _rewarmup(value: Any) -> Rewarmup:

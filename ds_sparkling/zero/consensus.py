@@ -18,9 +18,6 @@ from ds_sparkling.zero.rollcall import Failure, InterruptedWaitError, RollCall, 
 
 _T = TypeVar("_T")
 
-#: Seconds that ranks may come later than others to where a growth begins.
-PATIENCE = 50.0
-
 
 class Consensus:
     """Holds what went wrong on this rank until :meth:`settle` shares it with all.

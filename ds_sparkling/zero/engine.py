@@ -29,7 +29,7 @@ from ds_sparkling.record import GrowthRecord, find_checkpoint
 from ds_sparkling.zero import access
 from ds_sparkling.zero.carry import Carried, preserved_rng
 from ds_sparkling.zero.checkpoints import hook_checkpoints
-from ds_sparkling.zero.consensus import PATIENCE, Consensus, of_first_rank
+from ds_sparkling.zero.consensus import Consensus, of_first_rank
 from ds_sparkling.zero.diagnosis import Diagnosis
 from ds_sparkling.zero.gradients import GradientWatch
 from ds_sparkling.zero.huggingface import built_plainly, weights_initialized
@@ -306,7 +306,7 @@ def _prepared(engine: DeepSpeedEngine, widths: dict[str, int], planned_step: int
     """Everything about a growth that can be known, and refused, while the engine is as it was. Collective."""
     run = run_of(engine)
     doing = f"growing to {dict(sorted(widths.items()))}" if widths else "rebuilding the engine"
-    consensus = Consensus(doing, patience=PATIENCE)
+    consensus = Consensus(doing, patience=run.config.patience)
     with consensus:
         _gradients(engine).refuse_held()
     consensus.settle()

@@ -15,7 +15,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -285,7 +285,7 @@ class _Attendance:
         self.in_step = True
         self._sign, self._lock = _Sign(), threading.Lock()
         self._open: list[RollCall] = []
-        self._together: _Together | None = None
+        self._together: list[_Together] = []
         self._busy = threading.Event()
         threading.Thread(target=self._live, name="ds_sparkling signs of life", daemon=True).start()
 
@@ -323,12 +323,13 @@ class _Attendance:
     @contextmanager
     def interruptible(self, call: RollCall) -> Iterator[None]:
         """Have this process leave collectives when another rank has failed in ``call``."""
-        around, self._together = self._together, _Together(call)
+        together = _Together(call)
+        self._together.append(together)
         try:
-            with self._together.waits_in_slices():
+            with _waits_in_slices(lambda: any(around.failed for around in self._together)):
                 yield
         finally:
-            self._together = around
+            self._together.remove(together)
 
     def _show(self, number: int, arrived: bool) -> None:
         with self._lock:
@@ -340,8 +341,7 @@ class _Attendance:
         try:
             while self._busy.wait():
                 self._show(self._sign.number, self._sign.arrived)
-                together = self._together
-                if together is not None:
+                for together in list(self._together):
                     together.look()
                 time.sleep(_BEAT)
         except DistError as error:
@@ -357,6 +357,11 @@ class _Together:
         self._failed_since: float | None = None
         self._main = threading.get_ident()
 
+    @property
+    def failed(self) -> bool:
+        """Whether another rank has been seen to fail."""
+        return self._failed_since is not None
+
     def look(self) -> None:
         """See whether a rank has failed or is gone, and leave the collectives that wait for it."""
         # The first rank watches all others, and the second one the first.
@@ -371,43 +376,47 @@ class _Together:
         elif time.monotonic() - self._failed_since > _STUCK and self._in_torch():
             self._call.end_stuck()
 
-    @contextmanager
-    def waits_in_slices(self) -> Iterator[None]:
-        """Let waits for collectives on the CPU end when a rank has failed; those on devices are aborted."""
-        if not _on_cpu():
-            yield
-            return
-        work: Any = torch.distributed.Work
-        plain = work.wait
-
-        def wait(handle: Any, timeout: timedelta | None = None) -> Any:
-            if timeout is not None:
-                return plain(handle, timeout)
-            while True:
-                began = time.monotonic()
-                try:
-                    return plain(handle, timedelta(seconds=_SLICE))
-                except RuntimeError as error:
-                    if "timed out" not in str(error).lower() or time.monotonic() - began < 0.9 * _SLICE:
-                        raise
-                if self._failed_since is not None:
-                    raise InterruptedWaitError("another rank has failed")
-
-        work.wait = wait
-        try:
-            yield
-        finally:
-            work.wait = plain
-
     def _in_torch(self) -> bool:
         """Whether the process is inside of torch.distributed."""
         frame = sys._current_frames().get(self._main)
         return frame is not None and frame.f_code.co_filename == distributed_c10d.__file__
 
 
+@contextmanager
+def _waits_in_slices(failed: Callable[[], bool]) -> Iterator[None]:
+    """Let waits for collectives on the CPU end when a rank has failed; those on devices are aborted."""
+    if not _on_cpu():
+        yield
+        return
+    work: Any = torch.distributed.Work
+    plain = work.wait
+
+    def wait(handle: Any, timeout: timedelta | None = None) -> Any:
+        if timeout is not None:
+            return plain(handle, timeout)
+        while True:
+            began = time.monotonic()
+            try:
+                return plain(handle, timedelta(seconds=_SLICE))
+            except RuntimeError as error:
+                if "timed out" not in str(error).lower() or time.monotonic() - began < 0.9 * _SLICE:
+                    raise
+            if failed():
+                raise InterruptedWaitError("another rank has failed")
+
+    work.wait = wait
+    try:
+        yield
+    finally:
+        work.wait = plain
+
+
 def _absence(gone: list[int], ranks: int) -> str:
     named = ", ".join(map(str, gone[:8])) + (" and others" if len(gone) > 8 else "")
-    return f"of {ranks} ranks, {named} didn't come: failed before, ended, stuck, or not calling what the others call"
+    return (
+        f"of {ranks} ranks, {named} didn't come: failed before, ended, stuck, or not calling what the others call (if "
+        "they only take longer, raise sparkling.patience)"
+    )
 
 
 def _gone_store(error: DistError) -> str:

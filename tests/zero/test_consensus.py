@@ -28,7 +28,9 @@ TOGETHER = {
     "raises": "testing failed on rank 2: KeyError: 'mine'",
     "exits": "testing failed on rank 2: SystemExit: 3",
     "is killed": "of 3 ranks, 2 didn't come",
-    "raises in a roll call of its own": "testing failed on rank 2: KeyError: 'mine'",
+    "raises before a roll call of its own": "testing failed on rank 2: KeyError: 'mine'",
+    "raises before a collective of its own": "testing failed on rank 2: KeyError: 'mine'",
+    "is killed before a collective of its own": "of 3 ranks, 2 didn't come",
 }
 
 
@@ -81,7 +83,7 @@ def misbehave(how: str) -> None:
         raise KeyError("mine")
     if how == "exits":
         sys.exit(3)
-    if how == "is killed":
+    if how.startswith("is killed"):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -107,7 +109,7 @@ def privately(how: str) -> str:
 
 def together(how: str) -> str:
     from ds_sparkling.errors import GrowthError
-    from ds_sparkling.zero.consensus import Consensus
+    from ds_sparkling.zero.consensus import Consensus, of_first_rank
 
     quickly()
     last = torch.distributed.get_rank() == 2
@@ -116,8 +118,10 @@ def together(how: str) -> str:
         with consensus.together():
             if last:
                 misbehave(how)
-            if how == "raises in a roll call of its own":
+            if how.endswith("roll call of its own"):
                 Consensus("part of it").settle()
+            if how.endswith("collective of its own"):
+                of_first_rank(1, Consensus("part of it"))
             torch.distributed.all_reduce(torch.ones(3))
         consensus.settle()
     except GrowthError as error:
@@ -137,7 +141,7 @@ def test_what_becomes_of_one_rank_is_an_error_on_all(how: str) -> None:
 @pytest.mark.parametrize("how", TOGETHER)
 def test_what_becomes_of_one_rank_in_a_collective_is_an_error_on_all(how: str) -> None:
     answers = run(3, together, how)
-    gone = how in ("exits", "is killed")
+    gone = how.startswith(("exits", "is killed"))
     assert all(TOGETHER[how] in text for text in answers[: 2 if gone else 3]), answers
 
 

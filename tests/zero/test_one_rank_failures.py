@@ -84,7 +84,7 @@ def fail_on_second_rank(patch: pytest.MonkeyPatch, place: str) -> None:
         raise OSError("injected")
 
     *owners, name = place.split(".")
-    plain = getattr(tiny, name, None)
+    plain: Any = getattr(tiny, name, None)
     patch.setattr(".".join([*owners, name]), broken)
 
 
