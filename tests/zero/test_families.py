@@ -127,3 +127,29 @@ def test_engine_files_and_reference_agree(run: Run, workers: Callable[[int], Wor
         options: dict[str, Any] = {"tag": f"before{number}", "deepspeed_config": block, "config": str(config)}
         checkpoint_files.run(saved, tmp_path / f"{number}", run.growths[number], **options)
         checkpoint_files.same_files(saved / f"after{number}", tmp_path / f"{number}/before{number}")
+
+
+def grown_after_an_early_import() -> tuple[float, float]:
+    """Loss before and after a growth, where transformers' classes are imported before DeepSpeed looks for any."""
+    from transformers import AutoModelForCausalLM  # noqa: F401
+
+    import ds_sparkling
+    from ds_sparkling.benchmarks.family_ranks import runnable
+    from ds_sparkling.factory import HuggingFaceFactory
+
+    run = Run("GPT-OSS", 2, 3, ({}, {}))
+    config = {key: value for key, value in run.config.items() if key != "expert_parallel"}
+    engine = ds_sparkling.initialize(runnable(HuggingFaceFactory(CONFIGS[run.family][0])), config)
+    tokens = torch.randint(3, 64, (1, 8), generator=torch.Generator().manual_seed(0))
+    before = float(engine(input_ids=tokens, labels=tokens, use_cache=False).loss)
+    engine = ds_sparkling.grow(engine, {HIDDEN: 64})
+    return before, float(engine(input_ids=tokens, labels=tokens, use_cache=False).loss)
+
+
+def test_a_mixture_that_only_the_first_rank_has_tried_grows_on_all() -> None:
+    fresh = Workers(2)  # no rank has seen the family's code
+    try:
+        for before, after in fresh.run(grown_after_an_early_import):
+            assert after == pytest.approx(before, rel=1e-5)
+    finally:
+        fresh.stop()
