@@ -142,6 +142,8 @@ def _heads_advice(comparison: Comparison) -> str:
             continue
         growth = growths[grown[0] or ""]
         heads = _heads_of(comparison.narrow, param.name)
+        if heads != _heads_of(comparison.wide, param.name):
+            return ""
         ratio = Fraction(growth.after, growth.before)
         wanted = f", {heads[0]} {heads[1]} to {heads[1] * ratio}" if heads is not None else ""
         return (

@@ -179,6 +179,8 @@ def _layouts(place: Place, role: Role, move: Move) -> tuple[list[Dim], bool]:
     if axis in HEADS + KEY_VALUE_HEADS:
         return ([blocks, *_equal_parts(axis, role, per_unit)], False) if fused else ([blocks], not move.coupled)
     segments = Dim(axis, role, segments=per_unit, alive=alive)
+    if _counts_heads(axis):
+        return [blocks, segments], False
     if role is not Role.FAN_OUT:
         return [segments, blocks] if _sizes_heads(axis) else [blocks, segments], False
     if place.called(_FUSED_GATE_UP) and per_unit % 2 == 0:
@@ -189,6 +191,10 @@ def _layouts(place: Place, role: Role, move: Move) -> tuple[list[Dim], bool]:
     if _sizes_heads(axis):
         return [*_products(place, [segments]), segments, blocks], False
     return [blocks, segments, *_products(place, [segments])], False
+
+
+def _counts_heads(axis: str) -> bool:
+    return axis in HEADS + KEY_VALUE_HEADS or "heads" in axis
 
 
 def _sizes_heads(axis: str) -> bool:
@@ -212,10 +218,15 @@ def _parted(place: Place, role: Role, move: Move) -> list[Dim]:
         fixed = (Dim(fixed=move.fixed),) if move.fixed else ()
         ways += [Dim(parts=order) for order in itertools.permutations((*parts, *fixed))]
     heads = math.gcd(move.fixed, *(per_unit for _, per_unit in move.shares))
-    if heads > 1 and not any(axis in HEADS + KEY_VALUE_HEADS for axis, _ in move.shares):
+    if heads > 1 and not any(_counts_heads(axis) for axis, _ in move.shares):
         leaves = [Dim(axis, role, segments=per_unit // heads) for axis, per_unit in move.shares]
         fixed = (Dim(fixed=move.fixed // heads),) if move.fixed else ()
         ways = [Dim(parts=order, segments=heads) for order in itertools.permutations((*leaves, *fixed))] + ways
+    (axis, per_unit), *others = move.shares
+    if move.fixed and not others and _counts_heads(axis) and per_unit > 1 and per_unit % 2:
+        # Mamba-2: gates and inputs of all heads, what groups of heads share, and a step size per head.
+        both = Dim(axis, role, block=per_unit // 2, segments=2)
+        ways = [Dim(parts=(both, Dim(fixed=move.fixed), Dim(axis, role))), *ways]
     if role is Role.FAN_OUT and place.called(_FACTORS + _FUSED_QKV):
         ways = [replace(way, parts=(_alive(way.parts[0]), *way.parts[1:])) for way in ways]
     products = _products(place, ways) if role is Role.FAN_OUT else []
@@ -229,7 +240,7 @@ def _leaves(role: Role, axis: str, per_unit: int) -> list[Dim]:
     blocks = Dim(axis, role, block=per_unit)
     if axis in KEY_VALUE_HEADS and per_unit % 2 == 0:  # keys and values end to end
         return [Dim(axis, role, block=per_unit // 2, segments=2), blocks]
-    if axis in HEADS:
+    if _counts_heads(axis):
         return [blocks]
     return [Dim(axis, role, segments=per_unit), blocks]
 

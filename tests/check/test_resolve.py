@@ -361,3 +361,71 @@ def test_buffers_that_follow_a_width_hold_numbers_per_unit() -> None:
         find_axes(lambda width: build_model(width, projected=True), {"width": 16}, [("width",)])
     hint = {r"layers\.\d+\.projection": ParamAxes((Dim("width", Role.FAN_IN), FIXED))}
     assert find_axes(lambda width: build_model(width, projected=True), {"width": 16}, [("width",)], hint).proof
+
+
+# -- families whose widths are tied, or held against each other ----------------------------------------------------
+
+
+def test_a_hidden_size_that_its_config_holds_against_state_space_heads_grows_with_them() -> None:
+    config = {
+        "model_type": "bamba",
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "attn_layer_indices": [1],
+        "mamba_n_heads": 8,
+        "mamba_d_head": 8,
+        "mamba_d_state": 8,
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    hidden, heads = "hidden_size", "mamba_n_heads"
+    found = find_axes(HuggingFaceFactory(config), {hidden: 32, heads: 8}, [(hidden, heads)])
+    assert found.proof
+    mamba = "model.layers.0.mamba."
+    both = Dim(heads, Role.FAN_OUT, block=8, segments=2)
+    assert found.axes[f"{mamba}in_proj.weight"].dims[0].parts == (both, Dim(fixed=16), Dim(heads, Role.FAN_OUT))
+    assert found.axes[f"{mamba}conv1d.weight"].dims[0].parts == (Dim(heads, Role.PER_UNIT, block=8), Dim(fixed=16))
+    with pytest.raises(PlanError, match=r"build_model.*failed"):
+        find_axes(HuggingFaceFactory(config), {hidden: 32}, [(hidden,)])
+
+
+@pytest.mark.parametrize("axis", ["hidden_size", "vocab_size"])
+def test_a_bias_that_a_head_and_the_module_around_it_share_needs_no_hint(axis: str) -> None:
+    transformers = pytest.importorskip("transformers")
+
+    def build_model(hidden_size: int = 32, vocab_size: int = 64) -> nn.Module:
+        config = transformers.BertConfig(
+            hidden_size=hidden_size,
+            vocab_size=vocab_size,
+            intermediate_size=48,
+            num_hidden_layers=1,
+            num_attention_heads=hidden_size // 8,
+            max_position_embeddings=32,
+        )
+        model: nn.Module = transformers.BertForMaskedLM(config)
+        return model
+
+    assert find_axes(build_model, {axis: 32 if axis == "hidden_size" else 64}, [(axis,)]).proof
+
+
+def test_embeddings_of_an_encoder_and_a_decoder_that_are_one_need_no_hint() -> None:
+    transformers = pytest.importorskip("transformers")
+
+    def build_model(d_model: int = 32, vocab_size: int = 64) -> nn.Module:
+        config = transformers.T5Config(
+            d_model=d_model, d_ff=48, vocab_size=vocab_size, num_layers=1, num_heads=4, d_kv=8, decoder_start_token_id=0
+        )
+        model: nn.Module = transformers.T5ForConditionalGeneration(config)
+        return model
+
+    ids = torch.arange(3, 19).view(2, 8)
+    inputs = {"input_ids": ids, "decoder_input_ids": ids.flip(1), "use_cache": False}
+    assert find_axes(
+        build_model, {"d_model": 32, "vocab_size": 64}, [("d_model",), ("vocab_size",)], inputs=inputs
+    ).proof
