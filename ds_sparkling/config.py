@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ds_sparkling.axes import ParamAxes
 from ds_sparkling.errors import ConfigError
 from ds_sparkling.hints import parse_hints
+from ds_sparkling.state_kinds import StateKind
 from ds_sparkling.strategy import (
     BiasCorrection,
     Init,
@@ -89,6 +90,7 @@ class SparklingConfig:
                 "rewarmup",
                 "bias_correction",
                 "seed",
+                "state_kinds",
                 "checkpoint_dir",
                 "checkpoint_before_growth",
                 "log_every",
@@ -112,6 +114,7 @@ class SparklingConfig:
             rewarmup=_rewarmup(block.get("rewarmup", {})),
             bias_correction=_choice(block, BLOCK, "bias_correction", BiasCorrection.RESTART),
             seed=_integer(block.get("seed", 0), f"{BLOCK}.seed"),
+            state_kinds=_state_kinds(block.get("state_kinds", {})),
         )
         widths = block.get("widths")
         checkpoint_dir = block.get("checkpoint_dir")
@@ -269,6 +272,12 @@ def _rewarmup(value: Any) -> Rewarmup:
         from_step=None if from_step is None else _integer(from_step, f"{path}.from_step"),
         decay_steps=None if decay_steps is None else _integer(decay_steps, f"{path}.decay_steps"),
     )
+
+
+def _state_kinds(value: Any) -> dict[str, StateKind]:
+    path = f"{BLOCK}.state_kinds"
+    block = _mapping(value, path)
+    return {key: _choice(block, path, key, StateKind.MOMENT) for key in block}
 
 
 def _widths(value: Any, path: str) -> dict[str, int]:

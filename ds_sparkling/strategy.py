@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from ds_sparkling.errors import ConfigError
+from ds_sparkling.errors import ConfigError, PlanError
+from ds_sparkling.state_kinds import StateKind, gradient_degree, state_kind
 
 
 class Init(str, Enum):
@@ -294,6 +295,7 @@ class Strategy:
         split: how twins share the columns that consume them, for copy-copy.
         perturbation: RMS of the noise on the columns that consume twins, relative to the tensor's; it sums to zero over
             the twins of a unit, so their consumers see no change. For copy-copy.
+        state_kinds: what states of the optimizer are whose names don't tell, by name.
     """
 
     fan_out: Init = Init.COPY
@@ -307,6 +309,7 @@ class Strategy:
     vocabulary: NewIndex = NewIndex.MEAN
     split: Split = Split()
     perturbation: float = 0.0
+    state_kinds: Mapping[str, StateKind] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         if (self.fan_out, self.fan_in) not in INIT_PAIRS:
@@ -347,6 +350,21 @@ class Strategy:
         """Whether new units come in pairs whose contributions cancel."""
         return self.fan_in is Init.CANCEL
 
+    def state_kind(self, key: str) -> StateKind:
+        """What the optimizer's per-element state ``key`` is.
+
+        Raises:
+            PlanError: if that isn't known, or the state would have to be rescaled and isn't known how.
+        """
+        kind = state_kind(key, self.state_kinds)
+        if kind is StateKind.MOMENT and self.optimizer_state.rescales and gradient_degree(key) is None:
+            plain = OptimizerState.COPY if self.optimizer_state.copies else OptimizerState.ASYMMETRIC_RESET
+            raise PlanError(
+                f"optimizer state {key!r} has no known degree in the gradient, so {self.optimizer_state.value!r} can't "
+                f"rescale it (as it can exp_avg); use {plain.value!r}"
+            )
+        return kind
+
     @property
     def units_meaning(self) -> str:
         """What new units are, in a few words for a printed plan."""
@@ -372,6 +390,7 @@ class Strategy:
             "rewarmup": self.rewarmup.to_dict(),
             "bias_correction": self.bias_correction.value,
             "seed": self.seed,
+            "state_kinds": {key: kind.value for key, kind in self.state_kinds.items()},
         }
 
     @classmethod
@@ -389,4 +408,5 @@ class Strategy:
             NewIndex(init["vocabulary"]),
             Split.parse(init.get("split", "1:1")),
             float(init.get("perturbation", 0.0)),
+            {key: StateKind(kind) for key, kind in data.get("state_kinds", {}).items()},
         )

@@ -91,7 +91,7 @@ def relative(path: Path) -> str:
 
 @pytest.mark.parametrize("path", GROWTH, ids=relative)
 def test_growth_knows_torch_and_shapes_and_nothing_else(path: Path) -> None:
-    allowed = [f"ds_sparkling.{name}" for name in ("axes", "errors", "strategy", "growth")]
+    allowed = [f"ds_sparkling.{name}" for name in ("axes", "errors", "state_kinds", "strategy", "growth")]
     for name in imported(path):
         if under(name, "ds_sparkling"):
             assert under(name, *allowed), name

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -182,7 +182,9 @@ def evaluate(engine: Any) -> float:
     return float(loss)
 
 
-def local_state(engine: Any) -> tuple[State, dict[str, tuple[int, int]]]:
+def local_state(
+    engine: Any, keys: Sequence[str] = ("exp_avg", "exp_avg_sq")
+) -> tuple[State, dict[str, tuple[int, int]]]:
     """This rank's view of all weights and moments through DeepSpeed's public getters, and its slices of the experts.
 
     Names are those of the whole model.
@@ -206,7 +208,7 @@ def local_state(engine: Any) -> tuple[State, dict[str, tuple[int, int]]]:
         else:
             weight = safe_get_full_fp32_param(param)
             state[name] = {"weight": weight}
-            for key in ("exp_avg", "exp_avg_sq"):
+            for key in keys:
                 state[name][key] = safe_get_full_optimizer_state(param, key)
         state[name] = {key: tensor.detach().clone().cpu() for key, tensor in state[name].items()}
     return state, {logical.name: logical.stack for logical in held.values() if logical.stack is not None}
@@ -253,10 +255,13 @@ def reference(plan: GrowthPlan, state: State) -> State:
     for name, tensors in state.items():
         widener = Widener(plan, name)
         grown[name] = {}
+        weights = widener.statistics(tensors["weight"])
         for key, old in tensors.items():
             out = torch.empty(math.prod(widener.after), dtype=old.dtype)
             if key == "weight":
                 widener.weight(old, out)
+            elif widener.is_weights(key):
+                widener.state(key, old, out, 0, widener.statistics(old, weights))
             else:
                 widener.state(key, old, out)
             grown[name][key] = out.view(widener.after)

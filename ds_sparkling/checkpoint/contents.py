@@ -37,7 +37,7 @@ class Contents:
         self.source = source
         self.plan = plan
         self._wideners = {} if plan is None else {name: Widener(plan, name) for name in source.layout.params}
-        self._statistics: dict[str, Statistics] = {}
+        self._statistics: dict[tuple[str, str], Statistics] = {}
         self._threads = local()
         self._locks = {name: Lock() for name in self._wideners}
         self.params: dict[str, Param] = dict(source.layout.params)
@@ -45,7 +45,7 @@ class Contents:
             self.params[name] = replace(self.params[name], shape=widener.after)
         for name, widener in self._wideners.items():
             for key in source.states(name) if self.params[name].trained else ():
-                widener.state(key, _nothing, torch.empty(0))
+                widener.state(key, _nothing, torch.empty(0), statistics=Statistics())
 
     def dtype(self, name: str, key: str) -> torch.dtype:
         """Of a parameter's master weights, or of one of its states."""
@@ -93,16 +93,25 @@ class Contents:
             return self.source.elements(name, key, first, last)
 
         if key == WEIGHT:
-            with self._locks[name]:
-                if name not in self._statistics:
-                    try:
-                        self._statistics[name] = widener.statistics(old)
-                    except ValueError as error:
-                        raise CheckpointError(f"{name}: {error}") from error
-            widener.weight(old, out, start, self._statistics[name])
+            widener.weight(old, out, start, self._statistics_of(name, WEIGHT))
+        elif widener.is_weights(key):
+            widener.state(key, old, out, start, self._statistics_of(name, key))
         else:
             widener.state(key, old, out, start)
         return out.to(dtype)
+
+    def _statistics_of(self, name: str, key: str) -> Statistics:
+        """What new entries of the weight, or of a state that is weights, need to know of the old ones."""
+        weights = None if key == WEIGHT else self._statistics_of(name, WEIGHT)
+        with self._locks[name]:
+            if (name, key) not in self._statistics:
+                try:
+                    self._statistics[name, key] = self._wideners[name].statistics(
+                        lambda start, stop: self.source.elements(name, key, start, stop), weights
+                    )
+                except ValueError as error:
+                    raise CheckpointError(f"{name}: {error}") from error
+            return self._statistics[name, key]
 
     def _scratch(self, numel: int, dtype: torch.dtype) -> Tensor:
         """This thread's memory, used again and again: fresh pages cost more than what is written to them."""

@@ -26,6 +26,7 @@ from ds_sparkling.growth.random import standard_normal, stream_key
 from ds_sparkling.growth.scaling import AxisGrowth, Factors, Scale
 from ds_sparkling.growth.spread import Spread, column_mean, row_mean, spread
 from ds_sparkling.growth.units import old_units, paired_units, source_units
+from ds_sparkling.state_kinds import StateKind, gradient_degree
 from ds_sparkling.strategy import Init, NewIndex, OptimizerState, Strategy
 
 #: Elements drawn at a time; bounds the temporaries of random initialisation.
@@ -36,9 +37,6 @@ _NOISE_CHUNK = 1 << 20
 
 #: What gives the elements start..stop of a flattened tensor, 1-D: of one that is never held as a whole.
 Elements = Callable[[int, int], Tensor]
-
-#: How an optimizer state scales when gradients do: the power of the gradient that it holds.
-STATE_DEGREES = {"exp_avg": 1, "momentum_buffer": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}
 
 # What the entries of an index of a dimension are. Of two dimensions, the larger value decides for the element.
 _OLD, _COPY, _MEAN, _RANDOM, _ZERO = range(5)
@@ -169,15 +167,19 @@ class Widener:
             self._noise.add(exact, start + first, statistics.spreads)
             piece.copy_(exact)
 
-    def statistics(self, old: Tensor | Elements) -> Statistics:
+    def statistics(self, old: Tensor | Elements, weights: Statistics | None = None) -> Statistics:
         """What the new entries need to know of all of ``old``.
+
+        Args:
+            old: the weight, or a state that is weights, too.
+            weights: those of the weight, for such a state: what is drawn is the same in both.
 
         Raises:
             ValueError: if an entry isn't finite.
         """
         elements, numel = self._elements(old), math.prod(self.before)
-        spreads: tuple[Spread, ...] = ()
-        if self._has(_RANDOM) or self._noise is not None:
+        spreads = () if weights is None else weights.spreads
+        if weights is None and self._draws:
             size = numel // self._matrices
             spreads = tuple(spread(elements, matrix * size, (matrix + 1) * size) for matrix in range(self._matrices))
         if not self._has(_MEAN):
@@ -186,12 +188,33 @@ class Widener:
         mean = column_mean if self._index_is_last else row_mean
         return Statistics(spreads, mean(elements, 0, numel, columns))
 
-    def state(self, key: str, old: Tensor | Elements, out: Tensor, start: int = 0) -> None:
-        """Fill ``out`` like :meth:`weight`, from the optimizer's per-element state ``key`` (``exp_avg`` ...).
+    def is_weights(self, key: str) -> bool:
+        """Whether the optimizer's state ``key`` is a second set of weights.
 
         Raises:
-            PlanError: if the sizes contradict the plan, or a state of unknown degree would have to be rescaled.
+            PlanError: as :meth:`Strategy.state_kind`.
         """
+        return self.strategy.state_kind(key) is StateKind.WEIGHTS
+
+    def state(
+        self, key: str, old: Tensor | Elements, out: Tensor, start: int = 0, statistics: Statistics | None = None
+    ) -> None:
+        """Fill ``out`` like :meth:`weight`, from the optimizer's per-element state ``key`` (``exp_avg`` ...).
+
+        Args:
+            key, old, out, start: which state, and as for :meth:`weight`.
+            statistics: of a state that is weights, with those of the weight (:meth:`statistics`); may be left out where
+                nothing is drawn.
+
+        Raises:
+            PlanError: if the sizes contradict the plan, the state's kind isn't known, or a state of unknown degree
+                would have to be rescaled.
+        """
+        if self.is_weights(key):
+            if statistics is None and self._draws:
+                raise PlanError(f"{self.param.name}: {key} is drawn as the weight is, whose statistics are missing")
+            self.weight(old, out, start, statistics)
+            return
         mode = self.strategy.optimizer_state
         actions = dict.fromkeys((_OLD, _COPY, _MEAN, _RANDOM, _ZERO), "zero")
         if mode is not OptimizerState.DROP:
@@ -200,13 +223,9 @@ class Widener:
             actions[_COPY] = "copy"
         scales: list[Scale] = [1.0] * len(self._dims)
         if mode.rescales:
-            if key not in STATE_DEGREES:
-                plain = "copy" if mode.copies else "asymmetric_reset"
-                raise PlanError(
-                    f"optimizer state {key!r} has no known degree in the gradient, so {mode.value!r} can't rescale it "
-                    f"(known: {', '.join(STATE_DEGREES)}); use {plain!r}"
-                )
-            scales = [scale ** STATE_DEGREES[key] for scale in self._gradient_scales]
+            degree = gradient_degree(key)
+            assert degree is not None
+            scales = [scale**degree for scale in self._gradient_scales]
         self._fill(self._elements(old), out, start, actions, scales, Statistics(), 0.0)
 
     # -- what the plan says, made concrete ----------------------------------------------------------------------
@@ -277,6 +296,11 @@ class Widener:
     def _has(self, kind: int) -> bool:
         """Whether some element may be of a kind."""
         return any(bool((dim_map.kind == kind).any()) for dim_map in self._maps)
+
+    @property
+    def _draws(self) -> bool:
+        """Whether anything random may be in a new entry."""
+        return self._has(_RANDOM) or self._noise is not None
 
     @property
     def _index_is_last(self) -> bool:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-_STEPS = 3
-_SHAPE = (4, 6)
+from ds_sparkling.optim.trial import SMALL, STEPS, random_like, step_apart
 
 
-@torch.no_grad()
-def steps_elementwise(optimizer: torch.optim.Optimizer, group: dict[str, Any], like: Tensor) -> bool:
+def steps_elementwise(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], like: Tensor) -> bool:
     """Whether the update of an element depends on its own gradient and state and on settings alone.
 
     A small tensor is stepped as a whole, and again as two 1-D pieces; the optimizer's state and groups stay.
@@ -22,26 +20,17 @@ def steps_elementwise(optimizer: torch.optim.Optimizer, group: dict[str, Any], l
         optimizer: the optimizer.
         group: one of its parameter groups.
         like: one of its tensors; the small one has its device, dtype and number of dimensions (two at most).
+
+    Raises:
+        UnsupportedError: if the optimizer can't be tried.
     """
-    generator = torch.Generator().manual_seed(0)
-    values = torch.randn(_STEPS + 1, *_SHAPE, generator=generator).to(device=like.device, dtype=like.dtype)
-    start, gradients = values[0], values[1:]
-    whole = start.clone() if like.dim() > 1 else start.flatten()
-    pieces = list(start.flatten().clone().split([start.numel() // 3, start.numel() - start.numel() // 3]))
-    own = optimizer.state, optimizer.param_groups
-    try:
-        for tensors in ([whole], pieces):
-            optimizer.state = defaultdict(dict)
-            # One group each, as in a step (an optimizer may keep one step count for all tensors of a group).
-            tried = [{**group, "params": [tensor], "lr": 0.01} for tensor in tensors]
-            optimizer.param_groups = [*tried]
-            settings = [{key: value for key, value in one.items() if key != "params"} for one in tried]
-            for gradient in gradients:
-                for tensor, grad in zip(tensors, gradient.flatten().split([t.numel() for t in tensors]), strict=True):
-                    tensor.grad = grad.clone().view(tensor.shape)
-                optimizer.step()
-            if any(one[key] != value for one, was in zip(tried, settings, strict=True) for key, value in was.items()):
-                return False  # it counts in the group, whose copies the pieces get
-    finally:
-        optimizer.state, optimizer.param_groups = own
-    return torch.allclose(whole.flatten(), torch.cat(pieces), rtol=1e-5, atol=1e-7)
+    start, *gradients = random_like(SMALL[like.dim() > 1], like, STEPS + 1)
+    whole = step_apart(optimizer, group, [start], [[gradient] for gradient in gradients])
+    if whole.counted:
+        return False  # it counts in the group, whose copies the pieces get
+    sizes = [start.numel() // 3, start.numel() - start.numel() // 3]
+    # One group each, as in a step (an optimizer may keep one step count for all tensors of a group).
+    pieces = step_apart(
+        optimizer, group, start.flatten().split(sizes), [gradient.flatten().split(sizes) for gradient in gradients]
+    )
+    return torch.allclose(whole.tensors[0].flatten(), torch.cat(pieces.tensors), rtol=1e-5, atol=1e-7)

@@ -29,11 +29,15 @@ from torch import Tensor, nn
 from ds_sparkling.diagnostics.sampling import Grid
 from ds_sparkling.errors import GrowthError, UnsupportedError
 from ds_sparkling.optim.counters import same_numbers
+from ds_sparkling.optim.trial import is_per_element
 from ds_sparkling.partition import Piece, even_pieces, padded_piece, window_pieces
 from ds_sparkling.zero.gone import leave_word
 
 #: DeepSpeed versions whose internals this file was checked against.
 CHECKED_VERSIONS = ("0.19.8",)
+
+#: How the names of what ``engine.offload_states`` leaves in an optimizer's state end.
+_OFFLOAD_BUFFER = "_offload_buffer"
 
 
 def check_version() -> None:
@@ -468,17 +472,12 @@ def _with_state(shard: Shard, base: torch.optim.Optimizer, offset: int) -> Shard
     master = shard.master
     assert master is not None
     for key, value in base.state.get(master, {}).items():
-        if value is None or key in shard.wholes:
-            continue  # state that this optimizer doesn't use, like the momentum of SGD without it
-        if key != "step" and isinstance(value, Tensor) and value.shape == master.shape:
+        if value is None or key in shard.wholes or key.endswith(_OFFLOAD_BUFFER):
+            continue
+        if is_per_element(base, key, value, master):
             shard.states[key] = value.view(-1)[offset : offset + shard.weight.numel()]
-        elif isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.dim() == 0):
-            shard.scalars[key] = value
         else:
-            raise UnsupportedError(
-                f"{type(base).__name__} keeps state {key!r} of {shard.name} that is neither per element nor a number; "
-                "such an optimizer can't be grown"
-            )
+            shard.scalars[key] = value
     return shard
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ds_sparkling.errors import GrowthError
 from ds_sparkling.growth import GrowthPlan, Widener
+from ds_sparkling.growth.widen import Statistics
 from ds_sparkling.progress import progress_bar
 from ds_sparkling.strategy import OptimizerState
 from ds_sparkling.zero import access
@@ -59,7 +60,8 @@ def _move_one(
     consensus: Consensus,
 ) -> None:
     """Fill one parameter's shard and states; collective."""
-    widener = None
+    widener: Widener | None = None
+    weights: Statistics | None = None
     with consensus:
         widener = Widener(plan, logical.name, logical.stack)
     gathers: list[tuple[str | None, Callable[[torch.device], Tensor]]] = [
@@ -71,7 +73,9 @@ def _move_one(
         whole = gather(device)
         with consensus:
             if widener is not None:
-                _fill(widener, key, whole, *_room(target, key))
+                if key is None:
+                    weights = widener.statistics(whole)
+                _fill(widener, key, whole, *_room(target, key), weights)
         del whole  # before the next one is gathered
 
 
@@ -83,11 +87,19 @@ def _room(target: Shard, key: str | None) -> tuple[Tensor, int]:
     return part[: target.piece.numel], target.piece.start
 
 
-def _fill(widener: Widener, key: str | None, whole: Tensor, out: Tensor, start: int) -> None:
-    """Write the elements from ``start`` on of the grown weight (or state ``key``) into ``out``."""
+def _fill(
+    widener: Widener, key: str | None, whole: Tensor, out: Tensor, start: int, weights: Statistics | None
+) -> None:
+    """Write the elements from ``start`` on of the grown weight (or state ``key``) into ``out``.
+
+    Args:
+        weights: statistics of the weight.
+    """
     made = out if out.device == whole.device else torch.empty_like(out, device=whole.device)
     if key is None:
-        widener.weight(whole, made, start)
+        widener.weight(whole, made, start, weights)
+    elif widener.is_weights(key):
+        widener.state(key, whole, made, start, widener.statistics(whole, weights))
     else:
         widener.state(key, whole, made, start)
     if made is not out:

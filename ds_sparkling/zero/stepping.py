@@ -14,6 +14,7 @@ from ds_sparkling.growth.births import join, stretch
 from ds_sparkling.optim.elementwise import steps_elementwise
 from ds_sparkling.optim.scheduler import RewarmupScheduler
 from ds_sparkling.optim.step import BirthStep
+from ds_sparkling.optim.trial import what_is_kept
 from ds_sparkling.optim.weight_norm import NormRatios, Part, Parts
 from ds_sparkling.strategy import BiasCorrection, Scope, Strategy
 from ds_sparkling.zero import access
@@ -34,28 +35,34 @@ def hook_step(engine: DeepSpeedEngine) -> BirthStep:
 
 
 def check_optimizer(engine: DeepSpeedEngine, strategy: Strategy) -> None:
-    """Refuse to treat birth stages differently if the base optimizer can't.
+    """Refuse a base optimizer whose state can't grow, or that can't treat birth stages differently where it has to.
 
     Raises:
-        UnsupportedError: if it updates an element by looking at others, or keeps more numbers per tensor than a step
-            count; names what to change.
+        UnsupportedError: if it keeps state other than numbers and a tensor's elements, updates an element by looking at
+            others, or keeps more numbers per tensor than a step count; names what to change.
+        PlanError: if the kind of a state isn't known.
     """
     optimizer = access.base_optimizer(engine)
-    if strategy.rewarmup.scope is not Scope.NEW and strategy.bias_correction is not BiasCorrection.RESTART:
-        return
+    name = type(optimizer).__name__
+    for shard in access.shards(engine).values():
+        for key in (*shard.states, *shard.wholes):
+            strategy.state_kind(key)
+    apart = strategy.rewarmup.scope is Scope.NEW or strategy.bias_correction is BiasCorrection.RESTART
     one_each = {(index, min(master.dim(), 2)): master for master, index in access.master_groups(engine).items()}
     for (index, _), master in one_each.items():
-        if not steps_elementwise(optimizer, optimizer.param_groups[index], master):
+        group = optimizer.param_groups[index]
+        kept = what_is_kept(optimizer, group, master)
+        kept.check(name, strategy)
+        others = kept.numbers - {"step"}
+        if apart and others:
             raise UnsupportedError(
-                f"{type(optimizer).__name__} updates an element by looking at others, or counts in its groups, so new "
-                "elements can't have a learning rate of their own: use an elementwise optimizer like AdamW, or set "
+                f"{name} keeps {sorted(others)} per tensor, which can't differ between its elements; set "
                 'rewarmup.scope to "none" and bias_correction to "inherit"'
             )
-    for shard in access.shards(engine).values():
-        others = shard.scalars.keys() - {"step"}
-        if others:
+        if apart and not steps_elementwise(optimizer, group, master):
             raise UnsupportedError(
-                f"the optimizer keeps {sorted(others)} per tensor, which can't differ between its elements; set "
+                f"{name} updates an element by looking at others, or counts in its groups, so new "
+                "elements can't have a learning rate of their own: use an elementwise optimizer like AdamW, or set "
                 'rewarmup.scope to "none" and bias_correction to "inherit"'
             )
 

@@ -27,7 +27,8 @@ from unit_maps import Entry, Unit, entries, grown_units
 from ds_sparkling.axes import FIXED, Dim, Norm, ParamAxes, Role
 from ds_sparkling.errors import PlanError
 from ds_sparkling.growth import GrowthPlan, Widener, make_plan
-from ds_sparkling.growth.spread import spread
+from ds_sparkling.growth.spread import Spread, spread
+from ds_sparkling.state_kinds import StateKind
 from ds_sparkling.strategy import INIT_PAIRS, Init, NewIndex, OptimizerState, Scaling, Split, Strategy
 
 Shape = tuple[int, ...]
@@ -959,11 +960,12 @@ PAIRS_IN_GROUPS = Case(
         norms=(Init.COPY, Init.RANDOM),
         states=(OptimizerState.ASYMMETRIC_RESET, OptimizerState.COPY, OptimizerState.DROP),
     ),
-    st.sampled_from([*STATE_KEYS[:3], "my_own_state"]),
+    st.sampled_from([*STATE_KEYS[:3], "acc_delta", "my_own_state"]),
 )
 @settings(max_examples=100)
 def test_states_of_units_that_are_not_copies_start_at_zero(case: Case, key: str) -> None:
     """Under every init; and a state of unknown degree is fine wherever nothing is rescaled."""
+    case = declaring(case, my_own_state=StateKind.MOMENT)
     old = case.old()
     expected = reference(case, old, state="exp_avg")
     assert torch.equal(whole_state(case, key, old).view(expected.shape), expected)
@@ -995,10 +997,59 @@ def test_all_modes_by_hand() -> None:
 )
 def test_a_state_of_unknown_degree_can_not_be_rescaled(mode: OptimizerState, instead: str) -> None:
     axes = {"w": ParamAxes((Dim("h", Role.FAN_OUT),))}
-    strategy = Strategy(optimizer_state=mode)
+    strategy = Strategy(optimizer_state=mode, state_kinds={"prodigy_s": StateKind.MOMENT})
     plan = make_plan({"w": (2,)}, axes, {"h": 2}, {"h": 4}, strategy, stage=1)
     with pytest.raises(PlanError, match=rf"'prodigy_s'.*{mode.value}.*exp_avg.*use '{instead}'"):
         Widener(plan, "w").state("prodigy_s", torch.ones(2), torch.empty(4))
+
+
+def declaring(case: Case, **kinds: StateKind) -> Case:
+    return replace(case, strategy=replace(case.strategy, state_kinds=kinds))
+
+
+@pytest.mark.parametrize("mode", OptimizerState)
+def test_a_state_of_unknown_kind_is_refused_with_the_way_to_say_it(mode: OptimizerState) -> None:
+    axes = {"w": ParamAxes((Dim("h", Role.FAN_OUT),))}
+    plan = make_plan({"w": (2,)}, axes, {"h": 2}, {"h": 4}, Strategy(optimizer_state=mode), stage=1)
+    with pytest.raises(PlanError, match=r'\'slow\'.*"state_kinds": \{"slow": "moment"\}.*"weights"'):
+        Widener(plan, "w").state("slow", torch.ones(2), torch.empty(4))
+
+
+WEIGHTS_CASES = cases(norms=(Init.COPY, Init.RANDOM), perturbations=(0.0, 0.5))
+
+
+@given(WEIGHTS_CASES, st.sampled_from(["z", "my_own_state"]), st.integers(0, 10))
+@settings(max_examples=150)
+def test_state_that_is_weights_grows_as_the_weights_do(case: Case, key: str, cut: int) -> None:
+    """Copies and factors of its own, draws and noise of the weight's: a mean of both grows like its parts."""
+    case = declaring(case, my_own_state=StateKind.WEIGHTS)
+    old = case.old(torch.float64)
+    widener = Widener(case.plan, "w")
+    of_weight = widener.statistics(old)
+    same = torch.full((widener.numel,), math.nan, dtype=torch.float64)
+    cut = min(cut, widener.numel)
+    statistics = widener.statistics(old, of_weight)
+    widener.state(key, old, same[cut:], cut, statistics)
+    widener.state(key, old, same[:cut], 0, statistics)
+    grown = whole(case, torch.float64)
+    assert torch.equal(same, grown)
+
+    apart = torch.randn(old.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(cut))
+    second = torch.empty_like(grown)
+    widener.state(key, old + apart, second, 0, widener.statistics(old + apart, of_weight))
+    # What is not drawn is affine in the old entries: without anything random it tells what the difference becomes.
+    silent = replace(of_weight, spreads=tuple(Spread(0.0, 0.0) for _ in of_weight.spreads))
+    origin, difference = torch.empty_like(grown), torch.empty_like(grown)
+    widener.weight(torch.zeros_like(old), origin, 0, widener.statistics(torch.zeros_like(old), silent))
+    widener.weight(apart, difference, 0, widener.statistics(apart, silent))
+    assert torch.allclose(second - grown, difference - origin, rtol=1e-6, atol=1e-6)  # means are rounded
+
+
+def test_draws_of_state_that_is_weights_need_the_weights_statistics() -> None:
+    axes = {"w": ParamAxes((Dim("h", Role.FAN_OUT),))}
+    plan = make_plan({"w": (2,)}, axes, {"h": 2}, {"h": 4}, Strategy(Init.RANDOM, Init.ZERO), stage=1)
+    with pytest.raises(PlanError, match="w: z is drawn as the weight is"):
+        Widener(plan, "w").state("z", torch.ones(2), torch.empty(4))
 
 
 # -- misuse --------------------------------------------------------------------------------------------------------

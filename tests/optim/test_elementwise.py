@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from optimizers import CountingSGD
 from torch import Tensor
 
 from ds_sparkling.optim.elementwise import steps_elementwise
@@ -53,21 +54,9 @@ def test_elementwise_optimizers_are_known_and_left_alone(
         assert torch.equal(torch.as_tensor(optimizer.state[param][key]), value)
 
 
-class CountingSGD(torch.optim.Optimizer):
-    """Counts its steps in the parameter group."""
-
-    def __init__(self, params: Iterable[Tensor]) -> None:
-        super().__init__(params, {"lr": 0.1, "k": 0})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            group["k"] += 1
-            for param in group["params"]:
-                param.sub_(param.grad)
-
-
-@pytest.mark.parametrize("make", [NormalisedSGD, torch.optim.Adafactor, CountingSGD])
+@pytest.mark.parametrize(
+    "make", [NormalisedSGD, torch.optim.Adafactor, CountingSGD, lambda p: CountingSGD(p, late=True)]
+)
 def test_others_are_found_out(make: Callable[[Any], torch.optim.Optimizer]) -> None:
     param = torch.ones(4, 4)
     optimizer = make([param])

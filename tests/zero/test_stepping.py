@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import tiny
 import torch
 from distributed import Workers
+from optimizers import CountingSGD
 from tiny import Case
 from torch import Tensor
 from ulp import ulps
@@ -447,11 +449,14 @@ def test_any_base_schedule_gets_a_factor(scheduler: Any, client: bool, workers: 
     assert rates == pytest.approx([base, 1.5 * base, 1.5 * base])
 
 
-def refused_optimizer() -> str:
+def refused_optimizer(make: Callable[[Any], torch.optim.Optimizer]) -> str:
+    import ds_sparkling
     from ds_sparkling.errors import UnsupportedError
 
+    case = Case(1, 0, sparkling=GROWING)
+    config = {key: value for key, value in case.config.items() if key not in ("optimizer", "scheduler")}
     try:
-        tiny.initialize(Case(1, 0, sparkling=GROWING, top=optimizer("Adafactor")))
+        ds_sparkling.initialize(case.build_model, config, optimizer=make)
     except UnsupportedError as error:
         return str(error)
     return "made"
@@ -472,9 +477,11 @@ def refused_restart() -> tuple[str, bool]:
 
 
 def test_optimizers_that_cant_tell_elements_apart_are_refused(workers: Pool) -> None:
-    (message,) = workers(1).run(refused_optimizer)
-    assert "Adafactor updates an element by looking at others" in message
+    (message,) = workers(1).run(refused_optimizer, partial(CountingSGD, late=True))
+    assert "CountingSGD updates an element by looking at others, or counts in its groups" in message
     assert 'rewarmup.scope to "none"' in message
+    (message,) = workers(1).run(refused_optimizer, torch.optim.Adafactor)
+    assert "Adafactor keeps state 'row_var'" in message
     ((message, goes_on),) = workers(1).run(refused_restart)
     assert "mu_product" in message
     assert 'bias_correction to "inherit"' in message
