@@ -465,14 +465,17 @@ def _refusal(called: str, why: str = "needs other ranks") -> UnsupportedError:
 
 
 def _described(outwards: Iterator[FrameType], called: str) -> str:
-    """The public function that was called, or else ``called``, and where."""
+    """The public function that was called, or else ``called``, and where: in which function, and which module's."""
     for frame in outwards:
         name, module = frame.f_code.co_name, _module(frame)
         if _communicates(frame):
             if module.startswith("torch.") and not name.startswith(("_", "wrapper")):
                 called = f"torch.distributed.{name}"
         elif not module.startswith(("torch.", "contextlib", __name__)) and module != "torch":
-            return f"{called} in {_function(frame)} ({frame.f_code.co_filename}:{frame.f_lineno})"
+            place = f"{_function(frame)} ({frame.f_code.co_filename}:{frame.f_lineno})"
+            owners = (outer.f_locals.get("self") for outer in outwards)
+            owner = next((owner for owner in owners if isinstance(owner, nn.Module)), None)
+            return f"{called} in {place}{'' if owner is None else f', inside {type(owner).__name__},'}"
     return called
 
 

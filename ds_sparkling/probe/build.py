@@ -117,6 +117,7 @@ def build_alone(build_model: BuildModel, widths: Mapping[str, int], device: str)
             f"build_model(**{dict(widths)}) failed: {type(error).__name__}: {error}{missing_group(error)}"
         ) from error
     _refuse_pipelines([type(model)])
+    _refuse_partitioned(model)
     return model
 
 
@@ -137,6 +138,20 @@ def saved_buffers(model: nn.Module) -> dict[str, Tensor]:
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Shape of every parameter, and of every buffer that checkpoints hold."""
     return {name: tuple(held.shape) for name, held in (*model.named_parameters(), *saved_buffers(model).items())}
+
+
+def _refuse_partitioned(model: nn.Module) -> None:
+    """Raise UnsupportedError for parameters that are spread over ranks already, by what that has left on them."""
+    for name, param in model.named_parameters():
+        if hasattr(param, "ds_tensor"):
+            raise UnsupportedError(
+                f"build_model partitions {name} by deepspeed.zero.Init: leave that out, what is built is partitioned "
+                "under ZeRO-3 without it"
+            )
+        if hasattr(param, "device_mesh"):
+            raise UnsupportedError(
+                f"build_model makes {name} a DTensor; tensor parallelism can't be combined with growth yet"
+            )
 
 
 def check_wide(

@@ -73,6 +73,20 @@ def cut(inner: int = 8) -> nn.Module:
     return made
 
 
+def partitioned(inner: int = 8) -> nn.Module:
+    import deepspeed
+
+    with deepspeed.zero.Init():
+        return Talker(inner)
+
+
+def spread(inner: int = 8) -> nn.Module:
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    mesh = torch.distributed.init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    return parallelize_module(Talker(inner), mesh, {"up_proj": ColwiseParallel()})
+
+
 @contextmanager
 def nothing() -> Iterator[dict[str, Any]]:
     yield {}
@@ -147,6 +161,8 @@ REFUSED = {
     "new_group": (grouping, nothing, "UnsupportedError.*torch.distributed.new_group in grouping .*close over them"),
     "pipeline": (piped, nothing, "UnsupportedError.*PipelineModule; pipeline parallelism"),
     "tp_model_init": (cut, nothing, "UnsupportedError.*deepspeed.tp_model_init, tensor parallelism of 2 ranks"),
+    "zero.Init": (partitioned, nothing, "UnsupportedError.*embed.weight by deepspeed.zero.Init: leave that out"),
+    "DTensor": (spread, nothing, "UnsupportedError.*up_proj.weight a DTensor; tensor parallelism"),
     "mesh_param": (talking, mesh_asked_for, r"UnsupportedError.*mesh_param = \(1, 2\): sequence parallelism"),
     "mesh_device": (talking, mesh_made, "UnsupportedError.*mesh_device, dimension 'sequence_parallel' of 2 ranks"),
     "mpu": (talking, unit_given, "UnsupportedError.*mpu: model parallelism"),
