@@ -270,6 +270,8 @@ class ParamAxes:
             (method, App. D.1).
         norm: the kind of norm that this is the gain of.
         offset: what the model adds to the stored gain (1 where the gain is ``1 + w``).
+        powers: axes that no dimension carries, and by which powers of their widths the model multiplies what this
+            parameter gives (the bias of a map whose output is scaled by its input's width). A growth takes that out.
     """
 
     dims: tuple[Dim, ...]
@@ -277,8 +279,14 @@ class ParamAxes:
     head_gain: bool = False
     norm: Norm | None = None
     offset: float = 0.0
+    powers: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
+        if self.powers and not self.dims:
+            raise PlanError("powers are of parameters that have a dimension")
+        carried = [axis for axis, _ in self.powers if axis in self.axes]
+        if carried:
+            raise PlanError(f"the power of {carried[0]} belongs to the dimension that carries it, not to 'powers'")
         if self.norm is None and any(leaf.role is Role.GAIN for leaf in self.leaves):
             raise PlanError("a gain needs the kind of norm that it belongs to: 'rms' or 'layer'")
 
@@ -314,6 +322,8 @@ class ParamAxes:
             value = getattr(self, entry.name)
             if value != entry.default:
                 data[entry.name] = value.value if isinstance(value, Norm) else value
+        if self.powers:
+            data["powers"] = dict(self.powers)
         return data
 
     @classmethod
@@ -327,6 +337,7 @@ class ParamAxes:
         if unknown:
             raise ValueError(f"unknown key {unknown[0]!r}")
         known = {**data, "dims": tuple(Dim.from_dict(dim) for dim in data["dims"])}
+        known["powers"] = tuple(sorted(dict(data.get("powers", {})).items()))
         if known.get("norm") is not None:
             known["norm"] = Norm(known["norm"])
         return cls(**known)

@@ -190,6 +190,13 @@ def test_json_says_only_what_is_no_default() -> None:
         "norm": "rms",
         "offset": 1.0,
     }
+    scaled = ParamAxes((FIXED,), powers=(("h", 0.5),))
+    assert scaled.to_dict() == {"dims": [{}], "powers": {"h": 0.5}}
+    assert ParamAxes.from_dict(scaled.to_dict()) == scaled
+    with pytest.raises(PlanError, match="the power of h belongs to the dimension"):
+        ParamAxes((Dim("h", Role.FAN_IN),), powers=(("h", 0.5),))
+    with pytest.raises(PlanError, match="have a dimension"):
+        ParamAxes((), powers=(("h", 0.5),))
 
 
 @pytest.mark.parametrize(

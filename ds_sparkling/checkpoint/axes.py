@@ -107,7 +107,8 @@ def hints(params: Iterable[Param], widths: Mapping[str, Any], axes: Mapping[str,
         "the units are in) and power (of the width that the model multiplies by) if not 1, 1, false, [], 1 and 0; or "
         '{"parts": [...]} with such entries, or {"fixed": 64} for what never grows, for parts of different widths. '
         '"norm": "rms" or "layer" for gains; "head_gain": true for that of the norm before a head that is tied to the '
-        'embedding; "offset": 1 for a gain stored without the 1 in 1 + w. widths: those in force.'
+        'embedding; "offset": 1 for a gain stored without the 1 in 1 + w; "powers": {"hidden_size": 0.5} for widths '
+        "that no dimension carries and that the model multiplies by. widths: those in force."
     )
     return json.dumps({"comment": comment, "widths": dict(widths), "axes": entries}, indent=1) + "\n"
 

@@ -185,7 +185,8 @@ class GrowthPlan:
         rows: dict[tuple[str, ...], tuple[int, int]] = {}
         factors = self.factors()
         for param in self.params:
-            if not param.grows and not (param.axes.head_gain and param.axes.axes & factors.scales.keys()):
+            rescaled = param.axes.head_gain and param.axes.axes & factors.scales.keys()
+            if not (param.grows or rescaled or factors.multiplier(param.axes) != 1.0):
                 continue
             roles = _roles(param.axes, factors.scales)
             kind = (_shape(param.before), _shape(param.after), roles, _factor(param, factors))
@@ -323,7 +324,7 @@ def _roles(axes: ParamAxes, among: Collection[str] | None = None) -> str:
 
 
 def _factor(param: ParamPlan, factors: Factors) -> str:
-    product = 1.0
+    product = 1 / factors.multiplier(param.axes)
     for dim in param.axes.dims:
         factor = factors.weight(dim, param.axes.head_gain)
         if not isinstance(factor, float):

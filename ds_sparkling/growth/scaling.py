@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ds_sparkling.axes import Dim, Role
+from ds_sparkling.axes import Dim, ParamAxes, Role
 from ds_sparkling.errors import PlanError
 from ds_sparkling.growth.random import standard_normal, stream_key
 from ds_sparkling.growth.units import check_widths, multiplicities, old_units, source_units
@@ -124,6 +124,11 @@ class Factors:
     def gradient(self, dim: Dim, head_gain: bool) -> Scale:
         """The factors of the gradients of its old entries."""
         return self._of(dim, lambda scales, leaf: scales.gradient(leaf, head_gain), dim.power)
+
+    def multiplier(self, axes: ParamAxes) -> float:
+        """How many times as much the model multiplies what a parameter gives, by widths that it doesn't carry."""
+        grown = ((self.growths[axis], power) for axis, power in axes.powers if axis in self.growths)
+        return math.prod((growth.after / growth.before) ** power for growth, power in grown)
 
     def _of(self, dim: Dim, choose: Callable[[UnitScales, Dim], Tensor], power: float) -> Scale:
         if not dim.axes & self.scales.keys():

@@ -135,7 +135,7 @@ class Widener:
 
     @property
     def _unmoved(self) -> bool:
-        return not any(dim.axes & self._growths.keys() for dim in self._dims)
+        return self._multiplier == 1.0 and not any(dim.axes & self._growths.keys() for dim in self._dims)
 
     # -- the two public operations ------------------------------------------------------------------------------
 
@@ -232,11 +232,19 @@ class Widener:
 
     @property
     def _weight_scales(self) -> list[Scale]:
-        return [self._scale(dim, Factors.weight) for dim in self._dims]
+        return self._with_multiplier([self._scale(dim, Factors.weight) for dim in self._dims], 1 / self._multiplier)
 
     @property
     def _gradient_scales(self) -> list[Scale]:
-        return [self._scale(dim, Factors.gradient) for dim in self._dims]
+        return self._with_multiplier([self._scale(dim, Factors.gradient) for dim in self._dims], self._multiplier)
+
+    @cached_property
+    def _multiplier(self) -> float:
+        return self._plan.factors().multiplier(self.param.axes)
+
+    @staticmethod
+    def _with_multiplier(scales: list[Scale], factor: float) -> list[Scale]:
+        return scales if factor == 1.0 else [scales[0] * factor, *scales[1:]]
 
     def _scale(self, dim: Dim, choose: Callable[[Factors, Dim, bool], Scale]) -> Scale:
         """A dimension's factor: a float where it is the same for all its indices, whatever piece is asked for."""

@@ -9,10 +9,11 @@ import torch
 from families import FAMILIES
 from torch import Tensor, nn
 
-from ds_sparkling.axes import FIXED, Dim, ParamAxes, Role
+from ds_sparkling.axes import FIXED, Dim, Norm, ParamAxes, Role
 from ds_sparkling.check.resolve import axes_to_grow, find_axes
 from ds_sparkling.errors import PlanError
 from ds_sparkling.factory import HuggingFaceFactory
+from ds_sparkling.hints import parse_hints
 from ds_sparkling.strategy import Scaling, Strategy
 
 VOCABULARY, TOKENS = 40, 16
@@ -429,3 +430,41 @@ def test_embeddings_of_an_encoder_and_a_decoder_that_are_one_need_no_hint() -> N
     assert find_axes(
         build_model, {"d_model": 32, "vocab_size": 64}, [("d_model",), ("vocab_size",)], inputs=inputs
     ).proof
+
+
+class Scaled(nn.Module):
+    """An MLP that multiplies what its first map gives by the root of the width that this consumes."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up, self.down, self.width = nn.Linear(width, 24), nn.Linear(24, width), width
+
+    def forward(self, x: Tensor) -> Tensor:
+        mixed: Tensor = self.down(nn.functional.silu(self.up(x) * self.width**0.5))
+        return mixed
+
+
+def test_multipliers_of_any_parameter_are_said_in_hints() -> None:
+    def build_model(width: int = 32) -> nn.Module:
+        return Body(width, Scaled(width))
+
+    with pytest.raises(PlanError, match="growing width would change"):
+        find_axes(build_model, {"width": 32}, [("width",)])
+    hints = {
+        ".*up.weight": {"dims": [{}, {"axis": "width", "role": "fan_in", "power": 0.5}]},
+        ".*up.bias": {"dims": [{}], "powers": {"width": 0.5}},
+    }
+    assert find_axes(build_model, {"width": 32}, [("width",)], parse_hints(hints, "axes")).proof
+
+
+def test_hints_of_what_heads_may_change_are_kept() -> None:
+    """A head's multiplier and the gain before a tied one are the hint's, whatever is tried of others."""
+
+    def build_model(width: int = 32) -> nn.Module:
+        return Body(width, nn.Linear(width, width), functional=True)
+
+    hint = {"last.weight": ParamAxes((Dim("width", Role.GAIN),), norm=Norm.RMS)}  # which lacks the head's factor
+    with pytest.raises(PlanError, match="growing width would change"):
+        find_axes(build_model, {"width": 32}, [("width",)], hint)
+    hint = {"last.weight": ParamAxes((Dim("width", Role.GAIN),), norm=Norm.RMS, head_gain=True)}
+    assert find_axes(build_model, {"width": 32}, [("width",)], hint).axes["last.weight"] == hint["last.weight"]

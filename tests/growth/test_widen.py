@@ -690,6 +690,28 @@ def test_a_growth_takes_the_models_own_multiplier_out(power: float, factor: floa
     assert drawn(plan, "w", torch.ones(1)).tolist() == [[factor] * 4]
 
 
+@pytest.mark.parametrize("joint", [True, False])
+def test_a_multiplier_by_a_width_that_no_dimension_carries_is_taken_out_too(joint: bool) -> None:
+    """The bias of a map whose output the model scales by the root of its input's width, whether or not it grows."""
+    axes = {
+        "bias": ParamAxes((Dim("i", Role.FAN_OUT),), powers=(("h", 0.5),)),
+        "weight": ParamAxes((Dim("i", Role.FAN_OUT), Dim("h", Role.FAN_IN, power=0.5))),
+    }
+    strategy = Strategy(optimizer_state=OptimizerState.COPY_SCALED)
+    wide = {"h": 4, "i": 6} if joint else {"h": 4}
+    plan = make_plan({"bias": (3,), "weight": (3, 1)}, axes, {"h": 1, "i": 3}, wide, strategy, stage=1)
+    times = 2 if joint else 1
+    assert drawn(plan, "bias", torch.tensor([2.0, 4.0, 6.0])).tolist() == [1.0, 2.0, 3.0] * times
+    out = torch.empty(3 * times, dtype=torch.float64)
+    Widener(plan, "bias").state("exp_avg", torch.ones(3, dtype=torch.float64), out)
+    assert out.tolist() == [1.0 if joint else 2.0] * (3 * times)  # twins share what their source's gradient was
+    # A parameter that keeps its shape is in the table, too, as it is rescaled.
+    rows = [line.split()[:3] for line in plan.describe().splitlines()]
+    assert ["1", "3", str(3 * times)] in rows
+    alone = make_plan({"bias": (3,), "weight": (3, 1)}, axes, {"h": 1, "i": 3}, {"i": 6}, strategy, stage=1)
+    assert drawn(alone, "bias", torch.ones(3)).tolist() == [1.0] * 6
+
+
 # -- any piece, in any order, of any experts -----------------------------------------------------------------------
 
 dtypes = st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16])
