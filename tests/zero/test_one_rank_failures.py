@@ -75,7 +75,7 @@ def fail_on_second_rank(patch: pytest.MonkeyPatch, place: str) -> None:
     """Have what is at ``place`` raise; OlmoeForCausalLM only where it gets storage."""
     import torch
 
-    if torch.distributed.get_rank() != 1:
+    if torch.distributed.get_rank() != 1 or place == "nowhere":
         return
 
     def broken(*_args: object, **_kwargs: object) -> Any:
@@ -116,6 +116,34 @@ def saving(place: str, checkpoints: str) -> tuple[tuple[str, str, float], str]:
     engine.save_checkpoint(checkpoints)
     heard = attempt(lambda: engine.save_checkpoint(checkpoints, "second"), place)
     return heard, (Path(checkpoints) / "latest").read_text()
+
+
+def growing_apart(how: str) -> tuple[str, str, float]:
+    """What ranks hear when the second one does something else."""
+    from dataclasses import replace
+
+    import torch
+
+    import ds_sparkling
+
+    second = torch.distributed.get_rank() == 1
+    engine = tiny.initialize(tiny.Case(sparkling={"patience": 2}))
+    widths = dict(JOINT)
+    if second and how == "to other widths":
+        widths["hidden_size"] = 18
+    if second and how == "to another model":
+        build = engine.sparkling.build_model
+
+        def deeper(**widths: int) -> Any:
+            model = build(**widths)
+            model.layers.append(torch.nn.Linear(2, 2))
+            return model
+
+        engine.sparkling = replace(engine.sparkling, build_model=deeper)
+    if second and how == "not at all":
+        time.sleep(8)
+        return "GrowthError", "", 0.0
+    return attempt(lambda: ds_sparkling.grow(engine, widths), "nowhere")
 
 
 def undisturbed() -> list[float]:
@@ -161,3 +189,20 @@ def test_a_failure_while_saving_leaves_the_checkpoint_before_as_the_latest(
     workers(2).stop()
     check_the_same([heard for heard, _ in answers])
     assert [latest for _, latest in answers] == ["global_step1"] * 2
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ("to other widths", "'hidden_size': 18"),
+        ("to another model", "layers.1.bias is trained torch.float32 (2,) here, and missing on rank 0"),
+        ("not at all", "of 2 ranks, 1 didn't come"),
+    ],
+)
+def test_ranks_that_grow_apart_are_told(how: str, says: str, workers: Pool) -> None:
+    answers = workers(2).run(growing_apart, how)
+    workers(2).stop()
+    for kind, text, seconds in answers[: 1 if how == "not at all" else 2]:
+        assert kind == ("PlanError" if how == "to another model" else "GrowthError")
+        assert says in text
+        assert seconds < 60
