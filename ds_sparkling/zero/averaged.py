@@ -48,7 +48,8 @@ def grow_averaged(
 
     Returns:
         A wrapper itself, around a model made by ``build_model``; for any other module such a model; for a state dict a
-        new one. Buffers are the average's own where the widths leave their shape, otherwise those of the grown model.
+        new one. Buffers are the average's own, grown if the plan grows them; where the model makes them anew by its
+        widths, those of the engine's module.
 
     Raises:
         GrowthError: names the parameter that the average lacks, or that has no widths that the engine has had.
@@ -62,9 +63,12 @@ def grow_averaged(
     missed = _missed(run, weights, held)
     grown = {name: _grown(missed, held[name], weight) for name, weight in weights.items()}
     if not isinstance(averaged, nn.Module):
-        return _state(engine, averaged, prefix, grown)
+        own = {key.removeprefix(prefix): value for key, value in averaged.items()}
+        return _state(engine, averaged, prefix, {**_buffers(engine, own, missed), **grown})
     inner = averaged.get_submodule(prefix.rstrip("."))
-    wide = _rebuilt(run, inner, grown, missed)
+    wide = _rebuilt(run, inner, grown)
+    for name, buffer in _buffers(engine, dict(inner.named_buffers()), missed).items():
+        wide.get_buffer(name).data = buffer
     if inner is averaged:
         return wide
     averaged.module = wide
@@ -122,8 +126,20 @@ def _grown(plans: Sequence[GrowthPlan], logical: Logical, weight: Tensor) -> Ten
     return made.to(weight.dtype)
 
 
-def _rebuilt(run: GrowingRun, old: nn.Module, weights: Mapping[str, Tensor], plans: Sequence[GrowthPlan]) -> nn.Module:
-    """The model at the widths in force, with ``weights`` and what else ``old`` has."""
+def _buffers(engine: DeepSpeedEngine, own: Mapping[str, Tensor], plans: Sequence[GrowthPlan]) -> dict[str, Tensor]:
+    """The buffers of the engine's module that the average has, as they are after the growths."""
+    found = {}
+    for name, made in engine.module.named_buffers():
+        if name in own:
+            buffer = own[name].detach()
+            for plan in plans:
+                buffer = grown_buffer(plan, name, buffer)
+            found[name] = (buffer if buffer.shape == made.shape else made.detach()).to(own[name], copy=True)
+    return found
+
+
+def _rebuilt(run: GrowingRun, old: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
+    """The model at the widths in force, with ``weights`` and the modes of ``old``."""
     with preserved_rng(), built_plainly():
         wide = build_alone(run.build_model, run.widths, "cpu")
     trained = {name: param.requires_grad for name, param in old.named_parameters()}
@@ -132,36 +148,20 @@ def _rebuilt(run: GrowingRun, old: nn.Module, weights: Mapping[str, Tensor], pla
             raise PlanError(f"build_model makes {name} {tuple(param.shape)} at {run.widths}, which the engine has not")
         param.data = weights[name]
         param.requires_grad_(trained[name])
-    buffers = dict(old.named_buffers())
-    for plan in plans:
-        buffers = {name: grown_buffer(plan, name, buffer) for name, buffer in buffers.items()}
-    _put_buffers(wide, buffers, next(iter(weights.values())).device)
     modes = {name: module.training for name, module in old.named_modules()}
     for name, module in wide.named_modules():
         module.training = modes.get(name, module.training)
-    return wide
-
-
-def _put_buffers(wide: nn.Module, old: Mapping[str, Tensor], device: torch.device) -> None:
-    for name, buffer in wide.named_buffers():
-        known = old.get(name)
-        buffer.data = known.clone() if known is not None and known.shape == buffer.shape else buffer.to(device)
+    return wide.to(next(iter(weights.values())).device)
 
 
 def _state(
     engine: DeepSpeedEngine, averaged: Mapping[str, Tensor], prefix: str, grown: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The state dict with grown weights, in its own order and under all of its names."""
+    """The state dict with what has grown, in its own order and under all of its names."""
     own = {id(param): name for name, param in engine.module.named_parameters()}
     names = {name: own[id(param)] for name, param in engine.module.named_parameters(remove_duplicate=False)}
-    buffers = dict(engine.module.named_buffers())
     state = {}
     for key, value in averaged.items():
         name = key.removeprefix(prefix)
-        if name in names:
-            state[key] = grown[names[name]]
-        elif name in buffers and buffers[name].shape != value.shape:
-            state[key] = buffers[name].detach().to(value, copy=True)
-        else:
-            state[key] = value
+        state[key] = grown.get(names.get(name, name), value)
     return state

@@ -10,6 +10,7 @@ import tiny
 import torch
 from distributed import Workers
 from tiny import Case
+from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ds_sparkling.errors import GrowthError
@@ -61,6 +62,44 @@ def test_an_average_that_equals_the_weights_grows_into_the_grown_weights(
     case: Case, as_module: bool, workers: Callable[[int], Workers]
 ) -> None:
     workers(2).run(grown_twice, case, as_module)
+
+
+class Buffered(nn.Module):
+    """Has a buffer that follows its width, and one that doesn't."""
+
+    mask: torch.Tensor
+    seen: torch.Tensor
+
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(3, width), nn.Linear(width, 3)
+        self.register_buffer("mask", torch.ones(width), persistent=False)
+        self.register_buffer("seen", torch.zeros(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.down(torch.relu(self.up(x)) * self.mask)
+        return out
+
+
+def with_buffers(case: Case) -> None:
+    import ds_sparkling
+
+    engine: Any = ds_sparkling.initialize(Buffered, case.config)
+    averaged: Any = AveragedModel(engine.module)
+    averaged.module.seen += 5
+    state: Any = averaged.state_dict() | {"module.mask": averaged.module.mask}
+    engine = ds_sparkling.grow(engine, {"width": 8})
+    engine.module.mask[6] = 0.0
+    state = ds_sparkling.grow_averaged(engine, state)
+    ds_sparkling.grow_averaged(engine, averaged)
+    for seen, mask in ((averaged.module.seen, averaged.module.mask), (state["module.seen"], state["module.mask"])):
+        assert seen.tolist() == [5.0]
+        assert torch.equal(mask, engine.module.mask)
+        assert mask is not engine.module.mask
+
+
+def test_buffers_are_the_averages_own_or_else_the_grown_models(workers: Callable[[int], Workers]) -> None:
+    workers(2).run(with_buffers, Case(2, 1))
 
 
 def followed(case: Case) -> tuple[bool, list[str], list[str]]:
