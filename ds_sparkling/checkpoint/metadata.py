@@ -17,6 +17,11 @@ from ds_sparkling.partition import round_robin
 #: DeepSpeed versions whose files were checked.
 CHECKED_VERSIONS = ("0.19.8",)
 
+#: Ways of splitting a run that aren't supported.
+PIPELINE = "pipeline parallelism (PipelineModule)"
+TENSOR = "tensor or model parallelism (AutoTP, tp_model_init, Megatron)"
+SEQUENCE = "sequence parallelism (Ulysses)"
+
 #: The three weights of AutoEP's experts.
 EXPERT_WEIGHTS = ("w1", "w2", "w3")
 
@@ -90,14 +95,26 @@ def expert_parallel(where: object, model: Mapping[str, Any]) -> int:
     return sizes.pop() if sizes else 1
 
 
+def unsupported(where: object, what: str) -> UnsupportedError:
+    """The error for checkpoints of runs that were split or set up in a way that isn't known here."""
+    return UnsupportedError(f"{where}: checkpoints with {what} aren't supported")
+
+
 def refuse_unknown(where: object, model: Mapping[str, Any]) -> None:
     """Raise UnsupportedError for checkpoints with a layout that isn't known here."""
     config = model.get("ds_config") or {}
     zero = config.get("zero_optimization") or {}
+    tensor_parallel = config.get("tensor_parallel") or {}
+    degrees = model.get("checkpoint_parallel_dimensions") or {}
+    tensors_cut = model.get("mp_world_size", 1) != 1
+    in_layers = "module" in model and model["module"] is None and zero.get("stage", 0) < 2  # all that pipelines take
     reasons = {
-        "model parallelism (mp_world_size > 1)": model.get("mp_world_size", 1) != 1,
+        PIPELINE: degrees.get("pp_degree", 1) > 1 or in_layers,
+        TENSOR: tensors_cut
+        or max(tensor_parallel.get("autotp_size") or 0, (tensor_parallel.get("tp") or {}).get("tp_size") or 0) > 1,
+        # DeepSpeed takes the ranks of a sequence for tensor-parallel ones here, but doesn't cut anything.
+        SEQUENCE: (config.get("sequence_parallel_size") or 1) > 1 or degrees.get("tp_degree", 1) > 1,
         "native DeepSpeed MoE layers": bool(model.get("num_experts")) and not model.get("ds_autoep_layers"),
-        "sequence parallelism (sequence_parallel_size)": config.get("sequence_parallel_size", 1) not in (None, 1),
         "AutoEP folded with tensor parallelism": "folding_metadata" in model,
         "use_data_before_expert_parallelism": bool(config.get("use_data_before_expert_parallelism")),
         "zero_optimization.elastic_checkpoint": bool(zero.get("elastic_checkpoint")),
@@ -109,7 +126,7 @@ def refuse_unknown(where: object, model: Mapping[str, Any]) -> None:
     }
     for reason, found in reasons.items():
         if found:
-            raise UnsupportedError(f"{where}: checkpoints with {reason} aren't supported")
+            raise unsupported(where, reason)
 
 
 def read_layout(where: object, model: Mapping[str, Any], groups: list[dict[str, Any]], stage: int) -> Layout:
@@ -124,11 +141,12 @@ def read_layout(where: object, model: Mapping[str, Any], groups: list[dict[str, 
         CheckpointError: if the metadata contradicts itself.
         UnsupportedError: if the layout isn't known here.
     """
+    require(where, model, {})
+    refuse_unknown(where, model)
     require(where, model, {"module": Mapping, "dp_world_size": int, "global_steps": int, "param_shapes": list})
     if model["dp_world_size"] < 1:
         raise CheckpointError(f"{where}: dp_world_size is {model['dp_world_size']}")
     check_version(where, model)
-    refuse_unknown(where, model)
     config = model.get("ds_config") or {}
     zero = config.get("zero_optimization") or {}
     shared = expert_parallel(where, model)

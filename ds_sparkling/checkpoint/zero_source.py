@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ds_sparkling.checkpoint.layout import make_layout
 from ds_sparkling.checkpoint.metadata import (
+    PIPELINE,
+    SEQUENCE,
+    TENSOR,
     ExpertLayer,
     check_version,
     expert_layers,
     read_layout,
     require,
+    unsupported,
 )
 from ds_sparkling.checkpoint.source import WEIGHT, Source
 from ds_sparkling.errors import CheckpointError, UnsupportedError
@@ -26,6 +33,7 @@ _OPTIMIZER = re.compile(r"(bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\
 _MODEL_3 = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_model_states\.pt")
 _MODEL = re.compile(r"mp_rank_(\d+)_model_states\.pt")
 _EXPERT = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_(\d+)_model_states\.pt")
+_PIPELINE_LAYER = re.compile(r"layer_\d+-.*model_states\.pt")
 
 #: Metadata that thousands of ranks' files would fill the memory with.
 _SHARED_METADATA = {"ds_autoep_layers", "universal_checkpoint_info", "param_shapes", "ds_config", "lr_scheduler"}
@@ -97,6 +105,25 @@ class ZeroSource(Source):
         self.experts = expert_layers(model)
         self.record = read_record(path)
         self._check_names()
+        self._refuse_sequences([tensor.numel() for tensor in flat_tensors(optimizer)])
+
+    def _refuse_sequences(self, found: list[int]) -> None:
+        """Raise UnsupportedError if rank 0's flat tensors have the sizes of a run with more ranks than are saved.
+
+        Under stage 3 the ranks that share a sequence partition the parameters, too, and write over each other's files.
+        """
+        sizes = [flat.size for flat in self.layout.flats]
+        if self.stage < 3 or found == sizes or not sum(found):
+            return
+        ratio = sum(sizes) / sum(found)
+        for count in {math.floor(ratio), math.ceil(ratio)} - {0, 1}:
+            settings = replace(self.layout.settings, ranks=self.ranks * count)
+            flats = make_layout(settings, self.layout.params, self.layout.groups).flats
+            if found == [flat.size for flat in flats]:
+                raise UnsupportedError(
+                    f"{unsupported(self.path, SEQUENCE)}; this one has the files of {self.ranks} of {settings.ranks} "
+                    "ranks, whose others' have the same names"
+                )
 
     # -- files --------------------------------------------------------------------------------------------------
 
@@ -173,11 +200,11 @@ class ZeroSource(Source):
         found = {match[1] or "" for match in map(_OPTIMIZER.fullmatch, self._names) if match}
         models = {match[0]: match[1] for match in map(_MODEL.fullmatch, self._names) if match}
         models |= {match[0]: match[2] for match in map(_MODEL_3.fullmatch, self._names) if match}
-        parallel = sorted(name for name, rank in models.items() if int(rank))
-        if parallel:
-            raise UnsupportedError(
-                f"{self.path} has {_some(parallel)}: checkpoints with tensor or model parallelism aren't supported"
-            )
+        layers = sorted(filter(_PIPELINE_LAYER.fullmatch, self._names))
+        cut_up = sorted(name for name, rank in models.items() if int(rank))
+        for split, what in ((layers, PIPELINE), (cut_up, TENSOR)):
+            if split:
+                raise unsupported(f"{self.path} has {_some(split).rpartition(' ')[0]}", what)
         if not found:
             if self._names:
                 raise UnsupportedError(

@@ -209,7 +209,7 @@ def compiled(model: nn.Module) -> nn.Module:
 def compiled_layers(model: Any) -> nn.Module:
     for index, layer in enumerate(model.model.layers):
         model.model.layers[index] = compiled(layer)
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def wrapped(model: nn.Module) -> nn.Module:

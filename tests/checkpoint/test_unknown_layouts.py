@@ -25,9 +25,9 @@ def test_a_checkpoint_cut_by_tensor_parallelism_is_refused_by_its_file(tmp_path:
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
-        ({"mp_world_size": 2}, "mp_world_size > 1"),
+        ({"mp_world_size": 2}, "tensor or model parallelism"),
         ({"num_experts": [4], "ds_autoep_layers": None}, "native DeepSpeed MoE layers"),
-        ({"ds_config": {"sequence_parallel_size": 2}}, "sequence_parallel_size"),
+        ({"ds_config": {"sequence_parallel_size": 2}}, "sequence parallelism"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
