@@ -172,6 +172,15 @@ def test_heads_that_are_no_multiple_get_no_advice_to_grow_heads() -> None:
     assert "grow along" not in str(refused.value)
 
 
+def test_a_share_of_a_width_is_refused_with_what_would_grow() -> None:
+    def grouped(count: int | None) -> Callable[[int], nn.Module]:
+        return lambda width: nn.Conv1d(width, width, 3, groups=count or width // 4)
+
+    with pytest.raises(PlanError, match=r"dimension 1 of size 4 is a share of width .16., as of 4 groups.*follow"):
+        find_moves(grouped(4), {"width": 16})
+    assert ("weight", 1) not in find_moves(grouped(None), {"width": 16})
+
+
 def test_a_product_of_two_axes_is_refused() -> None:
     """If both doubled, it would grow fourfold."""
     with pytest.raises(PlanError, match=r"w: dimension 0 changes with heads and head_dim"):
