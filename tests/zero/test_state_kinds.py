@@ -14,6 +14,9 @@ from distributed import Workers
 from optimizers import Keeping, ScheduleFreeAdam
 from tiny import Case
 
+from ds_sparkling.errors import PlanError
+from ds_sparkling.strategy import Strategy
+
 Pool = Callable[[int], Workers]
 WIDE = {"hidden_size": 12, "moe_intermediate_size": 9}
 STATES = ("exp_avg_sq", "z")
@@ -125,3 +128,23 @@ def test_odd_state_is_refused_at_the_start_at_every_stage_and_scope(
         assert repr(name) in undeclared
         assert way_out in undeclared
         assert declared == ("starts" if not above else undeclared)
+
+
+def grown_with_declared_state(case: Case, directory: str) -> None:
+    import ds_sparkling
+
+    engine = engine_with(case, lambda params: Keeping(params, {"ema": torch.clone}))
+    tiny.train(engine, 3)
+    engine.save_checkpoint(directory, tag="before")
+    ds_sparkling.grow_if_due(engine).save_checkpoint(directory, tag="after")
+
+
+def test_offline_declared_state_grows_as_online_and_undeclared_is_refused(workers: Pool, tmp_path: Path) -> None:
+    declared = case(1, 2, {"perturbation": 0.5}, state_kinds={"ema": "weights"}, rewarmup={"scope": "none"})
+    workers(1).run(grown_with_declared_state, declared, str(tmp_path / "saved"))
+    checkpoint_files.run(tmp_path / "saved", tmp_path / "wide", WIDE, tag="before")
+    checkpoint_files.same_files(tmp_path / "saved/after", tmp_path / "wide/before")
+    other = checkpoint_files.block_of(Strategy(), tmp_path / "undeclared.json")
+    with pytest.raises(PlanError, match=r"'ema' of unknown kind.*state_kinds"):
+        checkpoint_files.run(tmp_path / "saved", tmp_path / "no", WIDE, tag="before", deepspeed_config=other)
+    assert not (tmp_path / "no").exists()
