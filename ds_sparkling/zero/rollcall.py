@@ -193,7 +193,8 @@ class RollCall:
             wait, now = min(1.5 * wait, self._attendance.longest_wait), time.monotonic()
             if self._following is not None and now - began > _GONE + _BEAT:
                 self._first("failed", asdict(self._following))  # nothing has turned up that it follows from
-            if self._attendance.interrupted_around(self):
+            # A rank that knows the outcome may have failed with it already.
+            if self._attendance.interrupted_around(self) and not self._store.check([f"{self._key}outcome"]):
                 raise InterruptedWaitError("another rank has failed")
             if watching and now - looked > _BEAT:
                 looked = now

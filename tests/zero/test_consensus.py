@@ -39,7 +39,7 @@ def serve(rank: int, ranks: int, port: int, answer: Connection, job: Callable[..
     torch.distributed.init_process_group("gloo")
     torch.distributed.barrier()
     answer.send(job(*args))
-    os._exit(0)
+    time.sleep(60)  # until all have answered: the first rank has the store
 
 
 def run(ranks: int, job: Callable[..., Any], *args: Any) -> list[Any]:
@@ -174,6 +174,29 @@ def test_ranks_that_failed_alike_go_on_and_clean_up() -> None:
     answers = run(3, go_on)
     assert answers == [("testing failed on rank 1: on 1", answers[0][1])] * 3
     assert answers[0][1] <= 4  # the failed ones and the last
+
+
+def fail_alike_inside() -> int:
+    """How often a failure that all ranks hear of in a roll call inside of another one leaves them in step."""
+    from ds_sparkling.errors import PlanError
+    from ds_sparkling.zero.consensus import Consensus
+
+    rank = torch.distributed.get_rank()
+    for _ in range(50):
+        outer = Consensus("testing")
+        with outer.together():
+            inner = Consensus("part of it")
+            with inner:
+                if rank == 1:
+                    raise PlanError("alike")
+            inner.settle()
+        with pytest.raises(PlanError, match="alike"):
+            outer.settle()
+    return 50
+
+
+def test_what_all_ranks_hear_inside_leaves_them_in_step() -> None:
+    assert run(3, fail_alike_inside) == [50] * 3
 
 
 def slowly() -> str:
