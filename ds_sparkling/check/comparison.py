@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from ds_sparkling.axes import Dim, ParamAxes
-from ds_sparkling.check.forward import Call, Inputs, NotRunnableError, Seen, Side, given_call, run, token_call, watch
+from ds_sparkling.axes import Dim, ParamAxes, Role
+from ds_sparkling.check.forward import (
+    LENGTH,
+    Call,
+    Inputs,
+    NotRunnableError,
+    Outputs,
+    Seen,
+    Side,
+    difference,
+    given_call,
+    run,
+    token_calls,
+    watch,
+    with_labels,
+)
 from ds_sparkling.check.instance import Instance
 from ds_sparkling.check.module import grow_into, plan_of, randomize, randomize_buffers, settled
+from ds_sparkling.check.selections import enough_tokens
 from ds_sparkling.errors import PlanError
 from ds_sparkling.growth import GrowthPlan
 from ds_sparkling.probe import Move, key_value_heads, saved_buffers
@@ -26,17 +40,41 @@ SAME = 1e-5
 SAME_FP32 = 1e-4
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class View:
+    """A forward pass, and what of its outputs is compared.
+
+    Attributes:
+        call: the forward pass.
+        outputs: what the narrow model gives.
+        compared: the outputs that are the same from run to run.
+        noise: how far the logits differ between two runs, relative to the largest.
+    """
+
+    call: Call
+    outputs: Outputs
+    compared: frozenset[str]
+    noise: float
+
+
+@dataclass(frozen=True, eq=False)
 class Runnable:
-    """A narrow model that runs: its instance, the module with every parameter made to matter, and what it is run on."""
+    """A narrow model that runs: its instance, the module with every parameter made to matter, and how it is run.
+
+    The first of the ``views`` is the model in use; another, if there is one, the model in training, with labels.
+    """
 
     instance: Instance
     model: nn.Module
-    call: Call
+    views: tuple[View, ...]
+
+    @property
+    def call(self) -> Call:
+        return self.views[0].call
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.model.parameters()).dtype
+        return _dtype(self.model)
 
 
 @dataclass(frozen=True)
@@ -67,8 +105,9 @@ class Comparison:
     Attributes:
         plan: how it was grown.
         changes: all modules' tensors, in the order of time.
-        difference: largest difference of the logits over the largest logit; of a grown vocabulary the old part.
+        difference: largest difference of an output over its largest value; of a grown vocabulary the old logits.
         narrow, wide: the two models.
+        what: which outputs those are, in words.
     """
 
     plan: GrowthPlan
@@ -76,11 +115,12 @@ class Comparison:
     difference: float
     narrow: nn.Module
     wide: nn.Module
+    what: str = "logits"
 
     @property
     def same(self) -> bool:
         """Whether the function is the same."""
-        return self.difference <= tolerance(next(self.narrow.parameters()).dtype)
+        return self.difference <= tolerance(_dtype(self.narrow))
 
 
 def tolerance(dtype: torch.dtype) -> float:
@@ -98,17 +138,85 @@ def first_runnable(instances: Iterable[Instance], inputs: Inputs | None, dtype: 
     for instance in instances:
         for kind in dict.fromkeys((dtype, torch.float32)):
             try:
-                model = settled(instance.build(), kind)
-                randomize(model, seed)
-                if held := saved_buffers(model):
-                    moving = {name for name, _ in instance.moves}
-                    randomize_buffers({name: buffer for name, buffer in held.items() if name in moving}, seed)
-                call = token_call(model, seed) if inputs is None else given_call(inputs)
-                run(model, call)
-                return Runnable(instance, model, call)
+                model = _prepared(instance, kind, seed)
+                return Runnable(instance, model, _first_views(model, inputs, seed))
             except PlanError as error:
                 failure = failure or NotRunnableError(str(error))
     raise failure or NotRunnableError("there is no model to run")
+
+
+def reseeded(runnable: Runnable, inputs: Inputs | None, seed: int) -> Runnable:
+    """The same instance with other parameters and, unless inputs are given, on other tokens."""
+    model = _prepared(runnable.instance, runnable.dtype, seed)
+    return Runnable(runnable.instance, model, _first_views(model, inputs, seed))
+
+
+def _prepared(instance: Instance, dtype: torch.dtype, seed: int) -> nn.Module:
+    """The narrow model with parameters, and buffers that follow a width, that all matter."""
+    model = settled(instance.build(), dtype)
+    randomize(model, seed)
+    if held := saved_buffers(model):
+        moving = {name for name, _ in instance.moves}
+        randomize_buffers({name: buffer for name, buffer in held.items() if name in moving}, seed)
+    return model
+
+
+def _first_views(model: nn.Module, inputs: Inputs | None, seed: int) -> tuple[View, ...]:
+    """The views by the first forward pass that works.
+
+    Raises:
+        NotRunnableError: with the first one's failure, if none does.
+    """
+    failure: NotRunnableError | None = None
+    for call in _calls(model, seed) if inputs is None else [given_call(inputs)]:
+        try:
+            return views(model, call)
+        except NotRunnableError as error:
+            failure = failure or error
+    assert failure is not None
+    raise failure
+
+
+def _calls(model: nn.Module, seed: int) -> Iterator[Call]:
+    plain = list(token_calls(model, seed))
+    length = enough_tokens(model)
+    if length > LENGTH:
+        yield from token_calls(model, seed, length)
+    yield from plain
+    yield from (call for call in (with_labels(model, plain[0]),) if call is not plain[0])
+
+
+def views(model: nn.Module, call: Call) -> tuple[View, ...]:
+    """How a model is looked at that ``call`` runs: as it is used, and as it is trained.
+
+    In training it gets its labels, and nothing is dropped. If what it draws besides decides its outputs, it is
+    looked at in evaluation mode.
+    """
+    found = [_view(model, call)]
+    labelled = with_labels(model, call)
+    for other in (replace(labelled, training=True), labelled):
+        if other is call:
+            break
+        try:
+            view = _view(model, other)
+        except NotRunnableError:
+            continue
+        if view.compared:
+            found.append(view)
+        if view.noise <= tolerance(_dtype(model)):
+            break
+    return tuple(found)
+
+
+def _view(model: nn.Module, call: Call) -> View:
+    first, second = run(model, call, seed=0), run(model, call, seed=1)
+    noise = {path: difference(tensor, second.tensors[path]) for path, tensor in first.tensors.items()}
+    compared = frozenset(path for path, changed in noise.items() if changed <= tolerance(_dtype(model)))
+    return View(call, first, compared, noise[first.main])
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next(model.parameters()).dtype
 
 
 def fitting_axes(instance: Instance, model: nn.Module, axes: Mapping[str, ParamAxes]) -> dict[str, ParamAxes]:
@@ -177,14 +285,24 @@ def compare(runnable: Runnable, axes: Mapping[str, ParamAxes], strategy: Strateg
     Raises:
         PlanError: if it can't grow so, or if the wide model can't run.
     """
+    return compared(runnable, *grown(runnable, axes, strategy))
+
+
+def compared(runnable: Runnable, plan: GrowthPlan, wide: nn.Module) -> Comparison:
+    """A narrow model and the ``wide`` one that it has grown to, in the first view whose outputs differ.
+
+    Raises:
+        PlanError: if the wide model can't run.
+    """
     narrow = runnable.model
-    plan, wide = grown(runnable, axes, strategy)
-    seen, logits = watch(narrow, runnable.call)
-    try:
-        seen_wide, logits_wide = watch(wide, runnable.call)
-    except NotRunnableError as error:
-        raise _not_wide(runnable, error) from error
-    return Comparison(plan, tuple(_changes(seen, seen_wide, plan)), difference(logits, logits_wide), narrow, wide)
+    largest, chosen = 0.0, runnable.views[0]
+    for view in runnable.views:
+        found = difference_of(view, run_wide(runnable, wide, view), plan)
+        chosen = view if largest <= tolerance(runnable.dtype) < found else chosen
+        largest = max(largest, found)
+    (seen, _), (seen_wide, _) = watch(narrow, chosen.call), watch(wide, chosen.call)
+    what = "outputs in training" if chosen.call.training else "logits"
+    return Comparison(plan, tuple(_changes(seen, seen_wide, plan)), largest, narrow, wide, what)
 
 
 def grown(runnable: Runnable, axes: Mapping[str, ParamAxes], strategy: Strategy) -> tuple[GrowthPlan, nn.Module]:
@@ -195,47 +313,52 @@ def grown(runnable: Runnable, axes: Mapping[str, ParamAxes], strategy: Strategy)
     """
     instance, narrow = runnable.instance, runnable.model
     plan = plan_of(narrow, axes, instance.before, instance.after, strategy)
-    wide = settled(instance.build(wide=True), next(narrow.parameters()).dtype)
+    wide = settled(instance.build(wide=True), runnable.dtype)
     grow_into(wide, narrow, plan)
     return plan, wide
 
 
-def difference_after(runnable: Runnable, axes: Mapping[str, ParamAxes]) -> float:
-    """How far the logits are off after copy-copy growth, as :func:`difference` measures it.
-
-    Infinite if the axes don't fit.
+def run_wide(runnable: Runnable, wide: nn.Module, view: View) -> Outputs:
+    """What the wide model gives.
 
     Raises:
-        PlanError: if the wide model can't run, whatever the axes.
+        PlanError: if it can't run.
     """
     try:
-        _, wide = grown(runnable, axes, Strategy())
-    except PlanError:
-        return math.inf
-    try:
-        return difference(run(runnable.model, runnable.call), run(wide, runnable.call))
+        return run(wide, view.call)
     except NotRunnableError as error:
-        raise _not_wide(runnable, error) from error
+        widths = {**runnable.instance.before, **runnable.instance.after}
+        raise PlanError(
+            f"the model runs at widths {runnable.instance.before}, but not at {widths}: {error}; does another width "
+            "have to grow along?"
+        ) from error
 
 
-def _not_wide(runnable: Runnable, error: Exception) -> PlanError:
-    widths = {**runnable.instance.before, **runnable.instance.after}
-    return PlanError(
-        f"the model runs at widths {runnable.instance.before}, but not at {widths}: {error}; does another width "
-        "have to grow along?"
-    )
+def difference_of(view: View, wide: Outputs, plan: GrowthPlan) -> float:
+    """How far the outputs of a growth are off: of the logits, and of all that the growth leaves the shape of.
 
-
-def difference(logits: Tensor, wide: Tensor) -> float:
-    """Largest absolute difference over the largest absolute value; of logits that grew, the old ones.
-
-    Infinite if the shapes can't be compared or the wide model gives NaN.
+    If the growth makes new things to be told apart, as tokens are, all but the logits may depend on them.
     """
-    if logits.dim() != wide.dim() or any(a > b for a, b in zip(logits.shape, wide.shape, strict=True)):
-        return math.inf
-    old = wide[tuple(slice(size) for size in logits.shape)]
-    largest = float((logits - old).abs().max()) / max(float(logits.abs().max()), torch.finfo(logits.dtype).tiny)
-    return largest if math.isfinite(largest) else math.inf
+    narrow, grown_axes = view.outputs, {growth.axis for growth in plan.growths}
+    off = [difference(narrow.logits, wide.logits)] if narrow.main in view.compared else []
+    leaves = (leaf for param in plan.params for leaf in param.axes.leaves)
+    if not any(leaf.role is Role.INDEX and leaf.axis in grown_axes for leaf in leaves):
+        off += [
+            difference(narrow.tensors[path], wide.tensors[path])
+            for path in view.compared
+            if path in wide.tensors and narrow.tensors[path].shape == wide.tensors[path].shape
+        ]
+    return max(off, default=0.0)
+
+
+def difference_after(runnable: Runnable, axes: Mapping[str, ParamAxes]) -> float:
+    """How far the outputs are off after copy-copy growth, as :func:`difference_of` measures it.
+
+    Raises:
+        PlanError: if it can't grow so, or if the wide model can't run.
+    """
+    plan, wide = grown(runnable, axes, Strategy())
+    return max(difference_of(view, run_wide(runnable, wide, view), plan) for view in runnable.views)
 
 
 def _changes(seen: list[Seen], seen_wide: list[Seen], plan: GrowthPlan) -> Iterator[Change]:
@@ -250,15 +373,20 @@ def _changes(seen: list[Seen], seen_wide: list[Seen], plan: GrowthPlan) -> Itera
 
 
 def _expected_factors(plan: GrowthPlan) -> dict[str, float]:
-    """Modules whose output a growth scales on purpose: norms that take the factor of a head tied to the embedding."""
+    """Modules whose output a growth scales on purpose.
+
+    These are norms that take the factor of a head tied to the embedding, and what a model multiplies by a power of its
+    own width.
+    """
     scales = plan.scales()
-    return {
-        param.name.rpartition(".")[0]: float(scales[dim.axis].weight(dim, True)[0])
-        for param in plan.params
-        if param.axes.head_gain
-        for dim in param.axes.dims
-        if dim.axis in scales
-    }
+    factors = {}
+    for param in plan.params:
+        for dim in param.axes.dims:
+            if dim.axis in scales and param.axes.head_gain:
+                factors[param.name.rpartition(".")[0]] = float(scales[dim.axis].weight(dim, True)[0])
+            elif dim.axis in scales and dim.power:
+                factors[param.name.rpartition(".")[0]] = scales[dim.axis].stretch ** -dim.power
+    return factors
 
 
 def _holds_copies(narrow: Tensor, wide: Tensor) -> bool:

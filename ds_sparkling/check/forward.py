@@ -1,26 +1,31 @@
-"""Running any language model on made-up tokens, and what comes out of each of its modules."""
+"""Running any language model on made-up tokens, and what comes out of it and of each of its modules."""
 
 from __future__ import annotations
 
 import inspect
+import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from ds_sparkling.errors import PlanError
 from ds_sparkling.probe import groups_made, missing_group, without_peers
 
-#: Made-up token ids: sequences and tokens per sequence.
-SHAPE = (2, 16)
+#: Made-up token ids: sequences, and tokens per sequence if nothing in the model asks for more.
+SEQUENCES, LENGTH = 2, 16
 #: Names of forward's parameters that take token ids, best first; then whichever comes first.
 _TOKENS = ("input_ids", "tokens", "ids", "x")
+#: Names of those that take what is to be predicted, and of those that a decoder behind an encoder reads.
+_LABELS, _DECODED = ("labels", "targets"), "decoder_input_ids"
 
 #: What a caller may give as a model's inputs: keyword arguments, positional ones, or the only one.
 Inputs = Mapping[str, Any] | Sequence[Any] | Tensor
@@ -30,12 +35,30 @@ class NotRunnableError(PlanError):
     """A model can't be built or run here, so nothing is known about its function."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Call:
-    """The arguments of a forward pass."""
+    """A forward pass: its arguments, and whether the model is in training mode."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    training: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Outputs:
+    """What a forward pass gives.
+
+    Attributes:
+        tensors: every float tensor, by where it stands in the output.
+        main: which one are the logits, or what comes nearest.
+    """
+
+    tensors: dict[str, Tensor]
+    main: str
+
+    @property
+    def logits(self) -> Tensor:
+        return self.tensors[self.main]
 
 
 class Side(str, Enum):
@@ -75,14 +98,16 @@ def given_call(inputs: Inputs) -> Call:
     return Call(tuple(inputs), {})
 
 
-def token_call(model: nn.Module, seed: int) -> Call:
-    """A forward pass of ``model`` on random token ids [2, 16], which are also its labels if it can't do without.
+def token_calls(model: nn.Module, seed: int, length: int = LENGTH) -> Iterator[Call]:
+    """Forward passes of ``model`` on random token ids [2, length] that it may take, the plainest first.
+
+    The ids are also its labels if it can't do without, as encoder-decoders can't, which may read them in the decoder.
 
     Raises:
         NotRunnableError: if the model has no embedding, or its forward takes something else as well.
     """
     generator = torch.Generator().manual_seed(seed)
-    ids_BT = torch.randint(_vocabulary(model), SHAPE, generator=generator)
+    ids_BT = torch.randint(_vocabulary(model), (SEQUENCES, length), generator=generator)
     parameters = inspect.signature(model.forward).parameters
     named = [p for p in parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     tokens = next((name for name in _TOKENS if name in parameters), named[0].name if named else None)
@@ -94,16 +119,28 @@ def token_call(model: nn.Module, seed: int) -> Call:
             kwargs["use_cache"] = False
         elif parameter.name == tokens or parameter.default is not parameter.empty:
             continue
-        elif parameter.name in ("labels", "targets"):
+        elif parameter.name in _LABELS:
             kwargs[parameter.name] = ids_BT
         else:
             raise NotRunnableError(
                 f"{_kind(model)}.forward needs {parameter.name!r}, and only token ids and labels can be made up; "
                 "pass inputs"
             )
-    if parameters[tokens].kind is inspect.Parameter.POSITIONAL_ONLY:
-        return Call((kwargs.pop(tokens),), kwargs)
-    return Call((), kwargs)
+    positional = parameters[tokens].kind is inspect.Parameter.POSITIONAL_ONLY
+    plain = Call((kwargs.pop(tokens),), kwargs) if positional else Call((), kwargs)
+    yield plain
+    if _DECODED in parameters:
+        yield replace(plain, kwargs={**kwargs, _DECODED: ids_BT})
+
+
+def with_labels(model: nn.Module, call: Call) -> Call:
+    """``call`` with its token ids as labels, too; itself if it has labels, or the model takes none."""
+    parameters = inspect.signature(model.forward).parameters
+    label = next((name for name in _LABELS if name in parameters), None)
+    ids = next((call.kwargs[name] for name in (_DECODED, *_TOKENS) if name in call.kwargs), next(iter(call.args), None))
+    if label is None or label in call.kwargs or not isinstance(ids, Tensor) or ids.is_floating_point():
+        return call
+    return replace(call, kwargs={**call.kwargs, label: ids})
 
 
 def _vocabulary(model: nn.Module) -> int:
@@ -116,12 +153,26 @@ def _vocabulary(model: nn.Module) -> int:
 
 
 @torch.no_grad()
-def run(model: nn.Module, call: Call) -> Tensor:
-    """The model's logits, or what comes nearest: the first float tensor of its output, the largest rank preferred.
+def run(model: nn.Module, call: Call, seed: int = 0) -> Outputs:
+    """What the model gives; what it draws is drawn from ``seed``, and its buffers stay as they are.
 
     Raises:
         NotRunnableError: if the forward pass fails or gives no float tensor.
     """
+    return _run(model, call, seed)
+
+
+def leads_to_outputs(model: nn.Module, call: Call, params: Sequence[nn.Parameter]) -> bool:
+    """Whether a gradient, even of zero, gets from the outputs to any of some parameters."""
+    with torch.enable_grad():
+        outputs = [tensor.sum() for tensor in _run(model, call, 0).tensors.values() if tensor.requires_grad]
+        if not outputs:
+            return False
+        found = torch.autograd.grad(outputs, params, allow_unused=True)
+    return any(gradient is not None for gradient in found)
+
+
+def _run(model: nn.Module, call: Call, seed: int) -> Outputs:
     device, dtype = _home(model)
 
     def fitted(value: Any) -> Any:
@@ -131,22 +182,84 @@ def run(model: nn.Module, call: Call) -> Tensor:
 
     args, kwargs = tuple(map(fitted, call.args)), {name: fitted(value) for name, value in call.kwargs.items()}
     try:
-        with without_peers(), groups_made(model):
-            output = model(*args, **kwargs)
+        with _mode_of(model, call.training), torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            with without_peers(), groups_made(model):
+                output = model(*args, **kwargs)
     except Exception as error:
         raise NotRunnableError(
             f"{_kind(model)}'s forward failed: {type(error).__name__}: {error}{missing_group(error)}"
         ) from error
-    logits = getattr(output, "logits", None)
-    found = [logits] if isinstance(logits, Tensor) else list(_float_tensors(output))
+    if not isinstance(output, (Tensor, Mapping, tuple, list)):
+        output = getattr(output, "__dict__", output)
+    found = dict(_float_tensors(output))
     if not found:
         raise NotRunnableError(f"{_kind(model)}'s forward gives no float tensor but {type(output).__name__}")
-    ranked = [tensor for tensor in found if tensor.dim() >= 2]
-    return (ranked or found)[0].detach()
+    ranked = [path for path, tensor in found.items() if tensor.dim() >= 2]
+    return Outputs(found, "logits" if "logits" in found else (ranked or list(found))[0])
 
 
-def watch(model: nn.Module, call: Call) -> tuple[list[Seen], Tensor]:
-    """What every module but the root took and gave, in the order of time, and the logits.
+@contextmanager
+def _mode_of(model: nn.Module, training: bool) -> Iterator[None]:
+    """The model in evaluation mode, or in training, where nothing is dropped and its buffers come back afterwards."""
+    if not training:
+        yield
+        return
+    owners = {id(owner): owner for owner in model.modules()}
+    kept = [
+        (owner, name, buffer, buffer.clone())
+        for owner in owners.values()
+        for name, buffer in owner._buffers.items()
+        if buffer is not None
+    ]
+    model.train()
+    try:
+        with _WithoutDropout():
+            yield
+    finally:
+        model.eval()
+        for owner, name, buffer, value in kept:
+            owner._buffers[name] = buffer.copy_(value)
+
+
+#: Functions that give their first argument back where nothing is dropped.
+_DROPPING: frozenset[Callable[..., Any]] = frozenset(
+    (
+        torch.dropout,
+        torch.alpha_dropout,
+        torch.feature_dropout,
+        torch.feature_alpha_dropout,
+        F.dropout,
+        F.dropout1d,
+        F.dropout2d,
+        F.dropout3d,
+        F.alpha_dropout,
+        F.feature_alpha_dropout,
+    )
+)
+#: Where attention takes its dropout by position.
+_ATTENTION_DROPOUT = 4
+
+
+class _WithoutDropout(TorchFunctionMode):
+    """Training without what is dropped at random: two models of different widths can't drop the same."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        settings = dict(kwargs or {})
+        if func in _DROPPING:
+            return args[0] if args else settings["input"]
+        if func is F.scaled_dot_product_attention:
+            args, dropped = args[:_ATTENTION_DROPOUT], args[_ATTENTION_DROPOUT:]
+            settings.update(zip(("dropout_p", "is_causal"), dropped, strict=False), dropout_p=0.0)
+        if func is F.multi_head_attention_forward:
+            settings["training"] = False
+        return func(*args, **settings)
+
+
+def watch(model: nn.Module, call: Call) -> tuple[list[Seen], Outputs]:
+    """What every module but the root took and gave, in the order of time, and what the model gives.
 
     Raises:
         NotRunnableError: if the forward pass fails.
@@ -155,7 +268,7 @@ def watch(model: nn.Module, call: Call) -> tuple[list[Seen], Tensor]:
     calls: Counter[str] = Counter()
 
     def look(name: str, side: Side, value: Any) -> None:
-        tensor = next(_float_tensors(value), None)
+        _, tensor = next(_float_tensors(value), ("", None))
         if tensor is not None:
             # A copy, as residual connections may add to it in place.
             seen.append(Seen(name, calls[name], side, tensor.detach().clone()))
@@ -172,26 +285,35 @@ def watch(model: nn.Module, call: Call) -> tuple[list[Seen], Tensor]:
         for name, module in model.named_modules():
             for handle in hook(name, module) if name else ():
                 hooks.callback(handle.remove)
-        logits = run(model, call)
-    return seen, logits
+        outputs = run(model, call)
+    return seen, outputs
 
 
-def difference_between_runs(model: nn.Module, call: Call) -> float:
-    """Largest difference of a model's logits between two runs, over the largest logit."""
-    first, second = run(model, call), run(model, call)
-    return float((first - second).abs().max()) / max(float(first.abs().max()), torch.finfo(first.dtype).tiny)
+def difference(narrow: Tensor, wide: Tensor) -> float:
+    """Largest absolute difference over the largest absolute value; of logits that grew, the old ones.
+
+    Infinite if the shapes can't be compared or the wide model gives NaN.
+    """
+    if narrow.dim() != wide.dim() or any(a > b for a, b in zip(narrow.shape, wide.shape, strict=True)):
+        return math.inf
+    if not narrow.numel():
+        return 0.0
+    old = wide[tuple(slice(size) for size in narrow.shape)]
+    largest = float((narrow - old).abs().max()) / max(float(narrow.abs().max()), torch.finfo(narrow.dtype).tiny)
+    return largest if math.isfinite(largest) else math.inf
 
 
-def _float_tensors(output: Any) -> Iterator[Tensor]:
+def _float_tensors(output: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Every float tensor of an output, with the keys and numbers that lead to it."""
     if isinstance(output, Tensor):
         if output.is_floating_point():
-            yield output
+            yield path, output
     elif isinstance(output, Mapping):
-        for value in output.values():
-            yield from _float_tensors(value)
+        for key, value in output.items():
+            yield from _float_tensors(value, f"{path}.{key}" if path else str(key))
     elif isinstance(output, (tuple, list)):
-        for value in output:
-            yield from _float_tensors(value)
+        for number, value in enumerate(output):
+            yield from _float_tensors(value, f"{path}.{number}" if path else str(number))
 
 
 def _home(model: nn.Module) -> tuple[torch.device, torch.dtype]:

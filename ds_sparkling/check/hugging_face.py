@@ -39,12 +39,20 @@ def following(config: Mapping[str, Any], widths: Mapping[str, int]) -> set[str]:
     return found - config.keys() - {"head_dim"}
 
 
-def fewer_layers(config: Mapping[str, Any], total: int, kept: int) -> dict[str, Any]:
-    """A resolved config cut to its first ``kept`` of ``total`` layers, lists of one entry per layer included."""
+def fewer_layers(config: Mapping[str, Any], total: int, kept: int) -> dict[str, Any] | None:
+    """A resolved config cut to its first ``kept`` of ``total`` layers, lists of one entry per layer included.
+
+    None if it doesn't say how many layers there are. A config may count them under another name than the library's:
+    LongCat has two blocks of attention, and so two of the library's layers, in each of its own.
+    """
+    counts = [key for key in (own_name(config, "num_hidden_layers"), "num_layers") if config.get(key) == total]
+    if not counts:
+        return None
     cut = {
         key: value[:kept] if isinstance(value, list) and len(value) == total else value for key, value in config.items()
     }
-    return {**cut, own_name(config, "num_hidden_layers"): kept}
+    followers = {key for key in (own_name(config, "num_hidden_layers"),) if key not in counts}
+    return {key: value for key, value in cut.items() if key not in followers} | {counts[0]: kept}
 
 
 def fewer_tokens(config: Mapping[str, Any]) -> dict[str, Any]:

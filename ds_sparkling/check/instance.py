@@ -20,11 +20,11 @@ from ds_sparkling.check.hugging_face import (
     following,
     head_counts,
     narrower,
-    own_name,
     resolved,
     safe_tokens,
     with_widths,
 )
+from ds_sparkling.check.selections import selecting
 from ds_sparkling.errors import PlanError
 from ds_sparkling.factory import HuggingFaceFactory
 from ds_sparkling.probe import BuildModel, Moves, build_alone, build_on_meta, find_moves
@@ -105,6 +105,7 @@ def instances(
     whole = Instance(build_model, dict(before), dict(after))
     size = _parameters(whole)
     if size <= SMALL:
+        yield from _selecting(whole)
         yield whole
         return
     found = False
@@ -117,6 +118,16 @@ def instances(
             f"the model has {size:,} parameters, and no fewer than {LARGE:,} with its widths divided by any power of "
             "two that it can be built with; check it as it is, or give a build_model of fewer layers"
         )
+
+
+def _selecting(whole: Instance) -> Iterator[Instance]:
+    """The model with selections that act on few tokens, if it is built from a config and has such."""
+    factory = whole.build_model
+    changed = selecting(resolved(factory.config)) if isinstance(factory, HuggingFaceFactory) else {}
+    if isinstance(factory, HuggingFaceFactory) and changed:
+        note = ", ".join(f"{key} {value}" for key, value in changed.items())
+        small = replace(whole, build_model=HuggingFaceFactory({**factory.config, **changed}), note=note)
+        yield from (instance for instance, _ in _sized(iter([small])))
 
 
 def _best(family: _Family) -> list[Instance]:
@@ -149,11 +160,15 @@ def _hugging_face_families(
     everything = resolved({**factory.config, **whole.before})
     config, notes = {key: value for key, value in everything.items() if key not in derived}, []
     before, after = dict(whole.before), dict(whole.after)
-    total = config.get(own_name(config, "num_hidden_layers"))
-    counts = [count for count, length in layers.values() if length == total]
-    if isinstance(total, int) and counts and counts[0] < total:
-        config = fewer_layers(config, total, counts[0])
-        notes.append(f"{counts[0]} of {total} layers")
+    for kept, total in layers.values():
+        shorter = fewer_layers(config, total, kept) if kept < total else None
+        if shorter is not None:
+            config = shorter
+            notes.append(f"{kept} of {total} layers")
+            break
+    changed = selecting(config)
+    config |= changed
+    notes += [f"{key} {value}" for key, value in changed.items()]
     if not keep_vocabulary:
         config = safe_tokens(config)
     if not keep_vocabulary and VOCABULARY not in before:

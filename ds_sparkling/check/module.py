@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -77,29 +77,37 @@ def plan_of(
 
 
 @torch.no_grad()
-def grow_into(wide: nn.Module, narrow: nn.Module, plan: GrowthPlan) -> None:
+def grow_into(
+    wide: nn.Module, narrow: nn.Module, plan: GrowthPlan, only: Callable[[str], bool] = lambda name: True
+) -> None:
     """Fill ``wide``, built at the new widths, with the growth of ``narrow``.
 
     Tied parameters are filled once. Buffers of a checkpoint are taken over, as a restart from it would, or grow along;
     all others stay as the wide model makes them.
+
+    Args:
+        only: which parameters, by name; the others hold what they shall already.
 
     Raises:
         PlanError: names a parameter whose shape isn't the planned one.
     """
     kept = saved_buffers(narrow)
     old = {**dict(narrow.named_parameters()), **kept}
-    planned = {buffer.name for buffer in plan.buffers}
-    followers = {name: buffer for name, buffer in saved_buffers(wide).items() if name in planned}
+    growing = {buffer.name for buffer in plan.buffers}
+    followers = {name: buffer for name, buffer in saved_buffers(wide).items() if name in growing}
     for name, param in (*wide.named_parameters(), *followers.items()):
-        widener = Widener(plan, name)
-        if widener.after != tuple(param.shape):
+        planned = plan.param(name).after
+        if planned != tuple(param.shape):
             raise PlanError(
-                f"{name} is planned to become {widener.after}, but build_model makes it {tuple(param.shape)}; its size "
+                f"{name} is planned to become {planned}, but build_model makes it {tuple(param.shape)}; its size "
                 "follows from several widths, which have to grow together and by the same ratio"
             )
+        if not only(name):
+            continue
+        widener = Widener(plan, name)
         grown = torch.empty(math.prod(widener.after), dtype=param.dtype)
         widener.weight(old[name].detach(), grown)
         param.copy_(grown.view(widener.after))
     for name, buffer in saved_buffers(wide).items():
-        if name not in planned and name in kept and kept[name].shape == buffer.shape:
+        if name not in growing and name in kept and kept[name].shape == buffer.shape:
             buffer.copy_(kept[name])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,8 @@ import torch
 from ds_sparkling.check.comparison import tolerance
 from ds_sparkling.check.modules import Place, Row
 from ds_sparkling.growth import GrowthPlan
-from ds_sparkling.strategy import Init, Scaling
+from ds_sparkling.growth.scaling import AxisGrowth
+from ds_sparkling.strategy import Init, Scaling, Strategy
 
 #: RMS of a whole layer's output after over before, or its inverse. With scaling "rms" and copies or random units it was
 #: within 0.95 .. 1.11 for the reference model of width 64, at ratios of 1.5, 2 and 3; what is left is chance, which
@@ -55,9 +56,9 @@ def promise_of(plan: GrowthPlan, dtype: torch.dtype) -> Promise:
     promises nothing.
     """
     strategy = plan.strategy
-    integer = all(growth.after % growth.before == 0 for growth in plan.growths)
+    integer = whole_ratios(plan.growths)
     exact = tolerance(dtype)
-    if strategy.scaling is Scaling.FUNCTION or (strategy.all_copied and integer and strategy.scaling is Scaling.RMS):
+    if keeps_function(strategy, integer):
         return Promise(f"the same function: logits differ by at most {exact:g} of the largest", exact, {})
     if strategy.scaling is Scaling.NONE:
         return Promise("nothing: scaling 'none' keeps neither the function nor RMS", None, {})
@@ -77,3 +78,13 @@ def promise_of(plan: GrowthPlan, dtype: torch.dtype) -> Promise:
             Place.OUTSIDE: (1 / BLOCK_BAND, BLOCK_BAND),
         },
     )
+
+
+def keeps_function(strategy: Strategy, integer: bool) -> bool:
+    """Whether a strategy promises the same function, at ``integer`` ratios or at any."""
+    return strategy.scaling is Scaling.FUNCTION or (strategy.all_copied and integer and strategy.scaling is Scaling.RMS)
+
+
+def whole_ratios(growths: Iterable[AxisGrowth]) -> bool:
+    """Whether every unit gets equally many copies, within the groups of each axis, too."""
+    return all(growth.after * growth.groups[0] % (growth.before * growth.groups[1]) == 0 for growth in growths)

@@ -7,22 +7,26 @@ must give the same logits, whatever the model does. So that is tried, on a small
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 
-import torch
 from torch import nn
 
 from ds_sparkling.axes import ParamAxes, Role
-from ds_sparkling.check.comparison import Change, Comparison, Runnable, compare, first_runnable, fitting_axes, tolerance
-from ds_sparkling.check.forward import Inputs, Side, difference_between_runs
-from ds_sparkling.check.instance import instances
+from ds_sparkling.check.comparison import Change, Comparison
+from ds_sparkling.check.forward import Inputs, NotRunnableError, Side
+from ds_sparkling.check.heads import functional_head
+from ds_sparkling.check.patience import Patience
+from ds_sparkling.check.trial import Growth, Trial, trials_of
 from ds_sparkling.errors import PlanError
 from ds_sparkling.probe import BuildModel
 from ds_sparkling.probe.moves import HEADS
 from ds_sparkling.probe.roles import makes_queries
-from ds_sparkling.strategy import Scaling, Strategy
+from ds_sparkling.strategy import Strategy
+
+#: Readings that failed late and are looked at module by module, to tell which one got furthest.
+_LOOKED_AT = 48
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class Proof:
     """What is known of a model's function under growth.
 
     Attributes:
-        difference: of the logits after doubling every axis, relative; None if nothing is known.
+        difference: of the outputs after every growth that was tried, relative; None if nothing is known.
         reason: why nothing is known ("not provable: ..."); empty if the function is kept.
     """
 
@@ -49,11 +53,11 @@ def prove_function(
     strategy: Strategy | None = None,
     inputs: Inputs | None = None,
 ) -> Proof:
-    """Show that copying the units of the axes in ``after`` keeps the function of ``build_model``'s model.
+    """Show that growing the axes in ``after`` keeps the function of ``build_model``'s model.
 
-    A small instance, with parameters that all matter, is doubled along these axes by copy-copy growth with the given
-    ``axes``, and its logits are compared. If ``strategy`` is to keep the function at every ratio, it is also grown as
-    that says. Takes about a second on the CPU, and leaves the random state as it is.
+    A small instance, with parameters that all matter, is grown along these axes with the given ``axes``: doubled, with
+    twins that share their consumers evenly and unevenly, and as ``strategy`` says if that is to keep the function. What
+    it gives is compared, in use and in training. Takes about a second on the CPU, and leaves the random state as it is.
 
     Args:
         build_model: builds the model from its widths.
@@ -69,57 +73,113 @@ def prove_function(
     Raises:
         PlanError: if the function changes; names the first module that takes or gives something else.
     """
-    growths = [({axis: 2 * widths[axis] for axis in after}, Strategy())]
-    if strategy is not None and strategy.scaling is Scaling.FUNCTION:
-        growths.append((dict(after), strategy))
-    difference = 0.0
-    for wide, how in growths:
-        try:
-            small = instances(build_model, widths, wide, keep_vocabulary=inputs is not None)
-            runnable = first_runnable(small, inputs, torch.float64, seed=0)
-        except PlanError as error:
-            return Proof(None, f"not provable: {error}")
-        fitted = fitting_axes(runnable.instance, runnable.model, axes)
-        comparison = compare(runnable, fitted, how)
-        if not comparison.same:
-            noise = difference_between_runs(runnable.model, runnable.call)
-            if noise > tolerance(runnable.dtype):
-                return Proof(None, f"not provable: logits differ between two runs, by {noise:.2g} of the largest")
-            raise PlanError(_refutation(*_one_axis(runnable, fitted, comparison, how), how))
-        difference = max(difference, comparison.difference)
-    return Proof(difference)
+    patience = Patience()
+    growth = Growth(widths, tuple(after), after if strategy is not None else None, strategy or Strategy())
+    try:
+        trials = trials_of(build_model, growth, axes, inputs, patience)
+        worst = kept((*trials.copies, *trials.planned), axes, patience)
+    except NotRunnableError as error:
+        return Proof(None, f"not provable: {error}")
+    return Proof(None, f"not provable: {trials.doubt}") if trials.doubt else Proof(worst)
 
 
-def refute(runnable: Runnable, axes: Mapping[str, ParamAxes]) -> str | None:
-    """What is wrong with copy-copy growth of a runnable model at integer ratios; None if it keeps the function."""
-    comparison = compare(runnable, axes, Strategy())
-    if comparison.same:
-        return None
-    return _refutation(*_one_axis(runnable, axes, comparison, Strategy()), Strategy())
+def kept(trials: Sequence[Trial], axes: Mapping[str, ParamAxes], patience: Patience) -> float:
+    """How far outputs are off, at most, in trials that all keep the function.
+
+    Raises:
+        PlanError: if one doesn't; names the first module that takes or gives something else.
+    """
+    worst = 0.0
+    for trial in trials:
+        patience.spend(f"growing {' and '.join(trial.after)}")
+        difference = trial.difference(axes)
+        if difference > trial.tolerance:
+            raise refuted(trial, axes)
+        worst = max(worst, difference)
+    return worst
 
 
-def _one_axis(
-    runnable: Runnable, axes: Mapping[str, ParamAxes], joint: Comparison, how: Strategy
-) -> tuple[list[str], Comparison]:
+@dataclass(frozen=True, eq=False)
+class Attempt:
+    """One reading of a model, and how far it got.
+
+    Attributes:
+        axes: the reading.
+        passed: how many trials it passed before the first that it failed.
+        difference: how far the outputs were off, at most.
+        error: why it couldn't be grown, if it couldn't.
+    """
+
+    axes: Mapping[str, ParamAxes]
+    passed: int
+    difference: float = 0.0
+    error: PlanError | None = None
+
+
+class RefutedError(PlanError):
+    """Growing would change the model's function; ``axes`` are those of the reading that got furthest."""
+
+    def __init__(self, message: str, axes: Mapping[str, ParamAxes]) -> None:
+        super().__init__(message)
+        self.axes = dict(axes)
+
+
+def refutation(trials: Sequence[Trial], attempts: Sequence[Attempt], patience: Patience) -> PlanError:
+    """What to say where no reading passes all trials: that of the one that got furthest.
+
+    Furthest is who failed the latest trial, and in that the latest module. Where several did, it says what they differ
+    in.
+    """
+    grown = [attempt for attempt in attempts if attempt.error is None]
+    if not grown:
+        assert attempts[0].error is not None
+        return attempts[0].error
+    latest = max(attempt.passed for attempt in grown)
+    trial = trials[latest]
+    reached: dict[int, list[Attempt]] = {}
+    for attempt in [attempt for attempt in grown if attempt.passed == latest][:_LOOKED_AT]:
+        patience.spend("looking for what doesn't keep the function")
+        changes = trial.comparison(attempt.axes).changes
+        same = next((number for number, change in enumerate(changes) if not change.same), len(changes))
+        reached.setdefault(same, []).append(attempt)
+    furthest = reached[max(reached)]
+    return refuted(trial, furthest[0].axes, _differing(furthest))
+
+
+def refuted(trial: Trial, axes: Mapping[str, ParamAxes], note: str = "") -> RefutedError:
+    """What to say of a growth that should have kept the function."""
+    blamed, comparison = _one_axis(trial, axes)
+    model = trial.subject.runnable.model
+    tied = functional_head(model, trial.subject.runnable.call, [n for n, a in axes.items() if a.axes & set(blamed)])
+    return RefutedError(_refutation(blamed, comparison, trial) + note + tied, axes)
+
+
+def _differing(attempts: Sequence[Attempt]) -> str:
+    """Which parameters are read in different ways by those that got equally far."""
+    first = attempts[0].axes
+    names = [name for name in first if any(attempt.axes[name] != first[name] for attempt in attempts)]
+    if not names:
+        return ""
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return f". Of {len(attempts)} readings that get as far, which differ in {shown}, this is the likeliest"
+
+
+def _one_axis(trial: Trial, axes: Mapping[str, ParamAxes]) -> tuple[list[str], Comparison]:
     """The first axis that changes the function when it grows alone; all of them if none does."""
-    after = runnable.instance.after
-    for axis in after if len(after) > 1 else ():
-        alone = replace(runnable, instance=replace(runnable.instance, after={axis: after[axis]}))
+    for axis, width in trial.after.items() if len(trial.after) > 1 else ():
         try:
-            comparison = compare(alone, axes, how)
+            comparison = trial.comparison(axes, {axis: width})
         except PlanError:  # an axis that only grows together with another
             continue
         if not comparison.same:
             return [axis], comparison
-    return list(after), joint
+    return list(trial.after), trial.comparison(axes)
 
 
-def _refutation(axes: list[str], comparison: Comparison, how: Strategy) -> str:
-    """What to say of a growth that should have kept the function."""
+def _refutation(axes: list[str], comparison: Comparison, trial: Trial) -> str:
     grown = " and ".join(axes)
-    promised = f"scaling 'function' and init {how.pair}" if how.scaling is Scaling.FUNCTION else "every unit copied"
     head = (
-        f"growing {grown} would change the model's function: with {promised}, logits differ by "
+        f"growing {grown} would change the model's function: with {trial.words}, {comparison.what} differ by "
         f"{comparison.difference:.2g} of the largest. "
     )
     advice = (
@@ -134,11 +194,13 @@ def _heads_advice(comparison: Comparison) -> str:
     """What to do if queries are as wide as an axis that grows, and are split into as many heads as before."""
     plan = comparison.plan
     growths = {growth.axis: growth for growth in plan.growths}
-    if growths.keys() & set(HEADS):
+    differing = next((change for change in comparison.changes if not change.same), None)
+    if growths.keys() & set(HEADS) or differing is None or differing.side is Side.OUTPUT:
         return ""
     for param in plan.params:
         grown = [leaf.axis for leaf in param.axes.leaves if leaf.role is Role.FAN_OUT and leaf.axis in growths]
-        if not grown or not makes_queries(param.name):
+        attention = "".join(f"{part}." for part in param.name.split(".")[:-2])
+        if not grown or not makes_queries(param.name) or not differing.module.startswith(attention):
             continue
         growth = growths[grown[0] or ""]
         heads = _heads_of(comparison.narrow, param.name)

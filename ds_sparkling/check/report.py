@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -14,12 +14,12 @@ from ds_sparkling.check.forward import Inputs
 from ds_sparkling.check.instance import Instance, instances
 from ds_sparkling.check.modules import Row, rows
 from ds_sparkling.check.promise import Promise, promise_of
-from ds_sparkling.check.proof import refute
-from ds_sparkling.check.resolve import find_axes
+from ds_sparkling.check.proof import RefutedError, refuted
+from ds_sparkling.check.resolve import axes_to_grow
 from ds_sparkling.check.tally import Tally, tallies
-from ds_sparkling.errors import PlanError
+from ds_sparkling.check.trial import Subject, Trial
 from ds_sparkling.growth import GrowthPlan, make_plan
-from ds_sparkling.probe import BuildModel, base_widths, build_on_meta, read, saved_buffers
+from ds_sparkling.probe import BuildModel, UnreadableError, base_widths, build_on_meta, read, saved_buffers
 from ds_sparkling.strategy import Strategy
 
 
@@ -148,39 +148,52 @@ def check_growth(
         PlanError: if the model can't grow so or can't be run; the message names what is in the way.
     """
     before = base_widths(build_model, after, widths)
-    axes = _axes(build_model, before, after, inputs, hints)
+    strategy = strategy or Strategy()
+    axes, refusal = _axes(build_model, before, after, strategy, inputs, hints)
     model = build_on_meta(build_model, before)
     shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
     buffers = {name: tuple(buffer.shape) for name, buffer in saved_buffers(model).items()}
-    strategy = strategy or Strategy()
     plan = make_plan(shapes, axes, before, after, strategy, stage=1, active_share=None, buffers=buffers)
     whole = Instance(build_model, before, dict(after))
     small = [whole] if as_is else instances(build_model, before, after, keep_vocabulary=inputs is not None)
     runnable = first_runnable(small, inputs, dtype, seed)
-    return _report(plan, runnable, fitting_axes(runnable.instance, runnable.model, axes), strategy)
+    fitted = fitting_axes(runnable.instance, runnable.model, axes)
+    if as_is and not refusal:
+        refusal = _refuted(runnable, fitted)
+    return _report(plan, runnable, fitted, strategy, refusal)
 
 
 def _axes(
     build_model: BuildModel,
     before: Mapping[str, int],
     after: Mapping[str, int],
+    strategy: Strategy,
     inputs: Inputs | None,
     hints: Mapping[str, ParamAxes] | None,
-) -> dict[str, ParamAxes]:
-    """The axes that keep the function; where none do, the likeliest, for the report to show what is off."""
+) -> tuple[dict[str, ParamAxes], str]:
+    """The axes that keep the function; where none do, those that come nearest, and what is wrong with them."""
     try:
-        return find_axes(build_model, before, [tuple(after)], hints, inputs).axes
-    except PlanError:
-        return read(build_model, before, hints).likeliest
+        return axes_to_grow(build_model, before, [after], [], strategy, hints, inputs).axes, ""
+    except RefutedError as error:
+        return error.axes, str(error)
+    except UnreadableError as error:
+        return read(build_model, before, hints).likeliest, str(error)
 
 
-def _report(plan: GrowthPlan, runnable: Runnable, axes: Mapping[str, ParamAxes], strategy: Strategy) -> GrowthReport:
+def _refuted(runnable: Runnable, axes: Mapping[str, ParamAxes]) -> str:
+    """What is wrong with growing the model itself by copies; empty if that keeps the function."""
+    twice = {axis: 2 * runnable.instance.before[axis] for axis in runnable.instance.after}
+    trial = Trial(Subject(runnable), twice, Strategy(), "every unit copied")
+    return "" if trial.difference(axes) <= trial.tolerance else str(refuted(trial, axes))
+
+
+def _report(
+    plan: GrowthPlan, runnable: Runnable, axes: Mapping[str, ParamAxes], strategy: Strategy, refusal: str
+) -> GrowthReport:
     comparison = compare(runnable, axes, strategy)
     shown = rows(comparison.narrow, comparison.changes)
     promise = promise_of(comparison.plan, runnable.dtype)
     broken = list(promise.broken(comparison.difference, shown))
-    twice = {axis: 2 * runnable.instance.before[axis] for axis in runnable.instance.after}
-    refutation = refute(replace(runnable, instance=replace(runnable.instance, after=twice)), axes)
     return GrowthReport(
         plan,
         comparison.plan,
@@ -190,7 +203,7 @@ def _report(plan: GrowthPlan, runnable: Runnable, axes: Mapping[str, ParamAxes],
         comparison.difference,
         tuple(tallies(comparison.narrow, comparison.wide, comparison.plan)),
         promise,
-        tuple(broken + ([refutation] if refutation else [])),
+        tuple(broken + ([refusal] if refusal else [])),
     )
 
 

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import torch
-
-from ds_sparkling.axes import ParamAxes
-from ds_sparkling.check.comparison import Runnable, difference_after, first_runnable, fitting_axes, tolerance
+from ds_sparkling.axes import Dim, ParamAxes
 from ds_sparkling.check.forward import Inputs, NotRunnableError
-from ds_sparkling.check.instance import instances
-from ds_sparkling.check.proof import Proof, prove_function
+from ds_sparkling.check.patience import Patience
+from ds_sparkling.check.proof import Attempt, Proof, kept, refutation
+from ds_sparkling.check.trial import Growth, Trial, trials_of
 from ds_sparkling.errors import PlanError
 from ds_sparkling.probe import BuildModel, Reading, UnreadableError, probe, read
+from ds_sparkling.probe.moves import counts_experts
 from ds_sparkling.strategy import Strategy
 
 #: Readings that are tried at most; each takes some hundredths of a second.
-_TRIALS = 128
+_READINGS = 128
 
 
 @dataclass(frozen=True)
@@ -49,6 +48,7 @@ def axes_to_grow(
     grown: Sequence[Mapping[str, int]],
     strategy: Strategy,
     hints: Mapping[str, ParamAxes] | None = None,
+    inputs: Inputs | None = None,
     *,
     check: bool = True,
 ) -> Found:
@@ -57,10 +57,11 @@ def axes_to_grow(
     Args:
         build_model: builds the model when called with the axis widths.
         widths: the widths in force, of all axes.
-        growths: the axes that will grow together, and their new widths.
+        growths: the axes that will grow together, and their new widths; one growth after the other.
         grown: those that have grown together already; they must be read as they were then.
         strategy: how the growths will be.
         hints: what is known already, by patterns that match whole names.
+        inputs: of the model's forward; random token ids by default.
         check: whether to try; otherwise types and names have to tell.
 
     Raises:
@@ -68,11 +69,15 @@ def axes_to_grow(
     """
     if not check:
         return Found(probe(build_model, widths, hints), Proof(None, "check is false"), tuple(sorted(widths)))
-    found = find_axes(build_model, widths, [tuple(growth) for growth in (*growths, *grown)], hints)
-    for growth in growths if found.proof else []:
-        proof = prove_function(build_model, found.axes, widths, growth, strategy)
-        found = replace(found, proof=proof if not proof else found.proof)
-    return found
+    past = [Growth(widths, tuple(growth)) for growth in grown]
+    return _find(build_model, widths, [*planned(widths, growths, strategy), *past], hints, inputs)
+
+
+def planned(widths: Mapping[str, int], growths: Sequence[Mapping[str, int]], strategy: Strategy) -> Iterator[Growth]:
+    """Growths that follow one another."""
+    for after in growths:
+        yield Growth(widths, tuple(after), after, strategy)
+        widths = {**widths, **after}
 
 
 def find_axes(
@@ -98,34 +103,103 @@ def find_axes(
     Raises:
         PlanError: names the parameter whose dimension can't be told, or the module that growing would change.
     """
+    return _find(build_model, widths, [Growth(widths, tuple(growth)) for growth in growths], hints, inputs)
+
+
+def _find(
+    build_model: BuildModel,
+    widths: Mapping[str, int],
+    growths: Sequence[Growth],
+    hints: Mapping[str, ParamAxes] | None,
+    inputs: Inputs | None,
+) -> Found:
     reading = read(build_model, widths, hints)
+    _refuse_experts(reading)
     if not growths:
         return _unproven(reading, widths, "no growth is known of", sure=False)
-    tried = tuple(sorted({axis for growth in growths for axis in growth}))
+    tried = tuple(sorted({axis for growth in growths for axis in growth.axes}))
+    patience = Patience()
+    attempts: list[Attempt] = []
     try:
-        runnables = [_runnable(build_model, widths, growth, inputs) for growth in growths]
-        for axes in itertools.islice(reading.readings(), _TRIALS):
-            differences = _differences(runnables, axes)
-            if len(differences) == len(runnables):
-                return Found(axes, Proof(max(differences)), tried if reading.uncertain else tuple(sorted(widths)))
+        sets = [trials_of(build_model, growth, reading.likeliest, inputs, patience) for growth in growths]
+        copies = [trial for trials in sets for trial in trials.copies]
+        unequal = [trial for trials in sets for trial in trials.unequal]
+        found: Attempt | None = None
+        for axes in itertools.islice(reading.readings(), _READINGS):
+            patience.spend(f"reading {len(attempts) + 1} of what {', '.join(tried)} may be")
+            attempts.append(_attempt(copies, axes))
+            if attempts[-1].passed < len(copies):
+                continue
+            found = found or attempts[-1]
+            if _attempt(unequal, axes).passed == len(unequal):
+                found = attempts[-1]
+                break
+        if found is None:
+            raise refutation(copies, attempts, patience)
+        _refuse_untold(reading, found.axes, tried, copies, patience)
+        worst = kept([trial for trials in sets for trial in trials.planned], found.axes, patience)
+        doubt = next((f"not provable: {trials.doubt}" for trials in sets if trials.doubt), "")
+        proof = Proof(None, doubt) if doubt else Proof(max(worst, found.difference))
+        return Found(dict(found.axes), proof, tried if reading.uncertain else tuple(sorted(widths)))
     except NotRunnableError as error:
         return _unproven(reading, widths, f"not provable: {error}")
-    for growth in growths:
-        proof = prove_function(build_model, reading.likeliest, widths, dict.fromkeys(growth, 0), inputs=inputs)
-        if not proof:
-            return _unproven(reading, widths, proof.reason)
-    return _unproven(reading, widths, "not provable: the model's logits differ between two runs")
 
 
-def _runnable(
-    build_model: BuildModel, widths: Mapping[str, int], growth: Collection[str], inputs: Inputs | None
-) -> Runnable:
-    twice = {axis: 2 * widths[axis] for axis in growth}
-    try:
-        small = instances(build_model, widths, twice, keep_vocabulary=inputs is not None)
-        return first_runnable(small, inputs, torch.float64, seed=0)
-    except PlanError as error:
-        raise NotRunnableError(str(error)) from error
+def _attempt(trials: Sequence[Trial], axes: dict[str, ParamAxes]) -> Attempt:
+    """How many trials a reading passes before the first that it fails."""
+    worst = 0.0
+    for passed, trial in enumerate(trials):
+        try:
+            difference = trial.difference(axes)
+        except PlanError as error:
+            return Attempt(axes, passed, error=error)
+        worst = max(worst, difference)
+        if difference > trial.tolerance:
+            return Attempt(axes, passed, worst)
+    return Attempt(axes, len(trials), worst)
+
+
+def _refuse_experts(reading: Reading) -> None:
+    """Raise PlanError for an axis that counts experts."""
+    for name, axes in reading.likeliest.items():
+        for axis in axes.dims[0].axes if axes.stacked_experts else ():
+            raise counts_experts(axis, f"{name} stacks them")
+
+
+def _refuse_untold(
+    reading: Reading, axes: Mapping[str, ParamAxes], tried: Collection[str], trials: Sequence[Trial], patience: Patience
+) -> None:
+    """Raise UnreadableError for a parameter that passes every trial read otherwise, too: no trial tells what it is.
+
+    It doesn't matter what a parameter is that has a part in the outputs and no say in them, as the bias of attention's
+    keys, which is the same for all of them.
+    """
+    for kind, names in reading.kinds.items():
+        for option in reading.candidates[kind].options:
+            other = {name: _told_apart(axes[name], option, tried) for name in names}
+            if all(other[name] == axes[name] for name in names):
+                continue
+            patience.spend(f"reading {names[0]} otherwise")
+            if _attempt(trials, {**axes, **other}).passed == len(trials) and not trials[0].subject.uses(names):
+                raise UnreadableError(
+                    f"{reading.unknown(names[0])}. Trying it out doesn't tell: a small instance keeps its function "
+                    "either way, so nothing that it computes depends on this, neither its logits nor its loss in "
+                    "training; pass inputs with which something does, or say what it is"
+                )
+
+
+def _told_apart(chosen: ParamAxes, option: ParamAxes, tried: Collection[str]) -> ParamAxes:
+    """``chosen`` with the dimensions of ``option`` where copies along the ``tried`` axes would be others."""
+    dims = []
+    for dim, other in zip(chosen.dims, option.dims, strict=True):
+        differs = (dim.axes | other.axes) & set(tried) and _as_copied(dim) != _as_copied(other)
+        dims.append(replace(other, power=dim.power) if differs and other.axes else other if differs else dim)
+    return replace(chosen, dims=tuple(dims))
+
+
+def _as_copied(dim: Dim) -> Dim:
+    """A dimension without what copies don't ask for."""
+    return replace(dim.mapped(lambda leaf: replace(leaf, alive=())), power=0.0)
 
 
 def _unproven(reading: Reading, widths: Mapping[str, int], reason: str, *, sure: bool = True) -> Found:
@@ -134,14 +208,3 @@ def _unproven(reading: Reading, widths: Mapping[str, int], reason: str, *, sure:
         error = reading.unknown(reading.uncertain[0])
         raise UnreadableError(f"{error}. Trying it out is {reason}") from None
     return Found(reading.likeliest, Proof(None, reason), () if reading.uncertain else tuple(sorted(widths)))
-
-
-def _differences(runnables: Sequence[Runnable], axes: Mapping[str, ParamAxes]) -> list[float]:
-    """Of the logits after each growth that keeps the function, up to the first that doesn't."""
-    differences = []
-    for runnable in runnables:
-        difference = difference_after(runnable, fitting_axes(runnable.instance, runnable.model, axes))
-        if difference > tolerance(runnable.dtype):
-            break
-        differences.append(difference)
-    return differences

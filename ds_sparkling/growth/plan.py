@@ -240,7 +240,7 @@ def make_plan(
     if absent:
         raise PlanError(f"axes are given for {_some(absent)}, which the model doesn't have")
 
-    growths = _axis_growths(axes, before, after)
+    growths = axis_growths(axes, before, after)
     params = tuple(_param_plan(name, shape, axes[name], before, after) for name, shape in shapes.items())
     followers = tuple(_param_plan(name, shape, axes[name], before, after) for name, shape in held.items())
     plan = GrowthPlan(stage, growths, strategy, params, active_share, followers)
@@ -257,7 +257,7 @@ def _param_plan(
     return ParamPlan(name, settled, tuple(shape), settled.shape(shape, after))
 
 
-def _axis_growths(
+def axis_growths(
     axes: Mapping[str, ParamAxes], before: Mapping[str, int], after: Mapping[str, int]
 ) -> tuple[AxisGrowth, ...]:
     """What the axes' growths have to do with each other, and with norms."""

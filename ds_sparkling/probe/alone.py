@@ -471,6 +471,8 @@ def _described(outwards: Iterator[FrameType], called: str) -> str:
         if _communicates(frame):
             if module.startswith("torch.") and not name.startswith(("_", "wrapper")):
                 called = f"torch.distributed.{name}"
+        elif name == "__torch_function__":  # what trying does to torch's functions on their way
+            continue
         elif not module.startswith(("torch.", "contextlib", __name__)) and module != "torch":
             place = f"{_function(frame)} ({frame.f_code.co_filename}:{frame.f_lineno})"
             owners = (outer.f_locals.get("self") for outer in outwards)

@@ -6,9 +6,11 @@ import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from fractions import Fraction
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ds_sparkling.axes import ParamAxes
 from ds_sparkling.errors import ConfigError, PlanError, UnsupportedError
@@ -18,6 +20,10 @@ BuildModel = Callable[..., nn.Module]
 
 #: Kinds of a function's parameters that have no name of their own.
 _ANY = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+#: What fills a tensor at random, in place.
+_DRAWING: frozenset[Callable[..., Any]] = frozenset(
+    (Tensor.normal_, Tensor.uniform_, nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_)
+)
 
 
 def require_factory(build_model: object) -> None:
@@ -107,7 +113,7 @@ def build_alone(build_model: BuildModel, widths: Mapping[str, int], device: str)
     """
     _refuse_unknown_names(build_model, widths)
     try:
-        with without_peers(), torch.device(device):
+        with without_peers(), torch.device(device), _Undrawn():
             model = build_model(**widths)
     except Exception as error:
         _refuse_pipelines(type(frame.f_locals.get("self")) for frame in frames_of(error))
@@ -152,6 +158,20 @@ def _refuse_partitioned(model: nn.Module) -> None:
             raise UnsupportedError(
                 f"build_model makes {name} a DTensor; tensor parallelism can't be combined with growth yet"
             )
+
+
+class _Undrawn(TorchFunctionMode):
+    """Draws nothing into tensors without storage, which torch takes longer for than for real ones."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        settings = kwargs or {}
+        if func in _DRAWING:
+            tensor: Tensor = args[0] if args else settings["tensor"]
+            if tensor.is_meta:
+                return tensor
+        return func(*args, **settings)
 
 
 def check_wide(

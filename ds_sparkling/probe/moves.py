@@ -100,9 +100,13 @@ def _changed(before: nn.Module, after: nn.Module, axis: str) -> Iterator[tuple[t
         PlanError: if the models have other parameters, or buffers that belong to their state.
     """
     small, large = shapes_of(before), shapes_of(after)
-    if small.keys() != large.keys():
+    new = sorted(small.keys() ^ large.keys())
+    if any("expert" in name for name in new):
+        raise counts_experts(axis, f"more of them makes {new[0]}, for one")
+    if new:
         raise PlanError(
-            f"changing {axis} changes which parameters (or buffers of its state) the model has; such an axis can't grow"
+            f"changing {axis} changes which parameters (or buffers of its state) the model has ({new[0]}, for one): it "
+            "counts modules and is no width; such an axis can't grow"
         )
     for name, shape in small.items():
         for position, both in enumerate(zip(shape, large[name], strict=True)):
@@ -228,4 +232,12 @@ def _irregular(
     return PlanError(
         f"{name}: dimension {position} of size {size} goes from {small} to {large} when {axis} goes from "
         f"{widths[axis]} to {2 * widths[axis]}; only multiples of the width, beside what stays, can grow{heads}"
+    )
+
+
+def counts_experts(axis: str, where: str) -> PlanError:
+    """The error for an axis that is the number of experts, which ``where`` shows."""
+    return PlanError(
+        f"{axis} counts experts ({where}), and isn't a width: a router has to learn of new experts, which no copying "
+        "does. Models get wider here, and the number of experts stays as it is; grow the width of the experts instead"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -468,3 +469,91 @@ def test_hints_of_what_heads_may_change_are_kept() -> None:
         find_axes(build_model, {"width": 32}, [("width",)], hint)
     hint = {"last.weight": ParamAxes((Dim("width", Role.GAIN),), norm=Norm.RMS, head_gain=True)}
     assert find_axes(build_model, {"width": 32}, [("width",)], hint).axes["last.weight"] == hint["last.weight"]
+
+
+# -- refusals name what is in the way ------------------------------------------------------------------------------
+
+
+class Layered(nn.Module):
+    """A fused qkv, transposed experts and a head; something changes its function wherever it is told to."""
+
+    def __init__(self, hidden: int = 8, inner: int = 12, wrong: str = "") -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(VOCABULARY, hidden), nn.Linear(hidden, VOCABULARY, bias=False)
+        self.qkv, self.out = nn.Linear(hidden, 3 * hidden, bias=False), nn.Linear(hidden, hidden, bias=False)
+        self.norm, self.last = nn.RMSNorm(hidden), nn.RMSNorm(hidden)
+        self.mlp, self.wrong, self.width = Square(hidden, inner), wrong, hidden
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.table(ids)
+        q, k, v = self.qkv(x).unflatten(-1, (3, 1, -1)).permute(2, 0, 3, 1, 4)
+        scale = (q.shape[-1] if self.wrong == "attention" else 1) / self.width
+        x = x + self.out(nn.functional.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(2))
+        x = self.last(x + self.mlp(self.norm(x)))
+        if self.wrong == "tied":
+            return nn.functional.linear(x, self.table.weight)
+        logits: Tensor = self.head(x)
+        return logits * math.log(self.width) if self.wrong == "logits" else logits
+
+
+class Square(nn.Module):
+    """Its parameters can be read in several ways, of which trying finds the right one."""
+
+    def __init__(self, hidden: int, inner: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Parameter(torch.empty(hidden, inner)), nn.Parameter(torch.empty(inner, hidden))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x @ self.first).relu() @ self.second
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("attention", r"growing hidden would .*the input of out \(Linear\), computed since the output of qkv"),
+        ("logits", r"growing hidden would .*it is in what Layered does after the output of head"),
+        (
+            "tied",
+            r"growing hidden would .*what Layered does after the output of last.*"
+            r"Layered also multiplies by table\.weight itself \(linear\).*head\.weight = table\.weight",
+        ),
+    ],
+)
+def test_a_refusal_is_that_of_the_reading_that_got_furthest(wrong: str, said: str) -> None:
+    """The likeliest reading already fails in the MLP, which is laid out otherwise."""
+    with pytest.raises(PlanError, match=said) as refused:
+        find_axes(
+            lambda hidden, inner: Layered(hidden, inner, wrong), {"hidden": 8, "inner": 12}, [("hidden", "inner")]
+        )
+    assert ("makes queries as wide as hidden" in str(refused.value)) is (wrong == "attention")
+    assert find_axes(Layered, {"hidden": 8, "inner": 12}, [("inner",)]).proof
+
+
+def test_an_axis_that_counts_experts_is_refused_as_such() -> None:
+    for kind, shown in ((Stacked, "up stacks them"), (Listed, r"makes experts\.4")):
+        with pytest.raises(PlanError, match=rf"experts counts experts .*{shown}.*the number of experts stays"):
+            find_axes(kind, {"experts": 4}, [("experts",)])
+
+
+class Stacked(nn.Module):
+    def __init__(self, experts: int) -> None:
+        super().__init__()
+        self.table, self.router = nn.Embedding(VOCABULARY, 8), nn.Linear(8, experts)
+        self.up = nn.Parameter(torch.empty(experts, 8, 8))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.table(ids)
+        return torch.einsum("bth,eoh,bte->bto", x, self.up, self.router(x).softmax(-1))
+
+
+class Listed(nn.Module):
+    def __init__(self, experts: int) -> None:
+        super().__init__()
+        self.table, self.router = nn.Embedding(VOCABULARY, 8), nn.Linear(8, experts)
+        self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(experts))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.table(ids)
+        weights = self.router(x).softmax(-1).unbind(-1)
+        total: Tensor = sum(w[..., None] * expert(x) for w, expert in zip(weights, self.experts, strict=True))
+        return total

@@ -15,7 +15,7 @@ import torch.distributed._functional_collectives as functional
 from distributed import Workers
 from torch import Tensor, nn
 
-from ds_sparkling.check.forward import run, token_call
+from ds_sparkling.check.forward import run, token_calls
 from ds_sparkling.errors import PlanError, UnsupportedError
 from ds_sparkling.probe import build_on_meta, without_peers
 from ds_sparkling.probe.alone import group_of
@@ -263,7 +263,7 @@ def test_a_forward_pass_that_sends_is_not_run_and_says_so() -> None:
             return hidden
 
     with group_of(2) as group, pytest.raises(PlanError, match=r"\.send in send \(.*\.py:\d+\), inside Sender,"):
-        run(Sender(group), token_call(Sender(group), 0))
+        run(Sender(group), next(token_calls(Sender(group), 0)))
 
 
 def test_a_collective_without_any_group_tells_how_to_make_one() -> None:
