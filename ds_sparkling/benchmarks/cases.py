@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from functools import cached_property
 
 from ds_sparkling.models.olmoe import OlmoeConfig, OlmoeForCausalLM
 from ds_sparkling.probe import build_on_meta
@@ -26,7 +27,7 @@ class Case:
     repeat: int
     threads: int
 
-    @property
+    @cached_property
     def model(self) -> OlmoeConfig:
         """A model of about ``parameters`` parameters, nearly all of them in its experts; its widths are x16."""
         hidden = max(int(math.sqrt(self.parameters / (_PER_AREA / 2))) // 32 * 32, 32)

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from ds_sparkling.errors import PlanError
-from ds_sparkling.probe import groups_made, missing_group, without_peers
+from ds_sparkling.probe import frames_of, groups_made, missing_group, without_peers
 
 #: Made-up token ids: sequences, and tokens per sequence if nothing in the model asks for more.
 SEQUENCES, LENGTH = 2, 16
@@ -164,7 +164,8 @@ def run(model: nn.Module, call: Call, seed: int = 0) -> Outputs:
 
 def leads_to_outputs(model: nn.Module, call: Call, params: Sequence[nn.Parameter]) -> bool:
     """Whether a gradient, even of zero, gets from the outputs to any of some parameters."""
-    with torch.enable_grad():
+    # Gradients go through the collectives, too.
+    with torch.enable_grad(), without_peers(), groups_made(model):
         outputs = [tensor.sum() for tensor in _run(model, call, 0).tensors.values() if tensor.requires_grad]
         if not outputs:
             return False
@@ -188,7 +189,8 @@ def _run(model: nn.Module, call: Call, seed: int) -> Outputs:
                 output = model(*args, **kwargs)
     except Exception as error:
         raise NotRunnableError(
-            f"{_kind(model)}'s forward failed: {type(error).__name__}: {error}{missing_group(error)}"
+            f"{_kind(model)}'s forward failed{_place_of(error, model)}: {type(error).__name__}: {error}"
+            f"{missing_group(error)}"
         ) from error
     if not isinstance(output, (Tensor, Mapping, tuple, list)):
         output = getattr(output, "__dict__", output)
@@ -314,6 +316,14 @@ def _float_tensors(output: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
     elif isinstance(output, (tuple, list)):
         for number, value in enumerate(output):
             yield from _float_tensors(value, f"{path}.{number}" if path else str(number))
+
+
+def _place_of(error: BaseException, model: nn.Module) -> str:
+    """The innermost module of the model that an error came from, in words; empty if it is the model itself."""
+    names = {module: name for name, module in model.named_modules() if name}
+    owners = (frame.f_locals.get("self") for frame in frames_of(error))
+    inner = [owner for owner in owners if isinstance(owner, nn.Module) and owner in names]
+    return f" in {names[inner[-1]]} ({_kind(inner[-1])})" if inner else ""
 
 
 def _home(model: nn.Module) -> tuple[torch.device, torch.dtype]:

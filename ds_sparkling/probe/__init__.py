@@ -1,6 +1,6 @@
 """Finding out which dimension of which parameter belongs to which width axis, on the meta device."""
 
-from ds_sparkling.probe.alone import groups_made, missing_group, without_peers
+from ds_sparkling.probe.alone import frames_of, groups_made, missing_group, without_peers
 from ds_sparkling.probe.build import (
     BuildModel,
     base_widths,
@@ -24,6 +24,7 @@ __all__ = [
     "build_on_meta",
     "check_wide",
     "find_moves",
+    "frames_of",
     "groups_made",
     "key_value_heads",
     "missing_group",
