@@ -57,6 +57,7 @@ class SparklingConfig:
         diagnose_every: optimizer steps between diagnoses of blocks, twins, ranks and routers; 0 for no alarms either.
         axes: what parameters are that probing can't read, by patterns that match their names.
         check: whether to try each growth on a small instance of the model beforehand.
+        inputs: ``module:function`` of what gives inputs to try the model with; random token ids by default.
         patience: seconds that ranks may come later than others to where a growth begins.
     """
 
@@ -69,6 +70,7 @@ class SparklingConfig:
     diagnose_every: int = 50
     axes: dict[str, ParamAxes] = field(default_factory=dict)
     check: bool = True
+    inputs: str | None = None
     patience: int = 50
 
     @classmethod
@@ -97,6 +99,7 @@ class SparklingConfig:
                 "diagnose_every",
                 "axes",
                 "check",
+                "inputs",
                 "patience",
             },
         )
@@ -116,7 +119,9 @@ class SparklingConfig:
             seed=_integer(block.get("seed", 0), f"{BLOCK}.seed"),
             state_kinds=_state_kinds(block.get("state_kinds", {})),
         )
-        widths = block.get("widths")
+        widths, inputs = block.get("widths"), block.get("inputs")
+        if inputs is not None and not (isinstance(inputs, str) and ":" in inputs):
+            raise ConfigError(f"{BLOCK}.inputs must be module:function, got {inputs!r}")
         checkpoint_dir = block.get("checkpoint_dir")
         if checkpoint_dir is not None and not isinstance(checkpoint_dir, str):
             raise ConfigError(f"{BLOCK}.checkpoint_dir must be a path, got {checkpoint_dir!r}")
@@ -131,6 +136,7 @@ class SparklingConfig:
             diagnose_every=_at_least(0, block, "diagnose_every", cls.diagnose_every),
             axes=axes,
             check=_boolean(block, "check"),
+            inputs=inputs,
             patience=_at_least(1, block, "patience", cls.patience),
         )
 

@@ -105,6 +105,19 @@ def named_factory(name: str) -> BuildModel:
     return factory
 
 
+def named_inputs(name: str) -> Any:
+    """What the function that ``module:function`` names gives: inputs to try a model with.
+
+    Raises:
+        ConfigError: if there is no such function, or it fails.
+    """
+    function = named_factory(name)
+    try:
+        return function()
+    except Exception as error:
+        raise ConfigError(f"{name} is to give inputs and failed: {type(error).__name__}: {error}") from error
+
+
 def find_factory(reference: str) -> BuildModel:
     """The model factory that a command line names: ``module:function``, or the path of a ``config.json``.
 

@@ -136,7 +136,7 @@ def test_a_far_miss_lists_what_is_known() -> None:
 
 @given(st.text(min_size=1), st.sampled_from(["", "init", "stages"]))
 def test_no_unknown_key_is_accepted_anywhere(key: str, where: str) -> None:
-    known = {*FULL, "rewarmup", "bias_correction", "log_every", "diagnose_every", "axes", "check", "patience"}
+    known = {*FULL, "rewarmup", "bias_correction", "log_every", "diagnose_every", "axes", "check", "inputs", "patience"}
     known |= {"fan_out", "fan_in", "norm", "vocabulary", "split", "perturbation", "at_step"}
     if key in known:
         return

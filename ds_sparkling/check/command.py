@@ -28,7 +28,7 @@ from ds_sparkling.check.picture import picture
 from ds_sparkling.check.report import GrowthReport, check_growth
 from ds_sparkling.config import read_json, sparkling_config
 from ds_sparkling.errors import SparklingError
-from ds_sparkling.factory import HuggingFaceFactory, find_factory
+from ds_sparkling.factory import HuggingFaceFactory, find_factory, named_inputs
 from ds_sparkling.pictures import add_picture_options, check_picture_options, save_picture
 from ds_sparkling.strategy import INIT_PAIRS, Init, Scaling, Strategy
 
@@ -60,7 +60,8 @@ def _check(options: argparse.Namespace) -> GrowthReport:
     fan_out, fan_in = _PAIRS[options.init]
     strategy = Strategy(fan_out, fan_in, Init(options.norm), Scaling(options.scaling), seed=options.seed)
     build_model = find_factory(options.model)
-    hints = sparkling_config(read_json(options.deepspeed_config)).axes if options.deepspeed_config else None
+    block = sparkling_config(read_json(options.deepspeed_config) if options.deepspeed_config else {})
+    inputs = options.inputs or block.inputs
     start = dict(options.start)
     if isinstance(build_model, HuggingFaceFactory):
         known = build_model.config
@@ -70,7 +71,8 @@ def _check(options: argparse.Namespace) -> GrowthReport:
         start,
         options.widths,
         strategy,
-        hints=hints,
+        hints=block.axes,
+        inputs=None if inputs is None else named_inputs(inputs),
         as_is=options.as_is,
         dtype=_DTYPES[options.dtype],
         seed=options.seed,
@@ -97,7 +99,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--deepspeed_config",
         type=Path,
         metavar="FILE",
-        help='DeepSpeed JSON whose "sparkling" block says what parameters are that can\'t be read ("axes")',
+        help='DeepSpeed JSON whose "sparkling" block may have "axes", for parameters that can\'t be read, and "inputs"',
+    )
+    parser.add_argument(
+        "--inputs", metavar="MODULE:FUNCTION", help="what gives the model's inputs (default: random token ids)"
     )
     add_picture_options(parser, "-growth.png")
     options = parser.parse_args(argv)

@@ -18,7 +18,7 @@ from ds_sparkling.checkpoint.names import OwnNames, some
 from ds_sparkling.checkpoint.source import Source
 from ds_sparkling.config import SparklingConfig, read_json
 from ds_sparkling.errors import CheckpointError, ConfigError, PlanError
-from ds_sparkling.factory import HuggingFaceFactory, named_factory
+from ds_sparkling.factory import HuggingFaceFactory, named_factory, named_inputs
 from ds_sparkling.hints import TO_FILL, hintable, match_hints, name_pattern, parse_hints
 from ds_sparkling.probe import BuildModel, UnreadableError, base_widths, check_wide
 
@@ -154,7 +154,10 @@ def _probed(
     # Axes that have grown must stay what they were taken for.
     stages = [stage.widths for stage in source.record.stages] if source.record is not None else []
     try:
-        found = axes_to_grow(build_model, before, [widths], stages, block.strategy, block.axes, check=block.check)
+        inputs = named_inputs(block.inputs) if block.inputs is not None and block.check else None
+        found = axes_to_grow(
+            build_model, before, [widths], stages, block.strategy, block.axes, inputs, check=block.check
+        )
     except UnreadableError as error:
         raise UnknownAxesError(str(error), hints(source.layout.params.values(), before)) from error
     check_wide(build_model, found.axes, before, widths)

@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 import ds_sparkling
+from ds_sparkling.check.forward import Inputs
 from ds_sparkling.errors import ConfigError, UnsupportedError
 from ds_sparkling.probe import BuildModel, require_factory
 
@@ -36,6 +37,7 @@ def growing(
     checkpoint: str | os.PathLike[str] | None = None,
     optimizer: Callable[..., Any] | None = None,
     model_parameters: Callable[..., Any] | None = None,
+    inputs: Inputs | None = None,
 ) -> _A:
     """Let the engine grow that ``accelerator.prepare`` is going to make.
 
@@ -48,6 +50,7 @@ def growing(
         optimizer: ``optimizer(params) -> torch.optim.Optimizer``, if an optimizer is prepared rather than a
             ``DummyOptim``.
         model_parameters: ``model_parameters(model) -> groups``, if the optimizer has several.
+        inputs: to try growths with; as for :func:`ds_sparkling.adopt`.
 
     Returns:
         ``accelerator``; its ``prepare`` adopts the engine.
@@ -76,6 +79,7 @@ def growing(
                 optimizer=optimizer,
                 lr_scheduler=lr_scheduler,
                 model_parameters=model_parameters,
+                inputs=inputs,
                 on_growth=lambda engine: _point(results, engine),
                 read_only=True,
             )

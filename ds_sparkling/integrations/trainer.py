@@ -22,6 +22,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 import ds_sparkling
+from ds_sparkling.check.forward import Inputs
 from ds_sparkling.errors import ConfigError, UnsupportedError
 from ds_sparkling.integrations.accelerate import growing
 from ds_sparkling.probe import BuildModel
@@ -46,6 +47,7 @@ class SparklingCallback(TrainerCallback):
             built at the widths recorded there. Nothing is saved there but by the Trainer.
         optimizer, model_parameters: functions that make anew, at a growth, an optimizer that isn't in the DeepSpeed
             JSON, and its groups; as for :func:`ds_sparkling.adopt`.
+        inputs: to try growths with; as for :func:`ds_sparkling.adopt`.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class SparklingCallback(TrainerCallback):
         checkpoint: str | os.PathLike[str] | None = None,
         optimizer: Callable[..., Any] | None = None,
         model_parameters: Callable[[Any], Any] | None = None,
+        inputs: Inputs | None = None,
     ) -> None:
         if isinstance(checkpoint, bool):
             raise ConfigError(
@@ -72,6 +75,7 @@ class SparklingCallback(TrainerCallback):
             checkpoint=checkpoint,
             optimizer=optimizer,
             model_parameters=model_parameters,
+            inputs=inputs,
         )
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
 
+from ds_sparkling.check.forward import Inputs
 from ds_sparkling.config import sparkling_config
 from ds_sparkling.errors import ConfigError, GrowthError, PlanError, UnsupportedError
 from ds_sparkling.extension_locks import warn_of_left_locks
@@ -37,6 +38,7 @@ def adopt(
     optimizer: Callable[..., Any] | None = None,
     lr_scheduler: Callable[..., Any] | None = None,
     model_parameters: Callable[[nn.Module], Any] | None = None,
+    inputs: Inputs | None = None,
     on_growth: Callable[[DeepSpeedEngine], None] | None = None,
     read_only: bool = False,
 ) -> DeepSpeedEngine:
@@ -57,6 +59,7 @@ def adopt(
             universal ones, by default.
         optimizer, lr_scheduler, model_parameters: functions that make anew, at a growth, what was passed to
             ``deepspeed.initialize``; as for :func:`~ds_sparkling.zero.engine.initialize`.
+        inputs: to try growths with; as for :func:`~ds_sparkling.zero.engine.initialize`.
         on_growth: called with the engine after each growth.
         read_only: ``checkpoint`` is what is resumed from, if anything, and nothing is saved there, as the loop saves by
             itself; before a growth a checkpoint is saved in the block's ``checkpoint_dir``, if it has one.
@@ -92,7 +95,7 @@ def adopt(
         found = None
         if looked_at is not None:
             found = find_checkpoint(looked_at, tag, universal=engine.load_universal_checkpoint())
-        record = starting_record(build_model, block, found)
+        record = starting_record(build_model, block, found, inputs)
         if record.stages and engine.global_steps:
             raise GrowthError("adopt the engine before it loads a checkpoint, which knows about growths")
         return record
@@ -107,6 +110,7 @@ def adopt(
         record,
         directory if block.checkpoint_before_growth else None,
         on_growth=on_growth or (lambda _engine: None),
+        inputs=inputs,
     )
     check_same_model(build_model, run.widths, consensus, partitioned=zero_stage(ds_config) == 3)
     with consensus, preserved_rng(), built_plainly():

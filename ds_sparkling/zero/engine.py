@@ -20,6 +20,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.utils import groups
 from torch import nn
 
+from ds_sparkling.check.forward import Inputs
 from ds_sparkling.config import BLOCK, read_json, sparkling_config
 from ds_sparkling.errors import ConfigError, PlanError
 from ds_sparkling.extension_locks import warn_of_left_locks
@@ -80,6 +81,7 @@ def initialize(
     optimizer: Callable[..., Any] | None = None,
     lr_scheduler: Callable[..., Any] | None = None,
     model_parameters: Callable[[nn.Module], Any] | None = None,
+    inputs: Inputs | None = None,
     **arguments: Any,
 ) -> DeepSpeedEngine:
     """Make a DeepSpeed engine that can grow.
@@ -98,6 +100,8 @@ def initialize(
         optimizer: ``optimizer(params) -> torch.optim.Optimizer``, if the JSON has none.
         lr_scheduler: ``lr_scheduler(optimizer) -> scheduler``, if the JSON has none.
         model_parameters: ``model_parameters(model) -> parameters or groups``; all parameters by default.
+        inputs: to try growths with, for a model that takes more than token ids: what it is called with, as a mapping of
+            keyword arguments, a sequence of positional ones, or the only one; ``"inputs"`` of the block by default.
         arguments: further arguments of ``deepspeed.initialize`` (``training_data``, ``collate_fn`` ...).
 
     Returns:
@@ -123,7 +127,7 @@ def initialize(
 
     def starting() -> GrowthRecord:
         found = find_checkpoint(directory, tag, universal=universal) if directory is not None else None
-        return starting_record(build_model, block, found)
+        return starting_record(build_model, block, found, inputs)
 
     with preserved_rng():
         record = agreed(starting, consensus)
@@ -139,6 +143,7 @@ def initialize(
         },
         record,
         directory if block.checkpoint_before_growth else None,
+        inputs=inputs,
     )
     check_same_model(build_model, run.widths, consensus, partitioned=zero_stage(ds_config) == 3)
     consensus = Consensus("making the engine")
@@ -312,7 +317,7 @@ def _prepared(engine: DeepSpeedEngine, widths: dict[str, int], planned_step: int
     consensus.settle()
     consensus = Consensus("planning the growth")
     growths = [widths] if widths else []
-    record = agreed(partial(knowing, run.record, growths, run.build_model, run.config), consensus)
+    record = agreed(partial(knowing, run.record, growths, run.build_model, run.config, run.inputs), consensus)
     run = replace(run, record=record)
     partitioned = zero_stage(run.ds_config) == 3
     check_same_model(run.build_model, {**run.widths, **widths}, consensus, partitioned=partitioned)

@@ -13,10 +13,12 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
 
 from ds_sparkling.axes import ParamAxes
+from ds_sparkling.check.forward import Inputs
 from ds_sparkling.check.proof import prove_function
 from ds_sparkling.check.resolve import Found, axes_to_grow
 from ds_sparkling.config import BLOCK, SparklingConfig
 from ds_sparkling.errors import ConfigError, PlanError
+from ds_sparkling.factory import named_inputs
 from ds_sparkling.growth import GrowthPlan, count_parameters, make_plan
 from ds_sparkling.probe import BuildModel, base_widths, build_on_meta, check_wide, saved_buffers
 from ds_sparkling.record import GrowthRecord, read_record
@@ -56,28 +58,40 @@ def parameter_counts(engine: DeepSpeedEngine, record: GrowthRecord) -> tuple[int
 
 
 def knowing(
-    record: GrowthRecord, growths: Sequence[Mapping[str, int]], build_model: BuildModel, config: SparklingConfig
+    record: GrowthRecord,
+    growths: Sequence[Mapping[str, int]],
+    build_model: BuildModel,
+    config: SparklingConfig,
+    inputs: Inputs | None = None,
 ) -> GrowthRecord:
     """``record`` with the axes of the growths to come, each tried on a small instance of the model.
 
     Args:
         growths: the axes that will grow together, and their new widths.
+        inputs: of the model's forward; by default those that ``config`` names, or random token ids.
 
     Raises:
+        ConfigError: if the function that ``config`` names gives no inputs.
         PlanError: names the parameter that can't be told, or the module that a growth would change.
     """
+    if inputs is None and config.inputs is not None and config.check:
+        inputs = named_inputs(config.inputs)
     wanted = [axis for growth in growths for axis in growth]
     widths = base_widths(build_model, [*record.widths, *wanted], record.widths)
     known = record.axes and widths.keys() == record.widths.keys() and set(wanted) <= set(record.tried)
     doubts = []
     if not known:
         grown = [stage.widths for stage in record.stages]
-        found = axes_to_grow(build_model, widths, growths, grown, config.strategy, config.axes, check=config.check)
+        found = axes_to_grow(
+            build_model, widths, growths, grown, config.strategy, config.axes, inputs, check=config.check
+        )
         started = {axis: record.initial_widths.get(axis, width) for axis, width in widths.items()}
         record = replace(record, initial_widths=started, axes=found.axes, tried=found.tried)
         doubts += [found.doubt] if growths and config.check else []
     elif config.check:
-        proofs = [prove_function(build_model, record.axes, widths, growth, config.strategy) for growth in growths]
+        proofs = [
+            prove_function(build_model, record.axes, widths, growth, config.strategy, inputs) for growth in growths
+        ]
         doubts += [Found(record.axes, proof, record.tried).doubt for proof in proofs]
     for doubt in filter(None, doubts):
         logger.warning("%s", doubt)
@@ -147,14 +161,16 @@ def _described(model: nn.Module) -> dict[str, str]:
     }
 
 
-def starting_record(build_model: BuildModel, config: SparklingConfig, checkpoint: Path | None) -> GrowthRecord:
+def starting_record(
+    build_model: BuildModel, config: SparklingConfig, checkpoint: Path | None, inputs: Inputs | None
+) -> GrowthRecord:
     """The record a run starts with: that of ``checkpoint``, or a fresh one; every stage still to come is checked."""
     record = read_record(checkpoint) if checkpoint is not None else None
     if record is None:
         record = GrowthRecord(dict(config.widths or {}), {})
     happened = {stage.planned_step for stage in record.stages}
     growths = [stage.widths for stage in config.stages if stage.at_step not in happened]
-    record = knowing(record, growths, build_model, config)
+    record = knowing(record, growths, build_model, config, inputs)
     check_stages(build_model, config, record)
     return record
 

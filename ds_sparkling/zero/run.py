@@ -8,6 +8,7 @@ from typing import Any
 
 from deepspeed.runtime.engine import DeepSpeedEngine
 
+from ds_sparkling.check.forward import Inputs
 from ds_sparkling.config import SparklingConfig, StageConfig
 from ds_sparkling.diagnostics.observations import Observations
 from ds_sparkling.errors import GrowthError
@@ -53,6 +54,7 @@ class GrowingRun:
         client: the training script's own state; the same object in every engine of the run.
         gradients: knows whether the engine holds gradients; None until the run hangs on one.
         on_growth: for an engine in other hands: it grows in place, and this is called with it after each growth.
+        inputs: to try growths with; None for those that ``config`` names, or random token ids.
     """
 
     build_model: BuildModel
@@ -68,6 +70,7 @@ class GrowingRun:
     on_growth: Callable[[DeepSpeedEngine], None] | None = None
     client: ClientState = field(default_factory=ClientState, compare=False)
     gradients: GradientWatch | None = field(default=None, compare=False)
+    inputs: Inputs | None = field(default=None, compare=False)
 
     @property
     def plan(self) -> GrowthPlan | None:
