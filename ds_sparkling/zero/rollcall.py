@@ -228,7 +228,7 @@ class RollCall:
         failures = [Failure(**json.loads(self._store.get(f"{self._key}failure{place + 1}"))) for place in range(count)]
         if gone:
             failures.append(Failure(None, "GrowthError", _absence(gone, self.ranks)))
-        worst = min(failures, key=lambda failure: (failure.follows, failure.rank or 0), default=None)
+        worst = min(failures, key=lambda failure: (failure.follows, failure.rank is None, failure.rank), default=None)
         return {
             "failure": None if worst is None else asdict(worst),
             "in_step": not gone
