@@ -222,13 +222,14 @@ def _irregular(
             "nor as a sum of multiples; such a dimension can't grow"
         )
     ((axis, (small, large)),) = changes.items()
+    heads = "" if axis in HEADS + KEY_VALUE_HEADS else "; if it is made of heads, let their number grow along"
     groups, rest = divmod(widths[axis], size)
     if not rest and groups > 1 and large == 2 * small:
         return PlanError(
             f"{name}: dimension {position} of size {size} is a share of {axis} ({widths[axis]}), as of {groups} groups "
             f"whose number stays; such a dimension can't grow. Let the number of groups follow {axis}, each of {size}"
+            f"{heads}"
         )
-    heads = "" if axis in HEADS + KEY_VALUE_HEADS else "; if it is made of heads, let their number grow along"
     return PlanError(
         f"{name}: dimension {position} of size {size} goes from {small} to {large} when {axis} goes from "
         f"{widths[axis]} to {2 * widths[axis]}; only multiples of the width, beside what stays, can grow{heads}"
