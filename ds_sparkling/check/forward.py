@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -162,15 +162,25 @@ def run(model: nn.Module, call: Call, seed: int = 0) -> Outputs:
     return _run(model, call, seed)
 
 
-def leads_to_outputs(model: nn.Module, call: Call, params: Sequence[nn.Parameter]) -> bool:
-    """Whether a gradient, even of zero, gets from the outputs to any of some parameters."""
+def leads_to_outputs(model: nn.Module, call: Call, compared: Collection[str], params: Sequence[nn.Parameter]) -> bool:
+    """Whether a gradient gets from the outputs that are ``compared`` to any of some parameters.
+
+    One that cancels out counts, as that of attention's keys' bias does; but not nothing at all, as of a loss that is
+    still multiplied by 0.
+    """
     # Gradients go through the collectives, too.
     with torch.enable_grad(), without_peers(), groups_made(model):
-        outputs = [tensor.sum() for tensor in _run(model, call, 0).tensors.values() if tensor.requires_grad]
+        tensors = [tensor for path, tensor in _run(model, call, 0).tensors.items() if path in compared]
+        outputs = [_uneven_sum(tensor) for tensor in tensors if tensor.requires_grad]
         if not outputs:
             return False
         found = torch.autograd.grad(outputs, params, allow_unused=True)
-    return any(gradient is not None for gradient in found)
+    return any(gradient is not None and bool(gradient.any()) for gradient in found)
+
+
+def _uneven_sum(tensor: Tensor) -> Tensor:
+    """A sum in which nothing cancels out that adds up to 1, as probabilities do."""
+    return (tensor.flatten() * torch.arange(1, tensor.numel() + 1).to(tensor).cos()).sum()
 
 
 def _run(model: nn.Module, call: Call, seed: int) -> Outputs:
@@ -221,7 +231,8 @@ def _mode_of(model: nn.Module, training: bool) -> Iterator[None]:
     finally:
         model.eval()
         for owner, name, buffer, value in kept:
-            owner._buffers[name] = buffer.copy_(value)
+            # What was only read may be needed for gradients, as it is.
+            owner._buffers[name] = buffer if torch.equal(buffer, value) else buffer.copy_(value)
 
 
 #: Functions that give their first argument back where nothing is dropped.

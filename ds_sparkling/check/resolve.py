@@ -16,7 +16,7 @@ from ds_sparkling.probe import BuildModel, Reading, UnreadableError, probe, read
 from ds_sparkling.probe.moves import counts_experts
 from ds_sparkling.strategy import Strategy
 
-#: Readings that are tried at most; each takes some hundredths of a second.
+#: Readings that are tried at most, of the likeliest and of those laid out alike; each takes hundredths of a second.
 _READINGS = 128
 
 
@@ -125,7 +125,9 @@ def _find(
         copies = [trial for trials in sets for trial in trials.copies]
         unequal = [trial for trials in sets for trial in trials.unequal]
         found: Attempt | None = None
-        for axes in itertools.islice(reading.readings(), _READINGS):
+        for axes in itertools.chain(
+            itertools.islice(reading.readings(), _READINGS), itertools.islice(reading.alike(), _READINGS)
+        ):
             patience.spend(f"reading {len(attempts) + 1} of what {', '.join(tried)} may be")
             attempts.append(_attempt(copies, axes))
             if attempts[-1].passed < len(copies):

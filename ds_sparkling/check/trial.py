@@ -144,7 +144,9 @@ class Subject:
         """Whether any of some parameters has a part in what is compared, if only one of no consequence."""
         found = dict(self.runnable.model.named_parameters())
         params = [found[name] for name in names if name in found]
-        return any(leads_to_outputs(self.runnable.model, view.call, params) for view in self.runnable.views)
+        return any(
+            leads_to_outputs(self.runnable.model, view.call, view.compared, params) for view in self.runnable.views
+        )
 
     def _grown_to(self, after: Mapping[str, int]) -> Runnable:
         """The narrow model with other widths to grow to."""

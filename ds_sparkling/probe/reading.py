@@ -82,16 +82,33 @@ class Reading:
     def readings(self) -> Iterator[dict[str, ParamAxes]]:
         """Every way to read the model, the likeliest first."""
         powers = tuple(dict.fromkeys(_POWERS)) if self.heads else _POWERS[:1]
-        open_kinds = [kind for kind, found in self.candidates.items() if len(found.options) > 1]
-        options = [len(self.candidates[kind].options) for kind in open_kinds]
-        for rank, *ranks in _by_sum([len(powers), *options]):
-            chosen = dict(zip(open_kinds, ranks, strict=True))
-            axes = {
-                name: found.options[chosen.get(kind, 0)]
-                for kind, found in self.candidates.items()
-                for name in self.kinds[kind]
-            }
-            yield from self._with_heads({name: axes[name] for name in self.descriptions}, *powers[rank])
+        for rank, *ranks in _by_sum([len(powers), *self._choices().values()]):
+            yield from self._with_heads(self._chosen(ranks), *powers[rank])
+
+    def alike(self) -> Iterator[dict[str, ParamAxes]]:
+        """Readings in which all parameters are laid out in the same way, likely or not.
+
+        Options are listed by orientation and then by layout, so equal shares of the way through the lists are alike.
+        """
+        choices = self._choices().values()
+        parts = max(choices, default=1)
+        ranks = ([part * count // parts for count in choices] for part in range(1, parts))
+        for chosen in dict.fromkeys(map(tuple, ranks)):
+            yield from self._with_heads(self._chosen(chosen), 0.0, 0.0)
+
+    def _choices(self) -> dict[str, int]:
+        """How many options every kind has that has more than one."""
+        return {kind: len(found.options) for kind, found in self.candidates.items() if len(found.options) > 1}
+
+    def _chosen(self, ranks: Sequence[int]) -> dict[str, ParamAxes]:
+        """The axes by the rank of what is chosen for every kind that has a choice."""
+        chosen = dict(zip(self._choices(), ranks, strict=True))
+        axes = {
+            name: found.options[chosen.get(kind, 0)]
+            for kind, found in self.candidates.items()
+            for name in self.kinds[kind]
+        }
+        return {name: axes[name] for name in self.descriptions}
 
     def _with_heads(
         self, axes: dict[str, ParamAxes], embedding: float, logits: float

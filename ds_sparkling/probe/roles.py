@@ -18,6 +18,8 @@ from ds_sparkling.probe.moves import HEADS, KEY_VALUE_HEADS, Move
 
 #: Parameters that hold gate and up projections in one.
 _FUSED_GATE_UP = ("gate_up_proj", "gate_and_up_proj", "w13", "w12")
+#: Their counterparts, which lead back.
+_DOWN = ("down_proj", "w2")
 #: Parameters that hold query, key and value projections in one.
 _FUSED_QKV = ("qkv", "qkv_proj", "query_key_value", "c_attn", "wqkv", "in_proj_qkv")
 #: Parameters that make queries.
@@ -90,12 +92,13 @@ def candidates(place: Place, moves: Mapping[int, Move]) -> Candidates:
     """
     ndim = len(place.shape)
     if not moves:
-        return Candidates((ParamAxes((FIXED,) * len(place.shape), stacked_experts=_stacked(place)),), True)
+        return Candidates((ParamAxes((FIXED,) * len(place.shape), stacked_experts=_stacked(place, moves)),), True)
     if place.is_buffer:
         ways = [_layouts(place, Role.PER_UNIT, moves[at])[0] if at in moves else [FIXED] for at in range(ndim)]
         return Candidates(tuple(map(ParamAxes, itertools.product(*ways))), False)
     options: list[ParamAxes] = []
-    orientations, told = _orientations(place)
+    stacked = _stacked(place, moves)
+    orientations, told = _orientations(place, stacked)
     for rank, roles in enumerate(orientations):
         layouts = [
             _layouts(place, role, moves[position]) if position in moves else ([FIXED], True)
@@ -104,12 +107,12 @@ def candidates(place: Place, moves: Mapping[int, Move]) -> Candidates:
         if rank == 0:
             told &= all(sure for _, sure in layouts)
         for dims in itertools.product(*(ways for ways, _ in layouts)):
-            options.append(ParamAxes(dims, stacked_experts=_stacked(place), norm=_norm(place)))
+            options.append(ParamAxes(dims, stacked_experts=stacked, norm=_norm(place)))
     unique = tuple(dict.fromkeys(options))
     return Candidates(unique, told)
 
 
-def _orientations(place: Place) -> tuple[list[tuple[Role, ...]], bool]:
+def _orientations(place: Place, stacked: bool) -> tuple[list[tuple[Role, ...]], bool]:
     """The roles that the dimensions may have, and whether the first ones are sure."""
     out, into, ndim = Role.FAN_OUT, Role.FAN_IN, len(place.shape)
     if isinstance(place.owner, nn.Embedding):
@@ -130,9 +133,32 @@ def _orientations(place: Place) -> tuple[list[tuple[Role, ...]], bool]:
         return [(out, out)], True
     if ndim == 2:
         return [(out, into), (into, out)], "router" in place.kind or "gate" in place.kind
+    if ndim == 3 and stacked:
+        ways: list[tuple[Role, ...]] = [(out, out, into), (out, into, out)]
+        transposed = _transposed(place)
+        return ways[::-1] if transposed else ways, transposed is not None
     if ndim == 3:
-        return [(out, out, into), (out, into, out)], True
+        return [(into, out, out), (into, into, out), (out, out, into), (out, into, into)], False
     return [], False
+
+
+def _transposed(place: Place) -> bool | None:
+    """Whether stacked experts are [experts, in, out], as their module says or shows; None if it doesn't."""
+    owner, rows = place.owner, place.shape[1:]
+    if isinstance(said := getattr(owner, "is_transposed", None), bool):
+        return said
+    for into, out in (("in_features", "out_features"), ("input_size", "output_size")):
+        sizes = getattr(owner, into, None), getattr(owner, out, None)
+        if sizes[0] != sizes[1] and rows in (sizes, sizes[::-1]):
+            return rows == sizes
+    shapes = {name: tuple(param.shape[1:]) for name, param in owner.named_parameters(recurse=False) if param.dim() == 3}
+    fused = next((shapes[name] for name in _FUSED_GATE_UP if name in shapes), None)
+    down = next((shapes[name] for name in _DOWN if name in shapes), None)
+    if fused is None or down is None:
+        return None
+    if fused == (2 * down[1], down[0]):
+        return False
+    return True if fused == (down[1], 2 * down[0]) else None
 
 
 def _of_convolution(conv: _ConvNd, ndim: int) -> tuple[list[tuple[Role, ...]], bool]:
@@ -150,9 +176,15 @@ def _of_convolution(conv: _ConvNd, ndim: int) -> tuple[list[tuple[Role, ...]], b
     return [(*pair, *(into,) * (ndim - 2))], conv.groups == 1
 
 
-def _stacked(place: Place) -> bool:
-    """Whether a parameter is one of experts stacked as [experts, ...] in a module of the model's own."""
+def _stacked(place: Place, moves: Mapping[int, Move]) -> bool:
+    """Whether a parameter is one of experts stacked as [experts, ...] in a module of the model's own.
+
+    What grows along its first dimension is none, unless something about it is called experts.
+    """
     if place.is_of_torch:
+        return False
+    first = [axis for axis, _ in moves[0].shares] if 0 in moves else []
+    if first and not any("expert" in word.lower() for word in (*first, place.name, place.kind)):
         return False
     beside = any(param.dim() == 3 and len(param) == place.shape[0] for param in place.owner.parameters(recurse=False))
     return len(place.shape) == 3 or (len(place.shape) == 2 and place.is_bias and beside)
@@ -185,7 +217,9 @@ def _layouts(place: Place, role: Role, move: Move) -> tuple[list[Dim], bool]:
         return [segments, blocks] if _sizes_heads(axis) else [blocks, segments], False
     if place.called(_FUSED_GATE_UP) and per_unit % 2 == 0:
         halves = Dim(axis, role, block=per_unit // 2, segments=2, alive=(0,))
-        return [halves, replace(halves, interleaved=True)], not move.coupled
+        ways = [halves, replace(halves, interleaved=True)]
+        turns = getattr(place.owner, "is_concatenated", True) is False  # experts of transformers say so
+        return ways[::-1] if turns else ways, not move.coupled
     if fused:
         return [replace(segments, alive=(0,)), blocks, *_products(place, [segments])], False
     if _sizes_heads(axis):

@@ -58,6 +58,59 @@ class Mixture(nn.Module):
         return logits
 
 
+class Gated(nn.Module):
+    """Transposed experts with biases, whose names tell nothing, so that every one of them may be read in many ways."""
+
+    def __init__(self, hidden: int, inner: int) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.empty(3, hidden, 2 * inner)), nn.Parameter(torch.empty(3, 2 * inner))
+        self.c, self.d = nn.Parameter(torch.empty(3, inner, hidden)), nn.Parameter(torch.empty(3, hidden))
+        self.router = nn.Linear(hidden, 3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = (torch.einsum("bth,ehi->btei", x, self.a) + self.b).chunk(2, -1)
+        y = torch.einsum("btei,eih->bteh", gate.relu() * up, self.c) + self.d
+        return torch.einsum("bteh,bte->bth", y, self.router(x).sigmoid())
+
+
+def test_parameters_that_are_all_laid_out_in_an_unlikely_way_are_told() -> None:
+    def build_model(hidden: int = 8, inner: int = 12) -> nn.Module:
+        model = Mixture(hidden, inner)
+        model.set_submodule("experts", Gated(hidden, inner))
+        return model
+
+    told = found(build_model, {"hidden": 16, "inner": 48})
+    assert told.proof
+    assert told.axes["experts.a"].dims[2].segments == 2
+
+
+def test_experts_that_nothing_tells_the_orientation_of_are_refused_without_trying() -> None:
+    with pytest.raises(PlanError, match=r"experts\.up .*can't be told"):
+        found(Mixture, {"hidden": 16}, check=False)
+
+
+class PerHead(nn.Module):
+    """Attention whose weights are [hidden, heads, size of a head] and back: three dimensions, and no experts."""
+
+    def __init__(self, hidden: int = 8, heads: int = 2) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(VOCABULARY, hidden), nn.Linear(hidden, VOCABULARY, bias=False)
+        self.q, self.k, self.v = (nn.Parameter(torch.empty(hidden, heads, 4)) for _ in range(3))
+        self.out = nn.Parameter(torch.empty(heads, 4, hidden))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.table(ids)
+        q, k, v = (torch.einsum("bth,hnd->bntd", x, weight) for weight in (self.q, self.k, self.v))
+        y = torch.einsum("bntd,ndh->bth", F.scaled_dot_product_attention(q, k, v), self.out)
+        logits: Tensor = self.head(x + y)
+        return logits
+
+
+@pytest.mark.parametrize("growth", [{"hidden": 16}, {"heads": 4}, {"hidden": 16, "heads": 6}])
+def test_weights_of_three_dimensions_need_be_no_experts(growth: dict[str, int]) -> None:
+    assert found(PerHead, growth).proof
+
+
 PARTING = Strategy(perturbation=1.0)
 GROWTHS = [
     ({"hidden": 16, "inner": 24}, Strategy()),
@@ -175,6 +228,36 @@ def test_what_nothing_depends_on_is_refused_where_there_is_a_choice() -> None:
     ids = torch.arange(12).view(2, 6)
     told = found(Unreached, {"hidden": 16}, inputs={"input_ids": ids, "rest": ids})
     assert told.axes["join.weight"].dims[1].segments == 2
+
+
+class Warming(Predicting):
+    """Its second loss is still multiplied by 0."""
+
+    def __init__(self, hidden: int = 8) -> None:
+        super().__init__(hidden)
+        self.share: Tensor
+        self.register_buffer("share", torch.zeros(()), persistent=False)
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Tensor:
+        x = self.table(input_ids)
+        logits: Tensor = self.head(x)
+        return (
+            logits if labels is None else logits.logsumexp(-1).mean() + self.share * self.second(x).logsumexp(-1).mean()
+        )
+
+
+class Noisy(Predicting):
+    """Its second output exists only in training, where it is shaken."""
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:
+        x = self.table(input_ids)
+        return (self.head(x), self.second(x) * (1 + torch.rand(()))) if self.training else (self.head(x),)
+
+
+@pytest.mark.parametrize("model", [Warming, Noisy])
+def test_what_is_computed_but_not_compared_is_refused_where_there_is_a_choice(model: type[Predicting]) -> None:
+    with pytest.raises(PlanError, match=r"join\.weight .*Trying it out doesn't tell"):
+        found(model, {"hidden": 16})
 
 
 class Dropping(WithLabels):

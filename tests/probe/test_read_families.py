@@ -45,7 +45,6 @@ BLOOM_MLP = {"mlp.dense_h_to_4h", "mlp.dense_4h_to_h"}
 #: What nobody can be sure of without trying: the last two parts of the modules' (or parameters') names.
 UNSURE = {
     **{(family, "experts"): SHARED_EXPERTS for family in ("deepseek_v2", "deepseek_v3", "ernie4_5_moe")},
-    **{(family, "inner"): {"experts.gate_up_proj"} for family in ("gpt_oss", "llama4_text")},
     ("gpt2", "hidden"): {"attn.c_attn", "mlp.c_fc", "mlp.c_proj"},
     ("gpt_neox", "hidden"): {"attention.query_key_value"},
     ("bloom", "hidden"): {"self_attention.query_key_value"} | BLOOM_MLP,

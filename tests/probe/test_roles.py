@@ -75,8 +75,6 @@ def found(make: Make, parameter: str = "weight", name: str = "part", width: int 
         (lambda w: Holder(w), "weight", (PER_UNIT,)),
         (lambda w: Holder(w, name="bias"), "bias", (OUT,)),
         (lambda w: Holder(7, 5), "weight", (FIXED, FIXED)),
-        (lambda w: Holder(7, w, 5), "weight", (FIXED, OUT, FIXED)),
-        (lambda w: Holder(7, 5, w), "weight", (FIXED, FIXED, IN)),
         (lambda w: Holder(7, 5, w, bias=(7, w)), "weight_bias", (FIXED, OUT)),
     ],
 )
@@ -102,10 +100,51 @@ def test_parameters_of_unknown_modules_may_be_stored_either_way_round(
     assert [option.dims for option in found(make).options] == options
 
 
-def test_only_stacked_experts_are_trusted_to_be_outputs_by_inputs() -> None:
-    assert found(lambda w: Holder(7, 5, w)).certain
+def test_routers_are_trusted_to_be_outputs_by_inputs() -> None:
     assert not found(lambda w: Holder(5, w)).certain
     assert found(lambda w: TopKRouter(5, w)).certain
+
+
+class Experts(nn.Module):
+    """Gated experts with gate and up in one, which declare what they are told to."""
+
+    def __init__(self, inner: int, transposed: bool, hidden: int = 6, **declared: bool) -> None:
+        super().__init__()
+        up, down = ((hidden, 2 * inner), (inner, hidden)) if transposed else ((2 * inner, hidden), (hidden, inner))
+        self.gate_up_proj = nn.Parameter(torch.empty(3, *up))
+        self.down_proj = nn.Parameter(torch.empty(3, *down))
+        self.__dict__.update(declared)
+
+
+class Grouped(Holder):
+    """Experts [experts, in, out], which say how many inputs and outputs they have."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(3, inputs, outputs)
+        self.in_features, self.out_features = inputs, outputs
+
+
+@pytest.mark.parametrize("inner", [3, 4, 6, 12])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_shapes_of_gated_experts_tell_which_way_round_they_are(transposed: bool, inner: int) -> None:
+    """Without trying, too; whatever the widths are, as the inner one has twice as many entries."""
+    halves = Dim(W, Role.FAN_OUT, segments=2, alive=(0,))
+    up, down = (found(lambda w: Experts(w, transposed), f"{name}_proj", width=inner) for name in ("gate_up", "down"))
+    assert up.certain
+    assert up.options[0].dims == ((FIXED, FIXED, halves) if transposed else (FIXED, halves, FIXED))
+    assert down.certain
+    assert down.options[0].dims == ((FIXED, IN, FIXED) if transposed else (FIXED, FIXED, IN))
+
+
+def test_experts_are_as_their_module_declares_and_uncertain_where_nothing_tells() -> None:
+    declared = found(lambda w: Experts(w, True, is_transposed=True, is_concatenated=False), "gate_up_proj")
+    assert declared.certain
+    assert declared.options[0].dims[2].interleaved
+    grouped = found(lambda w: Grouped(5, w))
+    assert grouped.certain
+    assert grouped.options[0].dims == (FIXED, FIXED, OUT)
+    for untold in (lambda w: Holder(7, 5, w), lambda w: Holder(7, w, 5), lambda w: Grouped(w, w)):
+        assert not found(untold).certain
 
 
 @pytest.mark.parametrize(

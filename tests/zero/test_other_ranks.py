@@ -260,12 +260,13 @@ def test_sequence_parallel_attention_is_tried_on_one_rank(workers: Pool) -> None
 
 def gradients_on_the_first_rank() -> bool | None:
     """Whether a gradient gets through :class:`SplitAttention`'s exchanges, while the other rank does nothing."""
-    from ds_sparkling.check.forward import leads_to_outputs, token_calls
+    from ds_sparkling.check.forward import leads_to_outputs, run, token_calls
 
     if torch.distributed.get_rank() > 0:
         return None
     model = SplitAttention(8)
-    return leads_to_outputs(model, next(token_calls(model, 0)), list(model.qkv.parameters()))
+    call = next(token_calls(model, 0))
+    return leads_to_outputs(model, call, run(model, call).tensors.keys(), list(model.qkv.parameters()))
 
 
 def test_gradients_of_a_trial_need_no_other_rank(workers: Pool) -> None:
