@@ -15,6 +15,7 @@ import os
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -78,8 +79,8 @@ def roll_call(alike: str, patience: float | None = None) -> RollCall:
     """
     global _attendance
     store: Any = distributed_c10d._get_default_store()
-    if _attendance is None or _attendance.default is not store:
-        _attendance = _Attendance(store)
+    if _attendance is None or _attendance.default() is not store:
+        _attendance = _Attendance(store, 1 if _attendance is None else _attendance.generation + 1)
     if not _attendance.in_step:
         raise GrowthError(
             "an earlier failure has left the ranks in the middle of different collectives; start the processes anew, "
@@ -273,30 +274,38 @@ class _Lost:
 
 
 class _Attendance:
-    """This process's signs of life, for all roll calls of one store."""
+    """This process's signs of life, for all roll calls of one store.
 
-    def __init__(self, default: Any) -> None:
-        self.default = default
+    Args:
+        default: the store; it isn't kept alive, because the port of one that is would be taken when a script destroys
+            its process group and makes it anew.
+        generation: how many stores there have been; what earlier ones hold may be found in this one.
+    """
+
+    def __init__(self, default: Any, generation: int) -> None:
+        self.default = weakref.ref(default)
+        self.generation = generation
         self.numbers = itertools.count(1)
         self.rank, self.ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
         #: Seconds between two looks at the store, which answers some 10,000 a second.
         self.longest_wait = max(0.25, self.ranks / 4000)
-        self.store = torch.distributed.PrefixStore("ds_sparkling", _connection(default))
+        self.store = torch.distributed.PrefixStore(f"ds_sparkling{generation}", _connection(default))
         #: Whether no failure has left ranks in the middle of collectives.
         self.in_step = True
         self._sign, self._lock = _Sign(), threading.Lock()
         self._open: list[RollCall] = []
+        self._settled: list[int] = []
         self._together: list[_Together] = []
         self._busy = threading.Event()
         threading.Thread(target=self._live, name="ds_sparkling signs of life", daemon=True).start()
 
     def begin(self, call: RollCall) -> None:
         self._open.append(call)
-        self._show(call.number, False)
+        self._show((call.number, False))
         self._busy.set()
 
     def arrive(self, call: RollCall) -> None:
-        self._show(call.number, True)
+        self._show((call.number, True))
 
     def end(self, call: RollCall) -> None:
         """Go back to the roll call around ``call``, if there is one."""
@@ -305,7 +314,7 @@ class _Attendance:
             self._busy.clear()
             return
         with suppress(DistError):
-            self._show(self._open[-1].number, False)
+            self._show((self._open[-1].number, False))
 
     def interrupted_around(self, call: RollCall) -> bool:
         """Whether a rank has failed in a roll call that ``call`` is part of."""
@@ -316,10 +325,12 @@ class _Attendance:
         return _Sign(*json.loads(self.store.get(key))) if self.store.check([key]) else _Sign()
 
     def forget_before(self, call: RollCall) -> None:
-        """Delete what the roll call before ``call`` has left in the store: every rank has read it."""
+        """Delete what the roll calls that settled before ``call`` have left in the store: every rank has read it."""
         if self.rank == 0:
-            for name in ("alike", "arrived", "failures", "left", "outcome"):
-                self.store.delete_key(f"call{call.number - 1}/{name}")
+            for number in self._settled:
+                for name in ("alike", "arrived", "failures", "left", "outcome"):
+                    self.store.delete_key(f"call{number}/{name}")
+            self._settled = [call.number]
 
     @contextmanager
     def interruptible(self, call: RollCall) -> Iterator[None]:
@@ -332,8 +343,10 @@ class _Attendance:
         finally:
             self._together.remove(together)
 
-    def _show(self, number: int, arrived: bool) -> None:
+    def _show(self, place: tuple[int, bool] | None = None) -> None:
+        """Give a sign of life: from ``place``, which is the latest roll call and whether it is arrived at, if new."""
         with self._lock:
+            number, arrived = place or (self._sign.number, self._sign.arrived)
             self._sign = _Sign(number, arrived, self._sign.count + 1)
             self.store.set(f"rank{self.rank}", json.dumps([number, arrived, self._sign.count]))
 
@@ -341,7 +354,7 @@ class _Attendance:
         """What the thread does: signs of life while a roll call is open, and a look at the others' failures."""
         try:
             while self._busy.wait():
-                self._show(self._sign.number, self._sign.arrived)
+                self._show()
                 for together in list(self._together):
                     together.look()
                 time.sleep(_BEAT)

@@ -21,7 +21,8 @@ def meet(consensus: Consensus, args: Any = None) -> None:
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
     if not (alone and consensus.failed):
         deepspeed.init_distributed()
-        bind_device(args)
+        with consensus:
+            bind_device(args)
     consensus.settle()
 
 

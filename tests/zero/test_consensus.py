@@ -214,3 +214,44 @@ def slowly() -> str:
 
 def test_a_rank_that_works_for_long_is_waited_for() -> None:
     assert run(2, slowly) == ["went through"] * 2
+
+
+def nest_with_a_slow_first_rank() -> str:
+    """The others come out of the inner roll call, and into the outer one's end, before the first rank does."""
+    from ds_sparkling.zero import rollcall
+    from ds_sparkling.zero.consensus import Consensus
+
+    plain = rollcall._Attendance.forget_before
+
+    def slow(*args: Any) -> None:
+        time.sleep(0.5)
+        plain(*args)
+
+    rollcall._Attendance.forget_before = slow  # type: ignore[method-assign]
+    for _ in range(2):
+        outer = Consensus("testing")
+        with outer.together():
+            Consensus("part of it").settle()
+        outer.settle()
+    return "went through"
+
+
+def test_a_roll_call_inside_of_another_forgets_nothing_of_it() -> None:
+    assert run(2, nest_with_a_slow_first_rank) == ["went through"] * 2
+
+
+def start_anew() -> list[float]:
+    from ds_sparkling.zero.consensus import Consensus, of_first_rank
+
+    found = []
+    for number in range(3):
+        consensus = Consensus(f"working {number}")
+        found.append(of_first_rank(number + torch.distributed.get_rank(), consensus))
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+        torch.distributed.init_process_group("gloo")
+    return found
+
+
+def test_process_groups_are_destroyed_and_made_anew() -> None:
+    assert run(2, start_anew) == [[0, 1, 2]] * 2
