@@ -132,7 +132,7 @@ def check_same_model(
         PlanError: on all ranks, if ``build_model`` fails on one, or makes another model there than on the first.
         UnsupportedError: on all ranks, if the model can't be partitioned.
     """
-    own: dict[str, str] = {}
+    own: dict[str, tuple[str, int]] = {}
     with consensus, preserved_rng(), built_plainly():
         model = build_on_meta(build_model, widths)
         refuse_parallelism()  # build_model may have asked for it
@@ -142,23 +142,40 @@ def check_same_model(
     consensus.settle()
     first = of_first_rank(own, consensus)
     with consensus:
-        different = sorted(name for name in own.keys() | first.keys() if own.get(name) != first.get(name))
-        if different:
-            name = different[0]
-            raise PlanError(
-                f"build_model(**{dict(widths)}) doesn't make the same model on all ranks: {name} is "
-                f"{own.get(name, 'missing')} here, and {first.get(name, 'missing')} on rank 0"
-            )
+        difference = _difference(own, first)
+        if difference is not None:
+            raise PlanError(f"build_model(**{dict(widths)}) doesn't make the same model on all ranks: {difference}")
     consensus.settle()
 
 
-def _described(model: nn.Module) -> dict[str, str]:
-    """What ranks have to agree on: every parameter and buffer, in words."""
+def _described(model: nn.Module) -> dict[str, tuple[str, int]]:
+    """What ranks have to agree on: every parameter and buffer, in words, and its place in the order they come in.
+
+    A tensor that has two names has one place. Where places differ, one rank's collectives meet those of other tensors.
+    """
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    places: dict[int, int] = {}
     return {
-        name: f"{'trained' if tensor.requires_grad else 'fixed'} {tensor.dtype} {tuple(tensor.shape)}"
+        name: (
+            f"{'trained' if tensor.requires_grad else 'fixed'} {tensor.dtype} {tuple(tensor.shape)}",
+            places.setdefault(id(tensor), len(places) + 1),
+        )
         for name, tensor in tensors
     }
+
+
+def _difference(own: Mapping[str, tuple[str, int]], first: Mapping[str, tuple[str, int]]) -> str | None:
+    """How this rank's model differs from the first rank's."""
+    missing = ("missing", 0)
+    for name in sorted(own.keys() | first.keys()):
+        here, there = own.get(name, missing)[0], first.get(name, missing)[0]
+        if here != there:
+            return f"{name} is {here} here, and {there} on rank 0"
+    for name, (_, place) in own.items():
+        if place != first[name][1]:
+            order = "registered in the same order, and shared alike"
+            return f"{name} is tensor {place} here, and tensor {first[name][1]} on rank 0: they have to be {order}"
+    return None
 
 
 def starting_record(
