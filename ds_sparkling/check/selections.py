@@ -17,7 +17,8 @@ from ds_sparkling.check.forward import LENGTH, SEQUENCES
 
 #: What sizes of selections are called.
 _SELECTION = re.compile(
-    r"(.*_)?(window|window_size|local_attention|attention_chunk_size|attn_chunk_size|top_?k|capacity|keep)"
+    r"(.*_)?(window|window_size|window_len|window_length|local|local_size|local_attention|span|look_?back"
+    r"|attention_chunk_size|attn_chunk_size|top_?k|top_?k_tokens|k|capacity|keep|kept|selected|budget)"
 )
 #: Those of a config that count tokens, and not experts or groups of them, and rates that tokens are put together by.
 _OF_TOKENS = re.compile(

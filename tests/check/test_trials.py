@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ds_sparkling.axes import Dim, ParamAxes, Role
 from ds_sparkling.benchmarks.families import FAMILIES
 from ds_sparkling.check import patience
+from ds_sparkling.check.forward import LENGTH
 from ds_sparkling.check.report import check_growth
 from ds_sparkling.check.resolve import Found, axes_to_grow, find_axes
 from ds_sparkling.check.selections import enough_tokens, selecting
@@ -339,6 +340,17 @@ def test_a_selection_acts_in_a_trial() -> None:
         found(Window, {"hidden": 16})
     assert found(lambda hidden=8: Window(hidden, 10**6), {"hidden": 16}).proof  # beyond what anybody would wait for
     assert enough_tokens(Window()) == 48
+
+
+@pytest.mark.parametrize(
+    "name", ["local_window", "window_length", "local_size", "span", "topk", "top_k_tokens", "k", "num_selected"]
+)
+def test_sizes_of_selections_are_known_by_name(name: str) -> None:
+    model = Window()
+    del model.sliding_window
+    assert enough_tokens(model) == LENGTH
+    setattr(model, name, 20)
+    assert enough_tokens(model) == 40
 
 
 def test_a_config_lets_fewer_tokens_through() -> None:
