@@ -42,6 +42,7 @@ from ds_sparkling.zero.observing import observe_steps
 from ds_sparkling.zero.parallelism import refuse_engine, refuse_parallelism
 from ds_sparkling.zero.planning import (
     agreed,
+    check_same_config,
     check_same_model,
     knowing,
     parameter_counts,
@@ -123,6 +124,7 @@ def initialize(
     meet(consensus, args)
     directory = os.fspath(checkpoint) if checkpoint is not None else block.checkpoint_dir
     consensus = Consensus("planning")
+    check_same_config(ds_config, consensus)
     universal = bool((ds_config.get("checkpoint") or {}).get("load_universal"))
 
     def starting() -> GrowthRecord:

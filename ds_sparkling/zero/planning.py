@@ -33,6 +33,18 @@ from ds_sparkling.zero.support import refuse_compiled
 
 logger = logging.getLogger(__name__)
 
+#: What decides, in DeepSpeed's config, which collectives a step has.
+_IN_STEP = (
+    "zero_optimization",
+    "optimizer",
+    "scheduler",
+    "bf16",
+    "fp16",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "train_batch_size",
+)
+
 
 def plan_growth(engine: DeepSpeedEngine, run: GrowingRun, widths: Mapping[str, int]) -> GrowthPlan:
     """The plan of the whole model, in the engine's parameter names; an empty ``widths`` plans a rebuild."""
@@ -113,6 +125,33 @@ def agreed(find: Callable[[], GrowthRecord], consensus: Consensus) -> GrowthReco
             box = [find().to_dict()]
     consensus.settle()
     return GrowthRecord.from_dict(of_first_rank(box[0], consensus))
+
+
+def check_same_config(ds_config: Mapping[str, Any], consensus: Consensus) -> None:
+    """Hold what ranks step by against the first rank's. Collective.
+
+    Raises:
+        ConfigError: on all ranks, if it isn't the same on one.
+    """
+    own = _settings({key: ds_config[key] for key in _IN_STEP if key in ds_config})
+    first = of_first_rank(own, consensus)
+    with consensus:
+        for key in sorted(own.keys() | first.keys()):
+            here, there = own.get(key, "missing"), first.get(key, "missing")
+            if here != there:
+                raise ConfigError(f"{key} is {here} here, and {there} on rank 0; pass the same config on all")
+    consensus.settle()
+
+
+def _settings(block: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Every setting by its dotted name; without paths, which may be a node's own."""
+    found: dict[str, str] = {}
+    for key, value in block.items():
+        if isinstance(value, Mapping):
+            found |= _settings(value, f"{prefix}{key}.")
+        elif not key.endswith("path"):
+            found[prefix + key] = repr(value)
+    return found
 
 
 def check_same_model(

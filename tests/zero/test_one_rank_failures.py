@@ -156,6 +156,12 @@ def growing_apart(how: str) -> tuple[str, str, float]:
     return attempt(lambda: ds_sparkling.grow(engine, widths), "nowhere")
 
 
+def starting_apart(case: tiny.Case, second: tiny.Case) -> tuple[str, str, float]:
+    import torch
+
+    return attempt(lambda: tiny.initialize(second if torch.distributed.get_rank() == 1 else case), "nowhere")
+
+
 def undisturbed() -> list[float]:
     engine = tiny.initialize(tiny.Case())
     tiny.train(engine, 2)
@@ -215,5 +221,20 @@ def test_ranks_that_grow_apart_are_told(how: str, says: str, workers: Pool) -> N
     workers(2).stop()
     for kind, text, seconds in answers[: 1 if how == "not at all" else 2]:
         assert kind == ("PlanError" if "model" in how else "GrowthError")
+        assert says in text
+        assert seconds < 60
+
+
+@pytest.mark.parametrize(
+    ("second", "says"),
+    [
+        (tiny.Case(stage=1), "zero_optimization.stage is 1 here, and 3 on rank 0"),
+        (tiny.Case(accumulation=2), "gradient_accumulation_steps is 2 here, and 1 on rank 0"),
+    ],
+    ids=str,
+)
+def test_ranks_with_other_configs_are_told(second: tiny.Case, says: str, workers: Pool) -> None:
+    for kind, text, seconds in workers(2).run(starting_apart, tiny.Case(), second):
+        assert kind == "ConfigError"
         assert says in text
         assert seconds < 60
