@@ -7,6 +7,7 @@ in the store are per rank or per roll call, and those of past roll calls are del
 
 from __future__ import annotations
 
+import atexit
 import faulthandler
 import itertools
 import json
@@ -297,7 +298,10 @@ class _Attendance:
         self._settled: list[int] = []
         self._together: list[_Together] = []
         self._busy = threading.Event()
-        threading.Thread(target=self._live, name="ds_sparkling signs of life", daemon=True).start()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._live, name="ds_sparkling signs of life", daemon=True)
+        self._thread.start()
+        atexit.register(self._stop)
 
     def begin(self, call: RollCall) -> None:
         self._open.append(call)
@@ -350,14 +354,20 @@ class _Attendance:
             self._sign = _Sign(number, arrived, self._sign.count + 1)
             self.store.set(f"rank{self.rank}", json.dumps([number, arrived, self._sign.count]))
 
+    def _stop(self) -> None:
+        """End the thread: an interpreter that exits while it is in the store would abort."""
+        self._over.set()
+        self._busy.set()
+        self._thread.join(_GOODBYE)
+
     def _live(self) -> None:
         """What the thread does: signs of life while a roll call is open, and a look at the others' failures."""
         try:
-            while self._busy.wait():
+            while self._busy.wait() and not self._over.is_set():
                 self._show()
                 for together in list(self._together):
                     together.look()
-                time.sleep(_BEAT)
+                self._over.wait(_BEAT)
         except DistError as error:
             logger.debug("no more signs of life, the store is gone: %s", error)
 

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -255,3 +256,35 @@ def start_anew() -> list[float]:
 
 def test_process_groups_are_destroyed_and_made_anew() -> None:
     assert run(2, start_anew) == [[0, 1, 2]] * 2
+
+
+QUIET_EXIT = """
+import time, torch
+from ds_sparkling.zero import rollcall
+from ds_sparkling.zero.consensus import Consensus
+torch.distributed.init_process_group("gloo")
+rollcall._BEAT = 0.0
+for _ in range(20):
+    Consensus("working").settle()
+consensus = Consensus("ending")
+with consensus:
+    time.sleep(0.05)
+consensus.settle()
+"""
+
+
+def test_a_script_ends_without_a_word_while_signs_of_life_are_given() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    places = [
+        {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} for rank in (0, 1)
+    ]
+    processes = [
+        subprocess.Popen([sys.executable, "-c", QUIET_EXIT], env=os.environ | place, stderr=subprocess.PIPE, text=True)
+        for place in places
+    ]
+    for process in processes:
+        _, said = process.communicate(timeout=60)
+        assert "terminate called" not in said
+        assert process.returncode == 0, said
