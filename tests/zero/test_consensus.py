@@ -222,13 +222,14 @@ def nest_with_a_slow_first_rank() -> str:
     from ds_sparkling.zero import rollcall
     from ds_sparkling.zero.consensus import Consensus
 
-    plain = rollcall._Attendance.forget_before
+    attendance: Any = rollcall._Attendance
+    plain = attendance.forget_before
 
     def slow(*args: Any) -> None:
         time.sleep(0.5)
         plain(*args)
 
-    rollcall._Attendance.forget_before = slow  # type: ignore[method-assign]
+    attendance.forget_before = slow
     for _ in range(2):
         outer = Consensus("testing")
         with outer.together():
@@ -241,7 +242,7 @@ def test_a_roll_call_inside_of_another_forgets_nothing_of_it() -> None:
     assert run(2, nest_with_a_slow_first_rank) == ["went through"] * 2
 
 
-def start_anew() -> list[float]:
+def start_anew() -> list[int]:
     from ds_sparkling.zero.consensus import Consensus, of_first_rank
 
     found = []
