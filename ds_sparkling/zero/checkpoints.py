@@ -40,7 +40,8 @@ def hook_checkpoints(engine: DeepSpeedEngine, step: BirthStep) -> None:
     ) -> Any:
         tag = f"global_step{engine.global_steps}" if tag is None else str(tag)
         rank = engine.local_rank if engine.use_node_local_storage() else engine.global_rank
-        consensus = Consensus(f"saving {Path(save_dir) / tag}", alike=f"saving {tag}", kind=CheckpointError)
+        how = f"save_latest={bool(save_latest)}, exclude_frozen_parameters={bool(exclude_frozen_parameters)}"
+        consensus = Consensus(f"saving {Path(save_dir) / tag}", alike=f"saving {tag} ({how})", kind=CheckpointError)
         with consensus:
             if rank == 0:
                 run = run_of(engine)

@@ -207,6 +207,24 @@ def test_a_failure_while_saving_leaves_the_checkpoint_before_as_the_latest(
     assert [latest for _, latest in answers] == ["global_step1"] * 2
 
 
+def saving_apart(checkpoints: str) -> tuple[tuple[str, str, float], bool]:
+    import torch
+
+    engine = tiny.initialize(tiny.Case())
+    tiny.train(engine, 1)
+    first = torch.distributed.get_rank() == 0
+    heard = attempt(lambda: engine.save_checkpoint(checkpoints, save_latest=first), "nowhere")
+    engine.save_checkpoint(checkpoints)
+    return heard, (Path(checkpoints) / "latest").exists()
+
+
+def test_ranks_that_save_apart_are_told_and_go_on(workers: Pool, tmp_path: Path) -> None:
+    for (kind, text, _), saved in workers(2).run(saving_apart, str(tmp_path)):
+        assert kind == "GrowthError"
+        assert "save_latest=False" in text
+        assert saved
+
+
 @pytest.mark.parametrize(
     ("how", "says"),
     [
