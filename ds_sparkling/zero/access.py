@@ -1,7 +1,8 @@
 """What each rank holds of every parameter and its optimizer state, in any of DeepSpeed's optimizers.
 
-This file alone touches the attributes that DeepSpeed glues onto parameters and the private parts of its optimizers.
-They were checked against the versions in :data:`CHECKED_VERSIONS`.
+This file alone touches the attributes that DeepSpeed glues onto parameters and the private parts of its optimizers,
+which were checked against the versions in :data:`CHECKED_VERSIONS`. Only probing, which doesn't know DeepSpeed, looks
+whether there is such an attribute, to refuse parameters that are partitioned already.
 """
 
 from __future__ import annotations
