@@ -4,15 +4,15 @@ import os
 import pkgutil
 from typing import TYPE_CHECKING, Any
 
-from ds_sparkling.extension_locks import warn_of_left_locks
+from ds_sparkling.engine.extension_locks import warn_of_left_locks
 
 if TYPE_CHECKING:
-    from ds_sparkling.check.proof import prove_function
     from ds_sparkling.check.report import check_growth
-    from ds_sparkling.record import recorded_widths
-    from ds_sparkling.zero.adopt import adopt
-    from ds_sparkling.zero.averaged import grow_averaged
-    from ds_sparkling.zero.engine import grow, grow_if_due, initialize, rebuild
+    from ds_sparkling.discovery.proof import prove_function
+    from ds_sparkling.engine.adopt import adopt
+    from ds_sparkling.engine.averaged import grow_averaged
+    from ds_sparkling.engine.grow import grow, grow_if_due, initialize, rebuild
+    from ds_sparkling.spec.record import recorded_widths
 
 __all__ = [
     "adopt",
@@ -31,15 +31,15 @@ __version__ = "0.1.0"
 #: Where the public names are. DeepSpeed is imported when the engine room is first asked for, so that growth maths and
 #: tools start without it.
 _PLACES = {
-    "adopt": "ds_sparkling.zero.adopt",
+    "adopt": "ds_sparkling.engine.adopt",
     "check_growth": "ds_sparkling.check.report",
-    "grow": "ds_sparkling.zero.engine",
-    "grow_averaged": "ds_sparkling.zero.averaged",
-    "grow_if_due": "ds_sparkling.zero.engine",
-    "initialize": "ds_sparkling.zero.engine",
-    "prove_function": "ds_sparkling.check.proof",
-    "rebuild": "ds_sparkling.zero.engine",
-    "recorded_widths": "ds_sparkling.record",
+    "grow": "ds_sparkling.engine.grow",
+    "grow_averaged": "ds_sparkling.engine.averaged",
+    "grow_if_due": "ds_sparkling.engine.grow",
+    "initialize": "ds_sparkling.engine.grow",
+    "prove_function": "ds_sparkling.discovery.proof",
+    "rebuild": "ds_sparkling.engine.grow",
+    "recorded_widths": "ds_sparkling.spec.record",
 }
 
 if "LOCAL_RANK" in os.environ:  # a launched training: DeepSpeed may be started before anything here is called

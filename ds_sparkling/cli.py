@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 
-from ds_sparkling.launcher import launcher_command
+from ds_sparkling.job.launcher import launcher_command
 
 
 def _train(arguments: Sequence[str]) -> None:
@@ -27,19 +27,13 @@ def _train(arguments: Sequence[str]) -> None:
 
 
 def _compare(arguments: Sequence[str]) -> None:
-    from ds_sparkling.compare import main as compare
+    from ds_sparkling.job.compare import main as compare
 
     compare(arguments)
 
 
-def _bench_regrow(arguments: Sequence[str]) -> None:
-    from ds_sparkling.benchmarks.regrow import main as bench
-
-    bench(arguments)
-
-
 def _plot_schedule(arguments: Sequence[str]) -> None:
-    from ds_sparkling.plot_schedule import main as plot
+    from ds_sparkling.planner.plot_schedule import main as plot
 
     plot(arguments)
 
@@ -62,34 +56,10 @@ def _report(arguments: Sequence[str]) -> None:
     report(arguments)
 
 
-def _check_families(arguments: Sequence[str]) -> None:
-    from ds_sparkling.benchmarks.families import main as check
-
-    check(arguments)
-
-
-def _reproduce(arguments: Sequence[str]) -> None:
-    from ds_sparkling.reproduce.command import main as reproduce
-
-    reproduce(arguments)
-
-
-def _bench_step(arguments: Sequence[str]) -> None:
-    from ds_sparkling.benchmarks.step import main as bench
-
-    bench(arguments)
-
-
 def _expand_zero_ckpt(arguments: Sequence[str]) -> None:
     from ds_sparkling.checkpoint.command import main as expand
 
     expand(arguments)
-
-
-def _bench_expand(arguments: Sequence[str]) -> None:
-    from ds_sparkling.benchmarks.expand import main as bench
-
-    bench(arguments)
 
 
 #: name -> (what runs it, one line of help)
@@ -99,13 +69,8 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "report": (_report, "compare runs on one page: curves, figures and a verdict"),
     "expand-zero-ckpt": (_expand_zero_ckpt, "widen, reshape or export a ZeRO checkpoint offline"),
     "check-growth": (_check_growth, "grow a small instance of a model and see whether that keeps what it promises"),
-    "check-families": (_check_families, "grow tiny models of Hugging Face's families along every axis, in every room"),
     "plot-schedule": (_plot_schedule, "learning rates of every birth stage, before the run, as text and picture"),
     "plan-growth": (_plan_growth, "parameters, compute, memory, bytes and pause of a growth, before the run"),
-    "bench-regrow": (_bench_regrow, "time and memory of a live growth against other ways"),
-    "bench-step": (_bench_step, "time and memory of an optimizer step after a growth"),
-    "bench-expand": (_bench_expand, "time and memory of widening and reshaping a checkpoint"),
-    "reproduce": (_reproduce, "train the paper's experiments in small, with all rivals, and write the results page"),
 }
 
 

@@ -27,19 +27,19 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 import ds_sparkling
-from ds_sparkling.config import read_json, typed_block
-from ds_sparkling.data import Corpus
+from ds_sparkling.engine.extension_locks import warn_of_left_locks
+from ds_sparkling.engine.fail_together import FailTogether, of_first_rank
+from ds_sparkling.engine.start import meet
+from ds_sparkling.engine.watch.tensorboard import write_by_compute
+from ds_sparkling.engine.watch.token_meter import spent_events
 from ds_sparkling.errors import CheckpointError, SparklingError
-from ds_sparkling.extension_locks import warn_of_left_locks
+from ds_sparkling.job.variants import Variant, as_variant
 from ds_sparkling.models.olmoe import OlmoeConfig, olmoe_factory
+from ds_sparkling.models.text import Corpus
 from ds_sparkling.progress import progress_bar
-from ds_sparkling.record import Spent
-from ds_sparkling.summary import RunSummary
-from ds_sparkling.variants import Variant, as_variant
-from ds_sparkling.zero.consensus import Consensus, of_first_rank
-from ds_sparkling.zero.spending import spent_events
-from ds_sparkling.zero.start import meet
-from ds_sparkling.zero.tensorboard import write_by_compute
+from ds_sparkling.spec.config import read_json, typed_block
+from ds_sparkling.spec.record import Spent
+from ds_sparkling.spec.run_summary import RunSummary
 
 
 @dataclass(frozen=True)
@@ -235,8 +235,8 @@ class Job:
 
 def run(args: argparse.Namespace) -> None:
     """Everything from the parsed command line to the final table."""
-    consensus = Consensus("preparing the run")
-    with consensus:
+    all_ranks = FailTogether("preparing the run")
+    with all_ranks:
         variant = Variant(args.variant)
         config = as_variant(read_json(args.deepspeed_config), variant)
         training = typed_block(TrainingConfig, config, "training")
@@ -244,12 +244,12 @@ def run(args: argparse.Namespace) -> None:
         corpus = Corpus.from_path(args.data) if args.data else Corpus.standard_library()
         corpus.check(length=training.sequence_length, vocabulary=model_config.vocab_size)
         output = _output_directory(args)
-    meet(consensus)
-    output = of_first_rank(output, consensus)
+    meet(all_ranks)
+    output = of_first_rank(output, all_ranks)
     checkpoints = output / "checkpoints"
-    with consensus:
+    with all_ranks:
         _check_checkpoints(checkpoints, resume=args.resume)
-    consensus.settle()
+    all_ranks.settle()
     config.setdefault("tensorboard", {"enabled": True, "output_path": str(output), "job_name": "tensorboard"})
 
     torch.manual_seed(training.seed)

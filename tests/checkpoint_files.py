@@ -9,17 +9,17 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-import tiny
 import torch
-from tiny import Case
 from torch import Tensor
 
+import tiny
 from ds_sparkling.checkpoint.expand import Request, expand, prepare
 from ds_sparkling.checkpoint.opening import open_checkpoint
 from ds_sparkling.checkpoint.source import WEIGHT, Source
 from ds_sparkling.checkpoint.team import Team
 from ds_sparkling.checkpoint.zero_source import ZeroSource, base_state, flat_tensors
-from ds_sparkling.strategy import Strategy
+from ds_sparkling.spec.strategy import Strategy
+from tiny import Case
 
 
 def train_and_save(case: Case, directory: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ds_sparkling.benchmarks import families
+from benchmarks import families
 
 _SIZES: dict[str, Any] = {
     "vocab_size": 64,

@@ -3,8 +3,9 @@
 from typing import Any
 
 import torch
-from tiny import Case
 from torch import nn
+
+from tiny import Case
 
 build_tied = Case(tied=True).build_model
 build_untied = Case(tied=False).build_model

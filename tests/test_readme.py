@@ -7,14 +7,14 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-import event_files
 import pytest
+
+import event_files
 import tiny
 from distributed import Workers
-
 from ds_sparkling.checkpoint.command import main as expand
-from ds_sparkling.config import SparklingConfig
 from ds_sparkling.report.command import main as report
+from ds_sparkling.spec.config import SparklingConfig
 
 #: The README's widths are for a larger model.
 TINY_WIDTHS = {"moe_intermediate_size": 10, "hidden_size": 12}

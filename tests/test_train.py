@@ -11,15 +11,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from launching import launch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ds_sparkling.config import read_json, sparkling_config, typed_block
-from ds_sparkling.data import Corpus
+from ds_sparkling.discovery.build import build_on_meta
+from ds_sparkling.discovery.reading import probe
 from ds_sparkling.errors import ConfigError
 from ds_sparkling.growth import make_plan
 from ds_sparkling.models.olmoe import OlmoeConfig, OlmoeForCausalLM
-from ds_sparkling.probe import build_on_meta, probe
+from ds_sparkling.models.text import Corpus
+from ds_sparkling.spec.config import read_json, sparkling_config, typed_block
+from launching import launch
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.json"))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ds_sparkling.growth import GrowthPlan, Widener
 from ds_sparkling.models.olmoe import OlmoeConfig, OlmoeForCausalLM
-from ds_sparkling.strategy import Strategy
+from ds_sparkling.spec.strategy import Strategy
 
 VOCABULARY = 31
 #: name -> {"weight": ..., "exp_avg": ..., ...}, whole logical tensors
@@ -191,7 +191,7 @@ def local_state(
     """
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-    from ds_sparkling.zero.naming import held_parameters
+    from ds_sparkling.engine.logical_names import held_parameters
 
     if hasattr(engine.optimizer, "_hp_optimizer_states_linked"):
         # DeepSpeed links state at the first group's step, before later groups have any.

@@ -1,6 +1,6 @@
 """Benchmark of the optimizer step after a growth: ``python tools/bench_step.py --help``."""
 
-from ds_sparkling.benchmarks.step import main
+from benchmarks.step_cost import main
 
 if __name__ == "__main__":
     main()

@@ -1,6 +1,6 @@
 """Growth of the model families, shown: ``python tools/check_families.py --help``."""
 
-from ds_sparkling.benchmarks.families import main
+from benchmarks.families import main
 
 if __name__ == "__main__":
     main()

@@ -8,7 +8,7 @@ program=(deepspeed --num_gpus 2 ds_sparkling/train.py)
 arguments=(--deepspeed_config configs/quickstart.json)
 for argument in "$@"; do
     if [ "$argument" = --compare ]; then
-        program=(python -m ds_sparkling.compare)
+        program=(python -m ds_sparkling.job.compare)
     else
         arguments+=("$argument")
     fi

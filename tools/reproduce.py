@@ -1,6 +1,6 @@
 """The paper's experiments in small: ``python tools/reproduce.py --help``."""
 
-from ds_sparkling.reproduce.command import main
+from experiments.command import main
 
 if __name__ == "__main__":
     main()

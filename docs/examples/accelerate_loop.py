@@ -16,9 +16,9 @@ from accelerate.utils import DummyOptim, DummyScheduler, set_seed
 from deepspeed.accelerator import get_accelerator
 
 from ds_sparkling import grow_if_due, recorded_widths
-from ds_sparkling.data import Corpus
-from ds_sparkling.factory import HuggingFaceFactory
+from ds_sparkling.discovery.factory import HuggingFaceFactory
 from ds_sparkling.integrations.accelerate import growing
+from ds_sparkling.models.text import Corpus
 
 MODEL = {
     "model_type": "qwen3_moe",

@@ -18,9 +18,9 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments, set_seed
 
 from ds_sparkling import recorded_widths
-from ds_sparkling.data import Corpus
-from ds_sparkling.factory import HuggingFaceFactory
+from ds_sparkling.discovery.factory import HuggingFaceFactory
 from ds_sparkling.integrations.trainer import SparklingCallback
+from ds_sparkling.models.text import Corpus
 
 MODEL = {
     "model_type": "qwen3_moe",

@@ -16,8 +16,8 @@ import torch
 from deepspeed import comm as dist
 
 import ds_sparkling
-from ds_sparkling.data import Corpus
-from ds_sparkling.factory import HuggingFaceFactory
+from ds_sparkling.discovery.factory import HuggingFaceFactory
+from ds_sparkling.models.text import Corpus
 
 MODEL = {
     "model_type": "qwen3_moe",

@@ -23,14 +23,14 @@ from pathlib import Path
 
 import torch
 
-from ds_sparkling.arguments import parse_widths
 from ds_sparkling.check.picture import picture
 from ds_sparkling.check.report import GrowthReport, check_growth
-from ds_sparkling.config import read_json, sparkling_config
+from ds_sparkling.discovery.factory import HuggingFaceFactory, find_factory, named_inputs
 from ds_sparkling.errors import SparklingError
-from ds_sparkling.factory import HuggingFaceFactory, find_factory, named_inputs
-from ds_sparkling.pictures import add_picture_options, check_picture_options, save_picture
-from ds_sparkling.strategy import INIT_PAIRS, Init, Scaling, Strategy
+from ds_sparkling.figures import add_picture_options, check_picture_options, save_picture
+from ds_sparkling.spec.config import read_json, sparkling_config
+from ds_sparkling.spec.strategy import INIT_PAIRS, Init, Scaling, Strategy
+from ds_sparkling.spec.widths import parse_widths
 
 _PAIRS = {f"{fan_out.value}-{fan_in.value}": (fan_out, fan_in) for fan_out, fan_in in INIT_PAIRS}
 _DTYPES = {"float64": torch.float64, "float32": torch.float32}

@@ -9,11 +9,11 @@ from enum import Enum
 
 from torch import nn
 
-from ds_sparkling.check.comparison import Change
-from ds_sparkling.check.forward import Side
+from ds_sparkling.discovery.comparison import Change
+from ds_sparkling.discovery.forward import Side
 
 
-class Place(str, Enum):
+class ModuleLevel(str, Enum):
     """Where in a model a module stands: a whole layer, a part of one, or outside of all layers."""
 
     LAYER = "layer"
@@ -22,7 +22,7 @@ class Place(str, Enum):
 
 
 @dataclass(frozen=True)
-class Row:
+class ModuleRms:
     """A module's output in the narrow and in the wide model.
 
     Attributes:
@@ -35,7 +35,7 @@ class Row:
 
     module: str
     kind: str
-    place: Place
+    place: ModuleLevel
     before: float
     after: float
     expected: float
@@ -46,7 +46,7 @@ class Row:
         return self.after / self.before if self.before else (1.0 if self.after == 0 else math.inf)
 
 
-def rows(model: nn.Module, changes: Iterable[Change]) -> list[Row]:
+def rows(model: nn.Module, changes: Iterable[Change]) -> list[ModuleRms]:
     """The report's rows, in the order in which modules were run."""
     places = dict(_places("", model))
     found: dict[str, list[Change]] = {}
@@ -54,7 +54,7 @@ def rows(model: nn.Module, changes: Iterable[Change]) -> list[Row]:
         if change.side is Side.OUTPUT and change.module in places:
             found.setdefault(change.module, []).append(change)
     return [
-        Row(
+        ModuleRms(
             name,
             type(model.get_submodule(name)).__name__,
             places[name],
@@ -66,7 +66,7 @@ def rows(model: nn.Module, changes: Iterable[Change]) -> list[Row]:
     ]
 
 
-def _places(prefix: str, module: nn.Module) -> Iterator[tuple[str, Place]]:
+def _places(prefix: str, module: nn.Module) -> Iterator[tuple[str, ModuleLevel]]:
     for name, child in module.named_children():
         path = f"{prefix}{name}"
         if not any(True for _ in child.parameters()):
@@ -77,16 +77,16 @@ def _places(prefix: str, module: nn.Module) -> Iterator[tuple[str, Place]]:
         elif any(isinstance(inner, nn.ModuleList) for inner in child.modules()):
             yield from _places(f"{path}.", child)
         else:
-            yield path, Place.OUTSIDE
+            yield path, ModuleLevel.OUTSIDE
 
 
-def _layer(path: str, layer: nn.Module) -> Iterator[tuple[str, Place]]:
+def _layer(path: str, layer: nn.Module) -> Iterator[tuple[str, ModuleLevel]]:
     """A layer and its children. A module of plain maps is a block of its own, even in a list of such."""
     whole = any(True for child in layer.children() for _ in child.children())
-    yield path, Place.LAYER if whole else Place.BLOCK
+    yield path, ModuleLevel.LAYER if whole else ModuleLevel.BLOCK
     for name, child in layer.named_children():
         if any(True for _ in child.parameters()):
-            yield f"{path}.{name}", Place.BLOCK
+            yield f"{path}.{name}", ModuleLevel.BLOCK
 
 
 def _root_mean_square(values: list[float]) -> float:

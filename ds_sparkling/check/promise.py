@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from ds_sparkling.check.comparison import tolerance
-from ds_sparkling.check.modules import Place, Row
+from ds_sparkling.check.modules import ModuleLevel, ModuleRms
+from ds_sparkling.discovery.comparison import tolerance
 from ds_sparkling.growth import GrowthPlan
-from ds_sparkling.growth.scaling import AxisGrowth
-from ds_sparkling.strategy import Init, Scaling, Strategy
+from ds_sparkling.growth.scaling import keeps_function, whole_ratios
+from ds_sparkling.spec.strategy import Init, Scaling
 
 #: RMS of a whole layer's output after over before, or its inverse. With scaling "rms" and copies or random units it was
 #: within 0.95 .. 1.11 for the reference model of width 64, at ratios of 1.5, 2 and 3; what is left is chance, which
@@ -34,9 +34,9 @@ class Promise:
 
     text: str
     difference: float | None
-    bands: dict[Place, tuple[float, float]]
+    bands: dict[ModuleLevel, tuple[float, float]]
 
-    def broken(self, difference: float, rows: Sequence[Row]) -> Iterator[str]:
+    def broken(self, difference: float, rows: Sequence[ModuleRms]) -> Iterator[str]:
         """What isn't as promised, one line each."""
         if self.difference is not None and not difference <= self.difference:
             yield f"logits differ by {difference:.2g} of the largest, promised is {self.difference:g}"
@@ -67,24 +67,14 @@ def promise_of(plan: GrowthPlan, dtype: torch.dtype) -> Promise:
         return Promise(
             f"RMS of a layer's output, with units that add nothing at first: {least:.3g} to {LAYER_BAND:g} of before",
             None,
-            {Place.LAYER: (least, LAYER_BAND)},
+            {ModuleLevel.LAYER: (least, LAYER_BAND)},
         )
     return Promise(
         f"RMS of a layer's output within a factor of {LAYER_BAND:g}, of other modules' of {BLOCK_BAND:g}",
         None,
         {
-            Place.LAYER: (1 / LAYER_BAND, LAYER_BAND),
-            Place.BLOCK: (1 / BLOCK_BAND, BLOCK_BAND),
-            Place.OUTSIDE: (1 / BLOCK_BAND, BLOCK_BAND),
+            ModuleLevel.LAYER: (1 / LAYER_BAND, LAYER_BAND),
+            ModuleLevel.BLOCK: (1 / BLOCK_BAND, BLOCK_BAND),
+            ModuleLevel.OUTSIDE: (1 / BLOCK_BAND, BLOCK_BAND),
         },
     )
-
-
-def keeps_function(strategy: Strategy, integer: bool) -> bool:
-    """Whether a strategy promises the same function, at ``integer`` ratios or at any."""
-    return strategy.scaling is Scaling.FUNCTION or (strategy.all_copied and integer and strategy.scaling is Scaling.RMS)
-
-
-def whole_ratios(growths: Iterable[AxisGrowth]) -> bool:
-    """Whether every unit gets equally many copies, within the groups of each axis, too."""
-    return all(growth.after * growth.groups[0] % (growth.before * growth.groups[1]) == 0 for growth in growths)

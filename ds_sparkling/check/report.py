@@ -8,19 +8,20 @@ from typing import Any
 
 import torch
 
-from ds_sparkling.axes import ParamAxes
-from ds_sparkling.check.comparison import Runnable, compare, first_runnable, fitting_axes
-from ds_sparkling.check.forward import Inputs
-from ds_sparkling.check.instance import Instance, instances
-from ds_sparkling.check.modules import Row, rows
+from ds_sparkling.check.modules import ModuleRms, rows
 from ds_sparkling.check.promise import Promise, promise_of
-from ds_sparkling.check.proof import RefutedError, refuted
-from ds_sparkling.check.resolve import axes_to_grow
 from ds_sparkling.check.tally import Tally, tallies
-from ds_sparkling.check.trial import Subject, Trial
+from ds_sparkling.discovery.build import BuildModel, base_widths, build_on_meta, saved_buffers
+from ds_sparkling.discovery.comparison import Runnable, compare, first_runnable, fitting_axes
+from ds_sparkling.discovery.forward import Inputs
+from ds_sparkling.discovery.instance import Instance, instances
+from ds_sparkling.discovery.proof import RefutedError, refuted
+from ds_sparkling.discovery.reading import UnreadableError, read
+from ds_sparkling.discovery.resolve import axes_to_grow
+from ds_sparkling.discovery.trial import Trial, TrialModel
 from ds_sparkling.growth import GrowthPlan, make_plan
-from ds_sparkling.probe import BuildModel, UnreadableError, base_widths, build_on_meta, read, saved_buffers
-from ds_sparkling.strategy import Strategy
+from ds_sparkling.spec.axes import ParamAxes
+from ds_sparkling.spec.strategy import Strategy
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class GrowthReport:
     small: GrowthPlan
     note: str
     dtype: torch.dtype
-    rows: tuple[Row, ...]
+    rows: tuple[ModuleRms, ...]
     difference: float
     tallies: tuple[Tally, ...]
     promise: Promise
@@ -183,7 +184,7 @@ def _axes(
 def _refuted(runnable: Runnable, axes: Mapping[str, ParamAxes]) -> str:
     """What is wrong with growing the model itself by copies; empty if that keeps the function."""
     twice = {axis: 2 * runnable.instance.before[axis] for axis in runnable.instance.after}
-    trial = Trial(Subject(runnable), twice, Strategy(), "every unit copied")
+    trial = Trial(TrialModel(runnable), twice, Strategy(), "every unit copied")
     return "" if trial.difference(axes) <= trial.tolerance else str(refuted(trial, axes))
 
 

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 
-from ds_sparkling.arguments import parse_widths
-from ds_sparkling.checkpoint.axes import UnknownAxesError
 from ds_sparkling.checkpoint.expand import FORMATS, Request, expand, prepare
+from ds_sparkling.checkpoint.parameter_axes import UnknownAxesError
 from ds_sparkling.checkpoint.team import Team
 from ds_sparkling.errors import SparklingError
-from ds_sparkling.whole_file import beside
+from ds_sparkling.files import beside
+from ds_sparkling.spec.widths import parse_widths
 
 
 def main(argv: Sequence[str] | None = None) -> None:

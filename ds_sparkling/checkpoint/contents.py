@@ -15,8 +15,8 @@ from ds_sparkling.checkpoint.source import WEIGHT, Source
 from ds_sparkling.errors import CheckpointError
 from ds_sparkling.growth import GrowthPlan, Widener, grown_buffer
 from ds_sparkling.growth.widen import Statistics
-from ds_sparkling.partition import cut
-from ds_sparkling.strategy import OptimizerState
+from ds_sparkling.spec.partition import cut
+from ds_sparkling.spec.strategy import OptimizerState
 
 #: Elements that are made at a time; with a few tensors of this size per worker memory doesn't depend on the model's.
 BLOCK = 1 << 20

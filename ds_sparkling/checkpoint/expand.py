@@ -14,25 +14,25 @@ from typing import Any, Protocol
 
 import torch
 
-from ds_sparkling.checkpoint.axes import ModelAxes, checkpoint_axes
 from ds_sparkling.checkpoint.contents import BLOCK, Contents
 from ds_sparkling.checkpoint.export import HuggingFaceFiles, experts_are_stacked, widened_config
 from ds_sparkling.checkpoint.layout import Layout, Settings, make_layout, regrouped
 from ds_sparkling.checkpoint.metadata import buffer_shapes, expert_layers
 from ds_sparkling.checkpoint.opening import check_files, find, open_checkpoint, understanding
-from ds_sparkling.checkpoint.output import Filler, OutputFile, Report
+from ds_sparkling.checkpoint.output import Filler, OutputFile, OutputSummary
+from ds_sparkling.checkpoint.parameter_axes import ModelAxes, checkpoint_axes
 from ds_sparkling.checkpoint.publish import check_free, published, staging, writing
 from ds_sparkling.checkpoint.source import Source
 from ds_sparkling.checkpoint.team import Team
 from ds_sparkling.checkpoint.universal import UniversalFiles
 from ds_sparkling.checkpoint.zero_files import ZeroFiles, file_prefix
-from ds_sparkling.config import BLOCK as CONFIG_BLOCK
-from ds_sparkling.config import SparklingConfig, read_json, sparkling_config
 from ds_sparkling.errors import CheckpointError
 from ds_sparkling.growth import GrowthPlan, make_plan
 from ds_sparkling.optim.scheduler import grown_state, regrouped_state
 from ds_sparkling.progress import progress_bar
-from ds_sparkling.record import GrowthRecord
+from ds_sparkling.spec.config import BLOCK as CONFIG_BLOCK
+from ds_sparkling.spec.config import SparklingConfig, read_json, sparkling_config
+from ds_sparkling.spec.record import GrowthRecord
 
 logger = logging.getLogger(__name__)
 
@@ -303,10 +303,10 @@ def _record(source: Source, model: ModelAxes, plan: GrowthPlan, block: Sparkling
     same = started.keys() == before.initial_widths.keys()
     axes, tried = (model.built, model.tried) if model.built else (before.axes, before.tried) if same else ({}, ())
     record = GrowthRecord(started, dict(axes), before.stages, tried, spent=before.spent)
-    widths = {growth.axis: growth.after for growth in plan.growths}
+    widths, step = plan.grown_widths, source.model_states(0)["global_steps"]
     happened = {stage.planned_step for stage in record.stages}
     planned = (stage.at_step for stage in block.stages if stage.widths == widths and stage.at_step not in happened)
-    return record.after(plan, step=source.model_states(0)["global_steps"], planned_step=next(planned, None))
+    return record.after(widths, plan.strategy, step=step, planned_step=next(planned, None))
 
 
 def _files(request: Request, contents: Contents, layout: Layout, scheduler: Any, source: Source) -> Files:
@@ -361,7 +361,7 @@ def _finish(expansion: Expansion, root: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _summary(expansion: Expansion, report: Report, team: Team, seconds: float) -> dict[str, Any]:
+def _summary(expansion: Expansion, report: OutputSummary, team: Team, seconds: float) -> dict[str, Any]:
     reports = [report]
     if team.size > 1:
         reports = [None] * team.size  # type: ignore[list-item]

@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_sparkling.autoep import BlockNames
 from ds_sparkling.checkpoint.contents import Contents
 from ds_sparkling.checkpoint.layout import Shape
 from ds_sparkling.checkpoint.metadata import ExpertLayer, expert_layers, shared_names
 from ds_sparkling.checkpoint.names import HuggingFaceModel, OwnNames, some
-from ds_sparkling.checkpoint.output import OutputFile, Run, Slot
+from ds_sparkling.checkpoint.output import ElementRange, OutputFile, Slot
 from ds_sparkling.checkpoint.source import WEIGHT, Source
+from ds_sparkling.discovery.factory import HuggingFaceFactory, own_name
 from ds_sparkling.errors import CheckpointError, ConfigError
-from ds_sparkling.factory import HuggingFaceFactory, own_name
+from ds_sparkling.spec.autoep import BlockNames
 
 #: Bytes of tensors in one shard, as ``save_pretrained`` has it.
 SHARD_BYTES = 5 * 10**9
@@ -52,7 +52,7 @@ class Exported:
     name: str
     shape: Shape
     dtype: torch.dtype
-    runs: tuple[Run, ...] = ()
+    runs: tuple[ElementRange, ...] = ()
     buffer: Tensor | None = None
 
     @property
@@ -135,7 +135,7 @@ class HuggingFaceFiles:
         for name, param in self._contents.params.items():
             if name not in experts:
                 own = self._own(_own_name(name, layers, names))
-                yield Exported(own, param.shape, param.dtype, (Run(name, WEIGHT, 0, param.numel),))
+                yield Exported(own, param.shape, param.dtype, (ElementRange(name, WEIGHT, 0, param.numel),))
         for layer in layers:
             yield from self._experts(layer, names)
         for name, tensor in model["module"].items():
@@ -148,9 +148,9 @@ class HuggingFaceFiles:
         w1, w2, w3 = (self._contents.params[name] for name in layer.names)
         block = self._own(f"{layer.path}.{names.experts}")
 
-        def runs(name: str, expert: int) -> Run:
+        def runs(name: str, expert: int) -> ElementRange:
             numel = self._contents.params[name].numel // layer.experts
-            return Run(name, WEIGHT, expert * numel, (expert + 1) * numel)
+            return ElementRange(name, WEIGHT, expert * numel, (expert + 1) * numel)
 
         parts = {names.gate: [w1.name, w3.name] if names.up is None else [w1.name], names.down: [w2.name]}
         if names.up is not None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ds_sparkling.partition import even_piece, expert_groups, padded_piece, round_robin, sub_groups, window_piece
+from ds_sparkling.spec.partition import even_piece, expert_groups, padded_piece, round_robin, sub_groups, window_piece
 
 Shape = tuple[int, ...]
 
@@ -149,7 +149,7 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class Place:
+class Extent:
     """``numel`` elements from ``offset`` on in flat tensor ``flat`` of rank ``rank``."""
 
     rank: int
@@ -210,7 +210,7 @@ class Layout:
         """The parameters of which ``rank`` holds a part."""
         return [segment.name for segment in self.segments(flat, rank)]
 
-    def places(self, name: str, start: int, stop: int) -> Iterator[Place]:
+    def places(self, name: str, start: int, stop: int) -> Iterator[Extent]:
         """Where the elements ``start .. stop`` of a trained logical parameter lie, in order."""
         index, member = self._members[name]
         flat = self.flats[index]
@@ -227,7 +227,7 @@ class Layout:
                 at += offset
             count = min(left, stop - start)
             rank = part * self.settings.expert_parallel + expert_rank if flat.expert else part
-            yield Place(rank, index, at, count)
+            yield Extent(rank, index, at, count)
             start += count
 
     def position(self, name: str) -> int:

@@ -12,7 +12,7 @@ import torch
 
 from ds_sparkling.checkpoint.layout import Group, Layout, Param, Settings, Shape, make_layout
 from ds_sparkling.errors import CheckpointError, UnsupportedError
-from ds_sparkling.partition import round_robin
+from ds_sparkling.spec.partition import round_robin
 
 #: DeepSpeed versions whose files were checked.
 CHECKED_VERSIONS = ("0.19.8",)

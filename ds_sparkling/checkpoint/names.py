@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from ds_sparkling.checkpoint.layout import Shape
+from ds_sparkling.discovery.factory import import_transformers
 from ds_sparkling.errors import CheckpointError
-from ds_sparkling.factory import import_transformers
 
 logger = logging.getLogger(__name__)
 

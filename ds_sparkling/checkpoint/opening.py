@@ -12,7 +12,7 @@ from ds_sparkling.checkpoint.universal import UniversalSource, is_universal
 from ds_sparkling.checkpoint.zero_source import ZeroSource, is_checkpoint_file
 from ds_sparkling.errors import CheckpointError, SparklingError
 from ds_sparkling.progress import progress_bar
-from ds_sparkling.record import find_checkpoint
+from ds_sparkling.spec.record import find_checkpoint
 
 
 def find(root: Path, tag: str | None) -> Path:

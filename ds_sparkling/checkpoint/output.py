@@ -30,7 +30,7 @@ _UNSYNCED_FILES = 4
 
 
 @dataclass(frozen=True)
-class Run:
+class ElementRange:
     """The elements ``start .. stop`` of a logical parameter's weight or state, from ``offset`` on in a tensor."""
 
     name: str
@@ -44,7 +44,7 @@ class Run:
 class Slot:
     """A run's place in a file: from byte ``position`` on, as ``dtype``."""
 
-    run: Run
+    run: ElementRange
     position: int
     dtype: torch.dtype
 
@@ -71,9 +71,11 @@ class PickledFile(OutputFile):
     """
 
     content: Any
-    runs: list[tuple[Tensor, list[Run]]] = field(default_factory=list)
+    runs: list[tuple[Tensor, list[ElementRange]]] = field(default_factory=list)
 
-    def room(self, shape: Sequence[int], dtype: torch.dtype, runs: Iterator[Run] | Sequence[Run]) -> Tensor:
+    def room(
+        self, shape: Sequence[int], dtype: torch.dtype, runs: Iterator[ElementRange] | Sequence[ElementRange]
+    ) -> Tensor:
         """A tensor to put into ``content`` that ``runs`` will fill. It takes address space, but no memory."""
         size = math.prod(shape) * dtype.itemsize
         if size:
@@ -111,7 +113,7 @@ class _Written:
 
 
 @dataclass
-class Report:
+class OutputSummary:
     """What became of the output.
 
     Attributes:
@@ -143,7 +145,7 @@ class Filler:
         verify: bool = False,
         progress: Callable[[int], None] = lambda _: None,
     ) -> None:
-        self.report = Report()
+        self.report = OutputSummary()
         self._contents = contents
         self._workers = workers
         self._verify = verify

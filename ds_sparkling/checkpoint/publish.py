@@ -12,7 +12,7 @@ from io import TextIOWrapper
 from pathlib import Path
 
 from ds_sparkling.errors import CheckpointError
-from ds_sparkling.whole_file import beside, longest_name
+from ds_sparkling.files import beside, longest_name
 
 _LOCK = "lock"
 _DATA = "data"

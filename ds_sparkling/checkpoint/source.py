@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ds_sparkling.checkpoint import pickles
 from ds_sparkling.checkpoint.layout import Layout
-from ds_sparkling.record import GrowthRecord
+from ds_sparkling.spec.record import GrowthRecord
 
 #: The key of a parameter's weights, next to the optimizer's own keys of its states: fp32 masters, or the compute
 #: weights of a frozen parameter.

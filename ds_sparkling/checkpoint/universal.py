@@ -13,12 +13,12 @@ from torch import Tensor
 from ds_sparkling.checkpoint.contents import Contents
 from ds_sparkling.checkpoint.layout import Layout
 from ds_sparkling.checkpoint.metadata import expert_layers, read_layout, require
-from ds_sparkling.checkpoint.output import OutputFile, PickledFile, Run
+from ds_sparkling.checkpoint.output import ElementRange, OutputFile, PickledFile
 from ds_sparkling.checkpoint.source import WEIGHT, Source
 from ds_sparkling.checkpoint.zero_files import ZeroFiles
 from ds_sparkling.checkpoint.zero_source import base_state, frozen_pieces, model_file
 from ds_sparkling.errors import CheckpointError, UnsupportedError
-from ds_sparkling.record import read_record
+from ds_sparkling.spec.record import read_record
 
 logger = logging.getLogger(__name__)
 
@@ -208,7 +208,7 @@ class UniversalFiles:
         param = self._contents.params[name]
         dtype = self._contents.dtype(name, key) if param.trained else torch.float32
         file = PickledFile({})
-        room = file.room(param.shape, dtype, [Run(name, key, 0, param.numel)])
+        room = file.room(param.shape, dtype, [ElementRange(name, key, 0, param.numel)])
         file.content = {"cat_dim": 0, "param": room}
         if param.expert:
             file.content |= {"is_expert_param": True, "ep_num_experts": self._experts[name]}

@@ -14,13 +14,13 @@ from torch import Tensor
 from ds_sparkling.checkpoint.contents import Contents
 from ds_sparkling.checkpoint.layout import Flat, Layout, Segment
 from ds_sparkling.checkpoint.metadata import ExpertLayer, expert_layers, expert_metadata, shared_names
-from ds_sparkling.checkpoint.output import OutputFile, PickledFile, Run
+from ds_sparkling.checkpoint.output import ElementRange, OutputFile, PickledFile
 from ds_sparkling.checkpoint.pickles import FragmentAddress
 from ds_sparkling.checkpoint.source import WEIGHT, Source
 from ds_sparkling.checkpoint.zero_source import ZeroSource, expert_file, model_file, optimizer_file
 from ds_sparkling.errors import CheckpointError
-from ds_sparkling.optim.counters import same_numbers
-from ds_sparkling.partition import even_piece, padded_piece
+from ds_sparkling.optim.step_counters import same_numbers
+from ds_sparkling.spec.partition import even_piece, padded_piece
 
 
 class ZeroFiles:
@@ -117,7 +117,7 @@ class ZeroFiles:
                 for segment in segments:
                     numel = self._layout.local_numel(segment.name)
                     start = segment.start // numel * numel
-                    runs.append(Run(segment.name, key, start, start + numel, size))
+                    runs.append(ElementRange(segment.name, key, start, start + numel, size))
                     size += numel
                 made[key] = file.room([size], dtype, runs)
             else:
@@ -208,7 +208,7 @@ class ZeroFiles:
                 continue
             place = name, tensor.data_ptr()
             if place not in made:
-                made[place] = file.room(param.shape, tensor.dtype, [Run(name, WEIGHT, 0, param.numel)])
+                made[place] = file.room(param.shape, tensor.dtype, [ElementRange(name, WEIGHT, 0, param.numel)])
             module[key] = made[place]
         return module
 
@@ -217,10 +217,10 @@ class ZeroFiles:
         param, settings = self._contents.params[name], self._layout.settings
         if settings.stage < 3:
             shape = self._layout.local_shape(name)
-            return file.room(shape, param.dtype, [Run(name, WEIGHT, 0, self._layout.local_numel(name))])
+            return file.room(shape, param.dtype, [ElementRange(name, WEIGHT, 0, self._layout.local_numel(name))])
         piece = even_piece(param.numel, settings.ranks, rank)
         size = padded_piece(param.numel, settings.ranks)
-        return file.room([size], param.dtype, [Run(name, WEIGHT, piece.start, piece.stop)])
+        return file.room([size], param.dtype, [ElementRange(name, WEIGHT, piece.start, piece.stop)])
 
     def _expert(self, layer: ExpertLayer, expert: int) -> PickledFile:
         """The compute weights of one expert."""
@@ -228,7 +228,7 @@ class ZeroFiles:
         for name in layer.names:
             shape = self._contents.params[name].shape[1:]
             numel = self._contents.params[name].numel // layer.experts
-            run = Run(name, WEIGHT, expert * numel, (expert + 1) * numel)
+            run = ElementRange(name, WEIGHT, expert * numel, (expert + 1) * numel)
             file.content[f"{name}.{expert}"] = file.room(shape, self._contents.params[name].dtype, [run])
         return file
 
@@ -242,8 +242,8 @@ class ZeroFiles:
         }
 
 
-def _run(key: str, segment: Segment) -> Run:
-    return Run(segment.name, key, segment.start, segment.stop, segment.offset)
+def _run(key: str, segment: Segment) -> ElementRange:
+    return ElementRange(segment.name, key, segment.start, segment.stop, segment.offset)
 
 
 def file_prefix(source: Source) -> str:

@@ -26,8 +26,8 @@ from ds_sparkling.checkpoint.metadata import (
 )
 from ds_sparkling.checkpoint.source import WEIGHT, Source
 from ds_sparkling.errors import CheckpointError, UnsupportedError
-from ds_sparkling.partition import cut, padded_piece
-from ds_sparkling.record import read_record
+from ds_sparkling.spec.partition import cut, padded_piece
+from ds_sparkling.spec.record import read_record
 
 _OPTIMIZER = re.compile(r"(bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 _MODEL_3 = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_model_states\.pt")

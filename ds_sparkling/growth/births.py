@@ -14,12 +14,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ds_sparkling.axes import Dim, ParamAxes
 from ds_sparkling.growth.units import birth_of_units
+from ds_sparkling.spec.axes import Dim, ParamAxes
 
 
 @dataclass(frozen=True)
-class Run:
+class BirthRun:
     """Columns up to ``stop`` (from where the run before it stops) that were born in ``stage``."""
 
     stop: int
@@ -38,7 +38,7 @@ class Block:
 
     start: int
     rows: int
-    runs: tuple[Run, ...]
+    runs: tuple[BirthRun, ...]
 
     @property
     def row(self) -> int:
@@ -58,7 +58,7 @@ class Block:
 
 def stretch(start: int, stop: int, stage: int) -> Block:
     """A block of elements that were all born in ``stage``."""
-    return Block(start, 1, (Run(stop - start, stage),))
+    return Block(start, 1, (BirthRun(stop - start, stage),))
 
 
 def birth_blocks(
@@ -127,23 +127,23 @@ def _stretches(births: Tensor, start: int, stop: int) -> Iterable[tuple[int, int
         yield start + first, start + end, int(window[first])
 
 
-def _runs(births: Tensor, trailing: int) -> tuple[Run, ...]:
+def _runs(births: Tensor, trailing: int) -> tuple[BirthRun, ...]:
     """The runs of a row, whose indices have ``births`` and hold ``trailing`` elements each."""
-    return tuple(Run(end * trailing, stage) for _, end, stage in _stretches(births, 0, len(births)))
+    return tuple(BirthRun(end * trailing, stage) for _, end, stage in _stretches(births, 0, len(births)))
 
 
-def _floored(runs: tuple[Run, ...], floor: int) -> tuple[Run, ...]:
+def _floored(runs: tuple[BirthRun, ...], floor: int) -> tuple[BirthRun, ...]:
     """The runs of a row that was itself born in ``floor``."""
-    floored: list[Run] = []
+    floored: list[BirthRun] = []
     for run in runs:
         stage = max(run.stage, floor)
         if floored and floored[-1].stage == stage:
             floored.pop()
-        floored.append(Run(run.stop, stage))
+        floored.append(BirthRun(run.stop, stage))
     return tuple(floored)
 
 
-def _cut(first: int, end: int, runs: tuple[Run, ...], start: int, stop: int) -> list[Block]:
+def _cut(first: int, end: int, runs: tuple[BirthRun, ...], start: int, stop: int) -> list[Block]:
     """Rows between the elements ``first`` and ``end``, without what lies outside of ``start`` to ``stop``."""
     row = runs[-1].stop
     low, high = max(first, start), min(end, stop)
@@ -153,7 +153,7 @@ def _cut(first: int, end: int, runs: tuple[Run, ...], start: int, stop: int) -> 
         if column or high - low < row:  # a part of a row
             width = min(row - column, high - low)
             inside = [
-                Run(min(run.stop, column + width) - column, run.stage)
+                BirthRun(min(run.stop, column + width) - column, run.stage)
                 for before, run in zip((0, *(run.stop for run in runs)), runs, strict=False)
                 if before < column + width and run.stop > column
             ]

@@ -14,11 +14,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ds_sparkling.axes import Dim, Role
 from ds_sparkling.growth.random import standard_normal
 from ds_sparkling.growth.scaling import AxisGrowth
 from ds_sparkling.growth.spread import Spread
 from ds_sparkling.growth.units import twin_units
+from ds_sparkling.spec.axes import Dim, Role
 
 #: Elements drawn at a time.
 _CHUNK = 1 << 16

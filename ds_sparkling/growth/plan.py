@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, TypeVar
 
-from ds_sparkling.axes import Dim, Norm, ParamAxes, Role
 from ds_sparkling.errors import PlanError
 from ds_sparkling.growth.scaling import AxisGrowth, Factors, UnitScales, unit_scales
-from ds_sparkling.strategy import Strategy
+from ds_sparkling.spec.axes import Dim, Norm, ParamAxes, Role
+from ds_sparkling.spec.strategy import Strategy
 
 Shape = tuple[int, ...]
 #: Which share of its experts' parameters one token uses (top-k over experts): of all that are stacked, or by name.
@@ -74,6 +74,11 @@ class GrowthPlan:
     params: tuple[ParamPlan, ...]
     active_share: Shares | None = 1.0
     buffers: tuple[ParamPlan, ...] = ()
+
+    @property
+    def grown_widths(self) -> dict[str, int]:
+        """What the axes that grow become."""
+        return {growth.axis: growth.after for growth in self.growths}
 
     def param(self, name: str) -> ParamPlan:
         try:

@@ -8,17 +8,17 @@ before they are consumed.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ds_sparkling.axes import Dim, ParamAxes, Role
 from ds_sparkling.errors import PlanError
 from ds_sparkling.growth.random import standard_normal, stream_key
 from ds_sparkling.growth.units import check_widths, multiplicities, old_units, source_units
-from ds_sparkling.strategy import Init, Scaling, Strategy
+from ds_sparkling.spec.axes import Dim, ParamAxes, Role
+from ds_sparkling.spec.strategy import Init, Scaling, Strategy
 
 #: A factor: the same for all entries of a dimension, or float64 per entry.
 Scale = float | Tensor
@@ -235,3 +235,13 @@ def unit_scales(growth: AxisGrowth, strategy: Strategy, stage: int = 1) -> UnitS
         head_gain_gradient=ones * louder,
         stretch=d_new / d,
     )
+
+
+def keeps_function(strategy: Strategy, integer: bool) -> bool:
+    """Whether a strategy promises the same function, at ``integer`` ratios or at any."""
+    return strategy.scaling is Scaling.FUNCTION or (strategy.all_copied and integer and strategy.scaling is Scaling.RMS)
+
+
+def whole_ratios(growths: Iterable[AxisGrowth]) -> bool:
+    """Whether every unit gets equally many copies, within the groups of each axis, too."""
+    return all(growth.after * growth.groups[0] % (growth.before * growth.groups[1]) == 0 for growth in growths)

@@ -18,7 +18,6 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
-from ds_sparkling.axes import FIXED, Dim, Role
 from ds_sparkling.errors import PlanError
 from ds_sparkling.growth.noise import ZeroSumNoise, consumed_twins
 from ds_sparkling.growth.plan import GrowthPlan, ParamPlan
@@ -26,8 +25,9 @@ from ds_sparkling.growth.random import standard_normal, stream_key
 from ds_sparkling.growth.scaling import AxisGrowth, Factors, Scale
 from ds_sparkling.growth.spread import Spread, column_mean, row_mean, spread
 from ds_sparkling.growth.units import old_units, paired_units, source_units
-from ds_sparkling.state_kinds import StateKind, gradient_degree
-from ds_sparkling.strategy import Init, NewIndex, OptimizerState, Strategy
+from ds_sparkling.spec.axes import FIXED, Dim, Role
+from ds_sparkling.spec.state_kinds import StateKind, gradient_degree
+from ds_sparkling.spec.strategy import Init, NewIndex, OptimizerState, Strategy
 
 #: Elements drawn at a time; bounds the temporaries of random initialisation.
 _DRAW_CHUNK = 1 << 16
@@ -87,7 +87,7 @@ def _unmoved(size: int) -> _DimMap:
 
 
 @dataclass(frozen=True)
-class _Run:
+class _IndexRun:
     """Indices start..stop of a flattened dimension: one kind, consecutive sources from ``source`` on."""
 
     start: int
@@ -355,13 +355,13 @@ class Widener:
     # -- runs: a grown tensor as a few rectangles ---------------------------------------------------------------
 
     @property
-    def _columns(self) -> list[_Run]:
+    def _columns(self) -> list[_IndexRun]:
         if not self._dims:
-            return [_Run(0, 1, 0, _OLD)]
+            return [_IndexRun(0, 1, 0, _OLD)]
         dim_map = self._maps[-1]
         return self._plan.once(("columns", self._dims[-1], self.after[-1]), lambda: _runs(dim_map.source, dim_map.kind))
 
-    def _row_runs(self, first: int, last: int) -> list[_Run]:
+    def _row_runs(self, first: int, last: int) -> list[_IndexRun]:
         """Rows ``first .. last`` of the grown tensor as runs of consecutive old rows."""
         rest = torch.arange(first, last)
         source = torch.zeros_like(rest)
@@ -476,7 +476,7 @@ class Widener:
             column = column_scale[columns.start : columns.stop] if isinstance(column_scale, Tensor) else column_scale
             _scaled_copy(block, source, row, column, offset)
 
-    def _draw(self, rows: _Run, columns: _Run, spreads: Sequence[Spread]) -> Tensor:
+    def _draw(self, rows: _IndexRun, columns: _IndexRun, spreads: Sequence[Spread]) -> Tensor:
         """Random entries of a rectangle, fp32 on the CPU: gains around their mean, other weights around zero."""
         width = self.after[-1]
         drawn = torch.empty(rows.stop - rows.start, columns.stop - columns.start)
@@ -510,14 +510,14 @@ def grown_buffer(plan: GrowthPlan, name: str, old: Tensor) -> Tensor:
     return out.view(widener.after)
 
 
-def _runs(source: Tensor, kind: Tensor, first: int = 0) -> list[_Run]:
+def _runs(source: Tensor, kind: Tensor, first: int = 0) -> list[_IndexRun]:
     """Split indices ``first ..`` wherever the kind changes or the sources stop being consecutive."""
     breaks = (source[1:] != source[:-1] + 1) | (kind[1:] != kind[:-1])
     starts = [0, *(breaks.nonzero().flatten() + 1).tolist()]
     stops = [*starts[1:], source.numel()]
     heads = torch.tensor(starts)
     return [
-        _Run(first + start, first + stop, src, knd)
+        _IndexRun(first + start, first + stop, src, knd)
         for start, stop, src, knd in zip(starts, stops, source[heads].tolist(), kind[heads].tolist(), strict=True)
     ]
 

@@ -23,9 +23,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 import ds_sparkling
-from ds_sparkling.check.forward import Inputs
+from ds_sparkling.discovery.build import BuildModel, require_factory
+from ds_sparkling.discovery.forward import Inputs
 from ds_sparkling.errors import ConfigError, UnsupportedError
-from ds_sparkling.probe import BuildModel, require_factory
 
 _A = TypeVar("_A")
 

@@ -22,11 +22,11 @@ from typing import Any
 from transformers import TrainerCallback
 
 import ds_sparkling
-from ds_sparkling.check.forward import Inputs
+from ds_sparkling.discovery.build import BuildModel
+from ds_sparkling.discovery.forward import Inputs
+from ds_sparkling.engine.notices import notice_end
 from ds_sparkling.errors import ConfigError, UnsupportedError
 from ds_sparkling.integrations.accelerate import growing
-from ds_sparkling.probe import BuildModel
-from ds_sparkling.zero.notices import notice_end
 
 logger = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils import cpp_extension
 
 from ds_sparkling.growth import Block
-from ds_sparkling.optim.treatment import Treatment
+from ds_sparkling.optim.element_rates import Treatment
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +136,7 @@ class _Rate(ctypes.Structure):
     _fields_ = [("decay", ctypes.c_float), ("step_size", ctypes.c_float), ("correction", ctypes.c_float)]
 
 
-class _Run(ctypes.Structure):
+class _BirthRun(ctypes.Structure):
     _fields_ = [("stop", ctypes.c_int64), ("stage", ctypes.c_int64)]
 
 
@@ -145,7 +145,7 @@ class _Block(ctypes.Structure):
         ("start", ctypes.c_int64),
         ("rows", ctypes.c_int64),
         ("row", ctypes.c_int64),
-        ("runs", ctypes.POINTER(_Run)),
+        ("runs", ctypes.POINTER(_BirthRun)),
         ("count", ctypes.c_int64),
     ]
 
@@ -161,7 +161,9 @@ class _Table:
     """Blocks as the kernel reads them."""
 
     def __init__(self, blocks: Sequence[Block]) -> None:
-        self._runs = [(_Run * len(block.runs))(*(_Run(run.stop, run.stage) for run in block.runs)) for block in blocks]
+        self._runs = [
+            (_BirthRun * len(block.runs))(*(_BirthRun(run.stop, run.stage) for run in block.runs)) for block in blocks
+        ]
         self.count = len(blocks)
         self.blocks = (_Block * self.count)(
             *(

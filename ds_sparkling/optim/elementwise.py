@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_sparkling.optim.trial import SMALL, STEPS, random_like, step_apart
+from ds_sparkling.optim.optimizer_trial import SMALL, STEPS, random_like, step_apart
 
 
 def steps_elementwise(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], like: Tensor) -> bool:

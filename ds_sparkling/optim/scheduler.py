@@ -12,8 +12,8 @@ import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, SequentialLR
 
 from ds_sparkling.errors import ConfigError
-from ds_sparkling.schedule import Birth, CosineBase, rates_by_birth
-from ds_sparkling.strategy import BiasCorrection, Curve, Rewarmup, Scope, Strategy
+from ds_sparkling.growth.schedule import Birth, CosineBase, rates_by_birth
+from ds_sparkling.spec.strategy import BiasCorrection, Rewarmup, RewarmupCurve, Scope, Strategy
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +131,7 @@ def birth(strategy: Strategy, starts: Sequence[float], now: Phase | None, kind: 
         ConfigError: if the curve is to be a cosine and the base schedule has none around it.
     """
     rewarmup, base = strategy.rewarmup, None
-    if rewarmup.curve in (Curve.AUTO, Curve.COSINE) and rewarmup.scope is not Scope.NONE:
+    if rewarmup.curve in (RewarmupCurve.AUTO, RewarmupCurve.COSINE) and rewarmup.scope is not Scope.NONE:
         if now is None:
             why = f"a {kind} doesn't tell where a cosine ends"
         elif now.warming:
@@ -142,7 +142,7 @@ def birth(strategy: Strategy, starts: Sequence[float], now: Phase | None, kind: 
             why = f"the base schedule has only {now.left.total} steps"
         else:
             why, base = "", now.left
-        if base is None and rewarmup.curve is Curve.COSINE:
+        if base is None and rewarmup.curve is RewarmupCurve.COSINE:
             raise ConfigError(f"rewarmup.curve is 'cosine', but {why}; use 'auto' or 'factor'")
         if base is None and rewarmup.needs_cosine:
             raise ConfigError(f"rewarmup.faster_decay and from_step change a cosine, but {why}; leave them out")

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from ds_sparkling.growth import Block
 from ds_sparkling.growth.births import stretch
+from ds_sparkling.growth.schedule import rates_by_birth
 from ds_sparkling.optim.adam import AdamKernel
+from ds_sparkling.optim.element_rates import Treatment, treatments
 from ds_sparkling.optim.scheduler import RewarmupScheduler
-from ds_sparkling.optim.treatment import Treatment, treatments
 from ds_sparkling.optim.weight_norm import NormRatios
-from ds_sparkling.schedule import rates_by_birth
 
 #: Elements that are copied out at a time.
 _CHUNK = 1 << 20

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ds_sparkling.growth import Block
-from ds_sparkling.optim.treatment import Treatment
-from ds_sparkling.schedule import Birth
+from ds_sparkling.growth.schedule import Birth
+from ds_sparkling.optim.element_rates import Treatment
 
 
 @dataclass(frozen=True)

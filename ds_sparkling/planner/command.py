@@ -22,13 +22,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ds_sparkling.arguments import parse_widths
 from ds_sparkling.errors import SparklingError
-from ds_sparkling.pictures import add_picture_options, check_picture_options, save_picture
+from ds_sparkling.figures import add_picture_options, check_picture_options, save_picture
 from ds_sparkling.planner.costs import Assumptions
 from ds_sparkling.planner.picture import picture
-from ds_sparkling.planner.report import Report
+from ds_sparkling.planner.report import Planning
 from ds_sparkling.planner.subject import DEFAULT_RANKS, Options, read_subject
+from ds_sparkling.spec.widths import parse_widths
 
 _TWO_STAGE = (1 / 3, 2 / 3)
 
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         subject = read_subject(args.config, _options(args))
         assumed = Assumptions(args.bandwidth, args.write_bandwidth, args.engine_start)
-        report = Report.make(subject, tuple(args.two_stage), assumed)
+        report = Planning.make(subject, tuple(args.two_stage), assumed)
         sys.stdout.write((json.dumps(report.to_dict(), indent=1) if args.json else report.describe()) + "\n")
         if not args.no_picture:
             save_picture(picture(report), args.output)

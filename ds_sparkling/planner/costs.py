@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ds_sparkling.errors import ConfigError
 from ds_sparkling.planner.memory import Footprint, Traffic, built_whole, growing, traffic, training
-from ds_sparkling.planner.subject import Growth, Subject
+from ds_sparkling.planner.subject import PlannedGrowth, PlannedRun
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Cost:
     pause: Pause
 
 
-def cost(subject: Subject, growth: Growth, assumed: Assumptions) -> Cost:
+def cost(subject: PlannedRun, growth: PlannedGrowth, assumed: Assumptions) -> Cost:
     """What ``growth`` takes."""
     model, setting = subject.model, subject.setting
     before = model.tensors(growth.before, setting.expert_parallel)

@@ -21,8 +21,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 
 from ds_sparkling.errors import ConfigError
-from ds_sparkling.partition import padded_piece
-from ds_sparkling.planner.model import Tensor
+from ds_sparkling.planner.model import ParameterSize
+from ds_sparkling.spec.partition import padded_piece
 
 #: Bytes of an element in fp32, which masters and optimizer state are kept in.
 _FP32 = 4
@@ -65,7 +65,7 @@ class Setting:
         if self.offload_weights and self.stage != 3:
             raise ConfigError("zero_optimization.offload_param needs ZeRO stage 3")
 
-    def group(self, tensor: Tensor) -> int:
+    def group(self, tensor: ParameterSize) -> int:
         """Ranks that ZeRO partitions a tensor over."""
         if self.stage == 0:
             return 1
@@ -124,7 +124,7 @@ class Footprint:
         return self.device.total + self.host.total
 
 
-def training(tensors: Sequence[Tensor], setting: Setting) -> Footprint:
+def training(tensors: Sequence[ParameterSize], setting: Setting) -> Footprint:
     """What a rank holds while it trains."""
     weights = _weights(tensors, setting)
     piece = _piece(_trained(tensors), setting)
@@ -139,7 +139,7 @@ def training(tensors: Sequence[Tensor], setting: Setting) -> Footprint:
     return Footprint(device, host)
 
 
-def growing(before: Sequence[Tensor], after: Sequence[Tensor], setting: Setting) -> Footprint:
+def growing(before: Sequence[ParameterSize], after: Sequence[ParameterSize], setting: Setting) -> Footprint:
     """What a rank holds at the peak of a growth: the old masters and state, the new engine, tensors on their way.
 
     Args:
@@ -196,7 +196,7 @@ class Traffic:
 
 
 def traffic(
-    before: Sequence[Tensor], after: Sequence[Tensor], built: int, setting: Setting, *, checkpoint: bool
+    before: Sequence[ParameterSize], after: Sequence[ParameterSize], built: int, setting: Setting, *, checkpoint: bool
 ) -> Traffic:
     """What a growth sends to the rank that receives most.
 
@@ -219,17 +219,17 @@ def traffic(
     return Traffic(start, moved, refreshed, saved)
 
 
-def _trained(tensors: Iterable[Tensor]) -> list[Tensor]:
+def _trained(tensors: Iterable[ParameterSize]) -> list[ParameterSize]:
     return [tensor for tensor in tensors if tensor.trained]
 
 
-def _weights(tensors: Sequence[Tensor], setting: Setting) -> int:
+def _weights(tensors: Sequence[ParameterSize], setting: Setting) -> int:
     """Bytes of compute weights."""
     numel = _piece(tensors, setting) if setting.stage == 3 else sum(tensor.numel for tensor in tensors)
     return numel * setting.weight_bytes
 
 
-def _gradients(tensors: Sequence[Tensor], setting: Setting) -> int:
+def _gradients(tensors: Sequence[ParameterSize], setting: Setting) -> int:
     trained = _trained(tensors)
     numel = sum(tensor.numel for tensor in trained) if setting.stage < 2 else _piece(trained, setting)
     return numel * setting.gradient_bytes
@@ -240,7 +240,7 @@ def _offloaded_gradients(piece: int, setting: Setting) -> int:
     return piece * (_FP32 + (setting.gradient_bytes if setting.stage == 3 else setting.weight_bytes))
 
 
-def _flat_numels(tensors: Sequence[Tensor], setting: Setting) -> list[tuple[int, int]]:
+def _flat_numels(tensors: Sequence[ParameterSize], setting: Setting) -> list[tuple[int, int]]:
     """(elements, ranks) of everything that is partitioned as one.
 
     ZeRO-3 partitions every parameter for itself; stages 1 and 2 lay all dense ones end to end, and all of the experts.
@@ -253,17 +253,17 @@ def _flat_numels(tensors: Sequence[Tensor], setting: Setting) -> list[tuple[int,
     return [(numel, ranks) for ranks, numel in flats.items()]
 
 
-def _piece(tensors: Sequence[Tensor], setting: Setting) -> int:
+def _piece(tensors: Sequence[ParameterSize], setting: Setting) -> int:
     """Elements that a rank owns of partitioned tensors, padding included."""
     return sum(padded_piece(numel, ranks) for numel, ranks in _flat_numels(tensors, setting))
 
 
-def _received(tensors: Sequence[Tensor], setting: Setting) -> int:
+def _received(tensors: Sequence[ParameterSize], setting: Setting) -> int:
     """Elements that the others own, which a rank gets when every tensor is gathered once."""
     return sum((ranks - 1) * padded_piece(numel, ranks) for numel, ranks in _flat_numels(tensors, setting))
 
 
-def _on_the_way(before: Tensor, after: Tensor, setting: Setting) -> int:
+def _on_the_way(before: ParameterSize, after: ParameterSize, setting: Setting) -> int:
     """Bytes of a tensor's whole old copy; with offload also of its own pieces, which pass through the device."""
     ranks = setting.group(before)
     whole = padded_piece(before.numel, ranks) * ranks * _FP32

@@ -6,16 +6,17 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from ds_sparkling.axes import ParamAxes, Role
+from ds_sparkling.discovery.build import BuildModel, base_widths, build_on_meta, check_wide
+from ds_sparkling.discovery.reading import read
 from ds_sparkling.errors import PlanError
 from ds_sparkling.growth.plan import GrowthPlan, Shape, count_parameters, make_plan
-from ds_sparkling.probe import BuildModel, base_widths, build_on_meta, check_wide, read
-from ds_sparkling.routing import active_share, doubt_of_share
-from ds_sparkling.strategy import Strategy
+from ds_sparkling.spec.active_experts import active_share, doubt_of_share
+from ds_sparkling.spec.axes import ParamAxes, Role
+from ds_sparkling.spec.strategy import Strategy
 
 
 @dataclass(frozen=True)
-class Tensor:
+class ParameterSize:
     """One parameter as a rank's engine holds it, before ZeRO partitions it.
 
     Attributes:
@@ -68,7 +69,7 @@ class Model:
         shapes = self.shapes_at(before)
         return make_plan(shapes, self.axes, before, after, strategy, stage=stage, active_share=self.active_share)
 
-    def tensors(self, widths: Mapping[str, int], expert_parallel: int) -> list[Tensor]:
+    def tensors(self, widths: Mapping[str, int], expert_parallel: int) -> list[ParameterSize]:
         """What one rank holds, experts divided by ``expert_parallel`` ranks.
 
         Where experts are divided, AutoEP splits a fused gate and up into two tensors.
@@ -80,7 +81,7 @@ class Model:
         for name, shape in self.shapes_at(widths).items():
             trained = name not in self.frozen
             if not self.axes[name].stacked_experts or expert_parallel == 1:
-                held.append(Tensor(math.prod(shape), trained=trained))
+                held.append(ParameterSize(math.prod(shape), trained=trained))
                 continue
             if shape[0] % expert_parallel:
                 raise PlanError(
@@ -89,7 +90,7 @@ class Model:
                 )
             segments = max(dim.segments if dim.role is Role.FAN_OUT else 1 for dim in self.axes[name].dims)
             numel = math.prod(shape) // expert_parallel // segments
-            held += [Tensor(numel, expert=True, trained=trained)] * segments
+            held += [ParameterSize(numel, expert=True, trained=trained)] * segments
         return held
 
 

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ds_sparkling.pictures import empty_picture
+from ds_sparkling.figures import empty_picture
 from ds_sparkling.planner.compute import Recipe
-from ds_sparkling.planner.report import Report
+from ds_sparkling.planner.report import Planning
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _POINTS = 99
 
 
-def picture(report: Report) -> Figure:
+def picture(report: Planning) -> Figure:
     """Compute saved over the last growth's share of the tokens, one curve per recipe; 800 x 400 pixels.
 
     Earlier growths of a recipe stay where they are.

@@ -8,24 +8,24 @@ from dataclasses import dataclass
 from ds_sparkling.errors import ConfigError
 from ds_sparkling.planner.compute import Recipe
 from ds_sparkling.planner.model import Model
-from ds_sparkling.planner.subject import Subject
+from ds_sparkling.planner.subject import PlannedRun
 
 
 @dataclass(frozen=True)
-class Split:
+class TwoStepSplit:
     """A growth in two steps, by the widths between them."""
 
     name: str
     between: dict[str, int]
 
 
-def planned(subject: Subject) -> Recipe:
+def planned(subject: PlannedRun) -> Recipe:
     """The run as it is planned."""
     widths = [subject.model.widths, *(growth.widths for growth in subject.growths)]
     return _recipe("as planned", subject.model, widths, [growth.share for growth in subject.growths])
 
 
-def alternatives(subject: Subject, shares: tuple[float, float]) -> list[Recipe]:
+def alternatives(subject: PlannedRun, shares: tuple[float, float]) -> list[Recipe]:
     """What to compare the planned run with.
 
     Several growths are compared with all of it at once, at the share of each. One growth is compared with its splits.
@@ -47,13 +47,15 @@ def alternatives(subject: Subject, shares: tuple[float, float]) -> list[Recipe]:
     ]
 
 
-def splits(before: Mapping[str, int], after: Mapping[str, int]) -> list[Split]:
+def splits(before: Mapping[str, int], after: Mapping[str, int]) -> list[TwoStepSplit]:
     """Every way to divide a growth that the paper's recipes have: one axis before the rest, or 2x and then the rest."""
     grown = [axis for axis, width in after.items() if width != before[axis]]
-    found = [Split(f"{axis}, then {_rest(grown, axis)}", {axis: after[axis]}) for axis in grown if len(grown) > 1]
+    found = [
+        TwoStepSplit(f"{axis}, then {_rest(grown, axis)}", {axis: after[axis]}) for axis in grown if len(grown) > 1
+    ]
     doubled = {axis: 2 * before[axis] for axis in grown if after[axis] >= 4 * before[axis]}
     if doubled:
-        found.append(Split(f"{' and '.join(doubled)} 2x, then the rest", doubled))
+        found.append(TwoStepSplit(f"{' and '.join(doubled)} 2x, then the rest", doubled))
     return found
 
 

@@ -10,7 +10,7 @@ from ds_sparkling.planner.compute import Recipe, sweep
 from ds_sparkling.planner.costs import Assumptions, Cost, cost
 from ds_sparkling.planner.memory import Footprint, Memory
 from ds_sparkling.planner.recipes import alternatives, equal_share, planned
-from ds_sparkling.planner.subject import Subject
+from ds_sparkling.planner.subject import PlannedRun
 
 #: Shares of the tokens that the table of growth steps has.
 SHARES = tuple(tenth / 10 for tenth in range(1, 10))
@@ -19,7 +19,7 @@ _GIB = 2**30
 
 
 @dataclass(frozen=True)
-class Report:
+class Planning:
     """What the planner found.
 
     Attributes:
@@ -31,7 +31,7 @@ class Report:
         costs: of the planned growths, in order.
     """
 
-    subject: Subject
+    subject: PlannedRun
     assumed: Assumptions
     recipe: Recipe
     sweep: list[Recipe]
@@ -39,7 +39,7 @@ class Report:
     costs: list[Cost]
 
     @classmethod
-    def make(cls, subject: Subject, two_stage: tuple[float, float], assumed: Assumptions) -> Report:
+    def make(cls, subject: PlannedRun, two_stage: tuple[float, float], assumed: Assumptions) -> Planning:
         """Plan everything.
 
         Args:

@@ -7,15 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ds_sparkling.config import BLOCK, planned_steps, read_json, sparkling_config, typed_block, value_at
+from ds_sparkling.discovery.build import BuildModel
+from ds_sparkling.discovery.factory import find_factory
 from ds_sparkling.errors import ConfigError, UnsupportedError
-from ds_sparkling.factory import find_factory
 from ds_sparkling.models.olmoe import OlmoeConfig, olmoe_factory
 from ds_sparkling.planner.memory import Setting
 from ds_sparkling.planner.model import Model, probe_model
-from ds_sparkling.probe import BuildModel
-from ds_sparkling.strategy import Strategy
-from ds_sparkling.zero.support import refuse_unsupported
+from ds_sparkling.spec.config import BLOCK, planned_steps, read_json, sparkling_config, typed_block, value_at
+from ds_sparkling.spec.strategy import Strategy
+from ds_sparkling.spec.unsupported import refuse_unsupported
 
 #: Ranks, where the command line doesn't say.
 DEFAULT_RANKS = 8
@@ -63,7 +63,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Growth:
+class PlannedGrowth:
     """One planned growth: at a share of the tokens, these axes grow from widths in force to others."""
 
     share: float
@@ -80,7 +80,7 @@ class Growth:
 
 
 @dataclass(frozen=True)
-class Subject:
+class PlannedRun:
     """Everything that the planning needs.
 
     Attributes:
@@ -97,7 +97,7 @@ class Subject:
 
     name: str
     model: Model
-    growths: tuple[Growth, ...]
+    growths: tuple[PlannedGrowth, ...]
     strategy: Strategy
     tokens: float
     steps: int | None
@@ -106,7 +106,7 @@ class Subject:
     checkpoint: bool
 
 
-def read_subject(reference: str, options: Options) -> Subject:
+def read_subject(reference: str, options: Options) -> PlannedRun:
     """Put together what the config and the command line say.
 
     Args:
@@ -126,11 +126,11 @@ def read_subject(reference: str, options: Options) -> Subject:
     growths, widths = [], model.widths
     for number, (share, after) in enumerate(stages, start=1):
         model.plan(widths, after, block.strategy, number)
-        growths.append(Growth(share, widths, after))
+        growths.append(PlannedGrowth(share, widths, after))
         widths = growths[-1].widths
     dtype = options.dtype or _dtype(config)
     setting = _setting(config, options, dtype)
-    return Subject(
+    return PlannedRun(
         Path(reference).name,
         model,
         tuple(growths),

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ds_sparkling.errors import SparklingError
-from ds_sparkling.report.events import Run, read_runs
+from ds_sparkling.report.events import ReadRun, read_runs
 from ds_sparkling.report.page import HEADER, page, rows
 from ds_sparkling.report.pictures import SECTIONS, draw, style_of
 from ds_sparkling.report.verdict import Finding, verdict
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(2)
 
 
-def text(runs: Sequence[Run], findings: Sequence[Finding]) -> str:
+def text(runs: Sequence[ReadRun], findings: Sequence[Finding]) -> str:
     """The table and the verdict as plain text."""
     table = [HEADER, *rows(runs)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]

@@ -17,7 +17,7 @@ import numpy as np
 
 from ds_sparkling.errors import SparklingError
 from ds_sparkling.progress import progress_bar
-from ds_sparkling.summary import RunSummary, read_summary
+from ds_sparkling.spec.run_summary import RunSummary, read_summary
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -40,7 +40,7 @@ _STAGE = "Growth/stage"
 _PLAN = "Growth/plan/text_summary"
 
 
-class Place(NamedTuple):
+class RunPosition(NamedTuple):
     """Where a point is: samples seen, and growths done."""
 
     samples: int
@@ -64,7 +64,7 @@ class EventFile:
 
 
 @dataclass(frozen=True)
-class Curve:
+class TagCurve:
     """One tag of a run, by place.
 
     Attributes:
@@ -77,17 +77,17 @@ class Curve:
     values: FloatArray
     stages: FloatArray
 
-    def since(self, stage: int) -> Curve:
+    def since(self, stage: int) -> TagCurve:
         """The points since a growth."""
         keep = self.stages >= stage
-        return Curve(self.samples[keep], self.values[keep], self.stages[keep])
+        return TagCurve(self.samples[keep], self.values[keep], self.stages[keep])
 
     def __len__(self) -> int:
         return len(self.values)
 
 
 @dataclass(frozen=True)
-class Growth:
+class ReadGrowth:
     """A growth that a run went through: its number, where, to which widths and parameters, and the plan as text."""
 
     stage: int
@@ -99,7 +99,7 @@ class Growth:
 
 
 @dataclass(frozen=True)
-class Run:
+class ReadRun:
     """A run, read.
 
     Attributes:
@@ -112,8 +112,8 @@ class Run:
 
     name: str
     path: Path
-    curves: dict[str, Curve]
-    growths: tuple[Growth, ...]
+    curves: dict[str, TagCurve]
+    growths: tuple[ReadGrowth, ...]
     summary: RunSummary | None
 
     @property
@@ -121,11 +121,11 @@ class Run:
         """Whether it shows new elements whose growth it hasn't recorded, as one that was widened offline does."""
         return not self.growths and ("lr/stage_1" in self.curves or "twins/cosine" in self.curves)
 
-    def curve(self, *tags: str) -> Curve | None:
+    def curve(self, *tags: str) -> TagCurve | None:
         """The first of these tags that the run has points of."""
         return next((self.curves[tag] for tag in tags if tag in self.curves), None)
 
-    def family(self, prefix: str) -> dict[str, Curve]:
+    def family(self, prefix: str) -> dict[str, TagCurve]:
         """The curves of all tags ``prefix/NAME``, by NAME."""
         start = f"{prefix}/"
         return {tag.removeprefix(start): curve for tag, curve in self.curves.items() if tag.startswith(start)}
@@ -143,7 +143,7 @@ class Run:
         )
 
 
-def read_run(path: Path, name: str) -> Run:
+def read_run(path: Path, name: str) -> ReadRun:
     """Everything a run has left under ``path``.
 
     Args:
@@ -161,12 +161,14 @@ def read_run(path: Path, name: str) -> Run:
             f"{path}: the event files hold none of the curves that the report knows; "
             "was the run stopped before its first log_every steps?"
         )
-    return Run(name, path, curves, _growths(curves, [plan for _, file in files for plan in file.plans]), _outcome(path))
+    return ReadRun(
+        name, path, curves, _growths(curves, [plan for _, file in files for plan in file.plans]), _outcome(path)
+    )
 
 
-def merge(files: Sequence[EventFile]) -> dict[str, Curve]:
+def merge(files: Sequence[EventFile]) -> dict[str, TagCurve]:
     """The curves of a run from its files, which are in the order in which they were opened."""
-    points: dict[str, dict[Place, float]] = {}
+    points: dict[str, dict[RunPosition, float]] = {}
     for file in files:
         if not file.scalars:
             continue
@@ -178,7 +180,7 @@ def merge(files: Sequence[EventFile]) -> dict[str, Curve]:
     return {tag: _curve(known) for tag, known in points.items() if known}
 
 
-def _placed(file: EventFile, earlier_growths: dict[Place, float]) -> dict[str, dict[Place, float]]:
+def _placed(file: EventFile, earlier_growths: dict[RunPosition, float]) -> dict[str, dict[RunPosition, float]]:
     """A file's points by place; the growths before it tell in which stage it begins, if it doesn't begin with one."""
     start = min(event.samples for events in file.scalars.values() for event in events)
     growths = sorted(file.scalars.get(_STAGE, []))
@@ -186,20 +188,20 @@ def _placed(file: EventFile, earlier_growths: dict[Place, float]) -> dict[str, d
     if growths and growths[0].samples == start:
         stage = int(growths[0].value)
 
-    def place(event: Event) -> Place:
+    def place(event: Event) -> RunPosition:
         done = [int(growth.value) for growth in growths if growth.wall_time <= event.wall_time]
-        return Place(event.samples, done[-1] if done else stage)
+        return RunPosition(event.samples, done[-1] if done else stage)
 
     return {tag: {place(event): event.value for event in events} for tag, events in file.scalars.items()}
 
 
-def _curve(points: dict[Place, float]) -> Curve:
+def _curve(points: dict[RunPosition, float]) -> TagCurve:
     ordered = sorted(points)
     samples, stages = (np.array([place[index] for place in ordered], float) for index in (0, 1))
-    return Curve(samples, np.array([points[place] for place in ordered], float), stages)
+    return TagCurve(samples, np.array([points[place] for place in ordered], float), stages)
 
 
-def _growths(curves: dict[str, Curve], plans: Sequence[tuple[int, str]]) -> tuple[Growth, ...]:
+def _growths(curves: dict[str, TagCurve], plans: Sequence[tuple[int, str]]) -> tuple[ReadGrowth, ...]:
     if _STAGE not in curves:
         return ()
     marks = {tag: curve for tag, curve in curves.items() if tag.startswith("Growth/") and tag != _STAGE}
@@ -212,7 +214,7 @@ def _growths(curves: dict[str, Curve], plans: Sequence[tuple[int, str]]) -> tupl
             if samples in curve.samples
         }
         parameters, active = values.pop("parameters", None), values.pop("active_parameters", None)
-        growths.append(Growth(int(number), int(samples), values, parameters, active, texts.get(int(samples))))
+        growths.append(ReadGrowth(int(number), int(samples), values, parameters, active, texts.get(int(samples))))
     return tuple(growths)
 
 
@@ -291,7 +293,7 @@ def _parts(path: Path) -> tuple[str, ...]:
     return parts[:-1] if parts[-1] == "tensorboard" else parts
 
 
-def read_runs(paths: Sequence[Path], names: Sequence[str] | None = None) -> list[Run]:
+def read_runs(paths: Sequence[Path], names: Sequence[str] | None = None) -> list[ReadRun]:
     """All runs, named.
 
     Raises:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ds_sparkling.diagnostics.alarms import DEAD_LOAD, OLDER
-from ds_sparkling.report.events import Curve, Growth, Run
+from ds_sparkling.monitoring.alarms import DEAD_LOAD, OLDER
+from ds_sparkling.report.events import ReadGrowth, ReadRun, TagCurve
 
 if TYPE_CHECKING:
     from ds_sparkling.report.events import FloatArray
@@ -51,7 +51,7 @@ class Ending:
 class Jump:
     """Validation loss right before and right after a growth, at the same sample count; None where it wasn't taken."""
 
-    growth: Growth
+    growth: ReadGrowth
     before: float | None
     after: float | None
 
@@ -77,7 +77,7 @@ class Span:
     points: int
 
 
-def ending(run: Run) -> Ending:
+def ending(run: ReadRun) -> Ending:
     """Where the run ended, as far as it is recorded."""
     losses = run.curve(VALIDATION)
     last = run.curve(VALIDATION, *TRAINING)
@@ -95,7 +95,7 @@ def ending(run: Run) -> Ending:
     )
 
 
-def scatter(losses: Curve) -> float | None:
+def scatter(losses: TagCurve) -> float | None:
     """Standard deviation of the last points about a parabola through them, which takes out the curve's own course."""
     x, y = losses.samples[-_LAST:], losses.values[-_LAST:]
     if len(y) < _LEAST:
@@ -105,7 +105,7 @@ def scatter(losses: Curve) -> float | None:
     return float(np.sqrt((residual**2).sum() / (len(y) - 3)))
 
 
-def jumps(run: Run) -> list[Jump]:
+def jumps(run: ReadRun) -> list[Jump]:
     """The change of validation loss at every growth."""
     losses = run.curve(VALIDATION)
     found = []
@@ -135,7 +135,7 @@ class Bump:
     back: bool
 
 
-def bump(run: Run, jump: Jump) -> Bump | None:
+def bump(run: ReadRun, jump: Jump) -> Bump | None:
     """How the validation loss went on after a growth; None if it wasn't taken before it, or not any more after it."""
     losses = run.curve(VALIDATION)
     if losses is None or jump.before is None:
@@ -150,7 +150,7 @@ def bump(run: Run, jump: Jump) -> Bump | None:
     return Bump(float(values[high]), None if tokens is None else float(tokens[1] - tokens[0]), bool(len(back)))
 
 
-def loss_at(run: Run, compute: float) -> float | None:
+def loss_at(run: ReadRun, compute: float) -> float | None:
     """Validation loss when so much compute was spent, between two validations; None beyond them."""
     losses = run.curve(VALIDATION)
     spent = None if losses is None else run.spent(COMPUTE, losses.samples)
@@ -159,7 +159,7 @@ def loss_at(run: Run, compute: float) -> float | None:
     return float(np.interp(compute, spent, losses.values))
 
 
-def since_growth(run: Run, tag: str) -> Span | None:
+def since_growth(run: ReadRun, tag: str) -> Span | None:
     """A curve since the latest growth; None if nothing has grown or nothing is recorded."""
     curve = run.curve(tag)
     if curve is None or not run.growths:
@@ -172,7 +172,7 @@ def since_growth(run: Run, tag: str) -> Span | None:
     return Span(float(curve.values[0]), float(curve.values[-1]), earlier, len(curve))
 
 
-def at_growth(curve: Curve, growth: Growth) -> float | None:
+def at_growth(curve: TagCurve, growth: ReadGrowth) -> float | None:
     """The last value before a growth over which the first after it is looked at; None if either is missing."""
     before, after = curve.values[curve.stages < growth.stage], curve.values[curve.stages >= growth.stage]
     if not len(before) or not len(after) or before[-1] == 0:
@@ -180,14 +180,14 @@ def at_growth(curve: Curve, growth: Growth) -> float | None:
     return float(after[0] / before[-1])
 
 
-def relative(curve: Curve, growth: Growth | None) -> Curve | None:
+def relative(curve: TagCurve, growth: ReadGrowth | None) -> TagCurve | None:
     """A curve over its last value before a growth; over its first value if there is none before one."""
     before = curve.values[:0] if growth is None else curve.values[curve.stages < growth.stage]
     reference = before[-1] if len(before) else curve.values[0]
     return None if reference == 0 else replace(curve, values=curve.values / reference)
 
 
-def dead_blocks(run: Run) -> list[str]:
+def dead_blocks(run: ReadRun) -> list[str]:
     """Blocks in which the least loaded expert got next to nothing at each of the last points."""
     return [
         block
@@ -196,12 +196,12 @@ def dead_blocks(run: Run) -> list[str]:
     ]
 
 
-def last_values(run: Run, prefix: str) -> dict[str, float]:
+def last_values(run: ReadRun, prefix: str) -> dict[str, float]:
     """The last value of each curve of a family, by block or parameter."""
     return {name: float(curve.values[-1]) for name, curve in run.family(prefix).items()}
 
 
-def _parameters(run: Run) -> tuple[int | None, int | None, bool]:
+def _parameters(run: ReadRun) -> tuple[int | None, int | None, bool]:
     """Parameters at the end, active ones, and whether the latter are derived from compute and tokens."""
     if run.summary is not None:
         return run.summary.parameters, run.summary.active_parameters, False

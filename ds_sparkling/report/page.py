@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html import escape
 
 from ds_sparkling.report import facts
-from ds_sparkling.report.events import Run
+from ds_sparkling.report.events import ReadRun
 from ds_sparkling.report.pictures import Section, Style
 from ds_sparkling.report.template import PAGE
 from ds_sparkling.report.verdict import Finding, Kind
@@ -19,13 +19,13 @@ _ELSEWHERE = "It has grown, but not while these files were written: offline, or 
 _MARKS = {Kind.GOOD: "✓", Kind.WATCH: "!", Kind.PLAIN: "•", Kind.MISSING: "?"}
 
 
-def rows(runs: Sequence[Run]) -> list[tuple[str, ...]]:
+def rows(runs: Sequence[ReadRun]) -> list[tuple[str, ...]]:
     """The table of the runs, as text; "-" where nothing was recorded."""
     return [_row(run) for run in runs]
 
 
 def page(
-    runs: Sequence[Run],
+    runs: Sequence[ReadRun],
     findings: Sequence[Finding],
     figures: Sequence[tuple[Section, bytes | None]],
     style: Style,
@@ -50,7 +50,7 @@ def page(
     )
 
 
-def _row(run: Run) -> tuple[str, ...]:
+def _row(run: ReadRun) -> tuple[str, ...]:
     end = facts.ending(run)
     jumps = [
         _NOT_RECORDED if jump.size is None else "0" if jump.size == 0 else f"{jump.size:+.1e}"
@@ -78,7 +78,7 @@ def _finding(finding: Finding) -> str:
     return f'<li class="{kind.value}"><span class="mark">{_MARKS[kind]}</span> {escape(finding.text)}</li>'
 
 
-def _html_row(run: Run, style: Style) -> str:
+def _html_row(run: ReadRun, style: Style) -> str:
     name, *cells = _row(run)
     chip = f'<span class="chip" style="background:{style.colours[run.name]}"></span>'
     return f"<tr><th>{chip}{escape(name)}</th>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"
@@ -95,7 +95,7 @@ def _figure(section: Section, png: bytes | None, missing: Sequence[str]) -> str:
     return f'<figure id="{section.name}"><h3>{escape(section.title)}</h3>{body}</figure>'
 
 
-def _plans(run: Run) -> str:
+def _plans(run: ReadRun) -> str:
     name = f"<h3>{escape(run.name)}</h3>"
     if not run.growths:
         return f"{name}<p>{_ELSEWHERE if run.grown_elsewhere else 'Nothing grew.'}</p>"

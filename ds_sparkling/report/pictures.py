@@ -11,7 +11,7 @@ import numpy as np
 
 from ds_sparkling.errors import SparklingError
 from ds_sparkling.report import facts
-from ds_sparkling.report.events import Curve, Run
+from ds_sparkling.report.events import ReadRun, TagCurve
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -55,9 +55,9 @@ class Panel:
 
     tags: tuple[str, ...]
     label: str
-    draw: Callable[[Axes, Run, Style], None]
+    draw: Callable[[Axes, ReadRun, Style], None]
 
-    def shows(self, run: Run) -> bool:
+    def shows(self, run: ReadRun) -> bool:
         """Whether the run has recorded any of it."""
         families = tuple(tag for tag in self.tags if tag.endswith("/"))
         return any(tag in self.tags or (families and tag.startswith(families)) for tag in run.curves)
@@ -85,7 +85,7 @@ class Section:
     log: bool = False
     horizontal: str = ""
 
-    def missing(self, runs: Sequence[Run]) -> list[str]:
+    def missing(self, runs: Sequence[ReadRun]) -> list[str]:
         """What isn't recorded, and by whom."""
         lines = []
         for panel in self.panels:
@@ -100,7 +100,7 @@ def _pattern(tag: str) -> str:
     return f"{tag}NAME" if tag.endswith("/") else tag
 
 
-def style_of(runs: Sequence[Run], smooth: int | None = None) -> Style:
+def style_of(runs: Sequence[ReadRun], smooth: int | None = None) -> Style:
     """Colours by run, and what the curves are over: tokens if every run tells them.
 
     Raises:
@@ -112,7 +112,7 @@ def style_of(runs: Sequence[Run], smooth: int | None = None) -> Style:
     return Style(colours, smooth, all(run.curve(facts.TOKENS) is not None for run in runs))
 
 
-def draw(section: Section, runs: Sequence[Run], style: Style) -> bytes | None:
+def draw(section: Section, runs: Sequence[ReadRun], style: Style) -> bytes | None:
     """A section's figure as a PNG; None if no run has recorded anything of it.
 
     Raises:
@@ -144,7 +144,7 @@ def draw(section: Section, runs: Sequence[Run], style: Style) -> bytes | None:
     return _png(figure)
 
 
-def _legend(figure: Figure, runs: Sequence[Run], style: Style) -> None:
+def _legend(figure: Figure, runs: Sequence[ReadRun], style: Style) -> None:
     """The runs' colours, above the panels."""
     from matplotlib.lines import Line2D
 
@@ -161,18 +161,18 @@ def _png(figure: Figure) -> bytes:
 # -- where curves lie -------------------------------------------------------------------------------------------
 
 
-def _over(run: Run, samples: FloatArray, style: Style) -> FloatArray:
+def _over(run: ReadRun, samples: FloatArray, style: Style) -> FloatArray:
     spent = run.spent(facts.TOKENS, samples) if style.by_tokens else None
     return samples if spent is None else spent
 
 
-def _mark_growths(axes: Axes, run: Run, style: Style) -> None:
+def _mark_growths(axes: Axes, run: ReadRun, style: Style) -> None:
     for growth in run.growths:
         (where,) = _over(run, np.array([float(growth.samples)]), style)
         axes.axvline(where, color=style.colours[run.name], linewidth=0.8, linestyle=_DOTS)
 
 
-def _line(axes: Axes, run: Run, curve: Curve | None, style: Style, linestyle: str = "-") -> None:
+def _line(axes: Axes, run: ReadRun, curve: TagCurve | None, style: Style, linestyle: str = "-") -> None:
     """One curve of a run, if it is there."""
     if curve is not None:
         marker = "." if len(curve) < _MARKED else ""
@@ -181,16 +181,16 @@ def _line(axes: Axes, run: Run, curve: Curve | None, style: Style, linestyle: st
         _mark_growths(axes, run, style)
 
 
-def _band(axes: Axes, run: Run, curves: Sequence[Curve], style: Style) -> None:
+def _band(axes: Axes, run: ReadRun, curves: Sequence[TagCurve], style: Style) -> None:
     """The median over blocks or parameters, and between the least and the largest a shade."""
     if curves:
         samples, table = _table(curves)
-        _line(axes, run, Curve(samples, np.median(table, axis=0), np.zeros_like(samples)), style)
+        _line(axes, run, TagCurve(samples, np.median(table, axis=0), np.zeros_like(samples)), style)
         x, colour = _over(run, samples, style), style.colours[run.name]
         axes.fill_between(x, table.min(axis=0), table.max(axis=0), color=colour, alpha=0.15, linewidth=0)
 
 
-def _table(curves: Sequence[Curve]) -> tuple[FloatArray, FloatArray]:
+def _table(curves: Sequence[TagCurve]) -> tuple[FloatArray, FloatArray]:
     """Curves at each other's samples: those [points], and the values [curves, points]."""
     samples = np.unique(np.concatenate([curve.samples for curve in curves]))
     return samples, np.array([np.interp(samples, curve.samples, curve.values) for curve in curves])
@@ -199,11 +199,11 @@ def _table(curves: Sequence[Curve]) -> tuple[FloatArray, FloatArray]:
 # -- the panels -------------------------------------------------------------------------------------------------
 
 
-def _loss(axes: Axes, run: Run, style: Style) -> None:
+def _loss(axes: Axes, run: ReadRun, style: Style) -> None:
     _losses(axes, run, style, lambda samples: _over(run, samples, style))
 
 
-def _loss_by_compute(axes: Axes, run: Run, style: Style) -> None:
+def _loss_by_compute(axes: Axes, run: ReadRun, style: Style) -> None:
     def compute(samples: FloatArray) -> FloatArray:
         spent = run.spent(facts.COMPUTE, samples)
         assert spent is not None
@@ -212,7 +212,7 @@ def _loss_by_compute(axes: Axes, run: Run, style: Style) -> None:
     _losses(axes, run, style, compute)
 
 
-def _losses(axes: Axes, run: Run, style: Style, over: Callable[[FloatArray], FloatArray]) -> None:
+def _losses(axes: Axes, run: ReadRun, style: Style, over: Callable[[FloatArray], FloatArray]) -> None:
     """Training losses as a running mean over the raw points, validation losses with marks."""
     training, validation = run.curve(*facts.TRAINING), run.curve(facts.VALIDATION)
     colour = style.colours[run.name]
@@ -252,27 +252,27 @@ def running_mean(values: FloatArray, window: int) -> FloatArray:
         return (sums[ends] - sums[starts]) / (counts[ends] - counts[starts])
 
 
-def _rms(axes: Axes, run: Run, style: Style) -> None:
+def _rms(axes: Axes, run: ReadRun, style: Style) -> None:
     """RMS over that before the first growth, or over the first measured."""
     growth = run.growths[0] if run.growths else None
     curves = [facts.relative(curve, growth) for curve in run.family("activation_rms").values()]
     _band(axes, run, [curve for curve in curves if curve is not None], style)
 
 
-def _drift(axes: Axes, run: Run, style: Style) -> None:
+def _drift(axes: Axes, run: ReadRun, style: Style) -> None:
     _band(axes, run, list(run.family("activation_drift").values()), style)
 
 
-def _twins(axes: Axes, run: Run, style: Style) -> None:
+def _twins(axes: Axes, run: ReadRun, style: Style) -> None:
     _line(axes, run, run.curve("twins/cosine_max"), style, ":")
     _line(axes, run, run.curve("twins/cosine"), style)
 
 
-def _twin_gradients(axes: Axes, run: Run, style: Style) -> None:
+def _twin_gradients(axes: Axes, run: ReadRun, style: Style) -> None:
     _line(axes, run, run.curve("twins/gradient_cosine"), style)
 
 
-def _rates(axes: Axes, run: Run, style: Style) -> None:
+def _rates(axes: Axes, run: ReadRun, style: Style) -> None:
     """The base schedule, and the curve of each birth stage if they are told apart, else of the latest."""
     stages = {name.removeprefix("stage_"): curve for name, curve in run.family("lr").items()}
     numbered = {int(name): curve for name, curve in stages.items() if name.isdigit()}
@@ -283,26 +283,26 @@ def _rates(axes: Axes, run: Run, style: Style) -> None:
     _line(axes, run, run.curve("Train/Samples/lr", "lr/old"), style)
 
 
-def _updates(axes: Axes, run: Run, style: Style) -> None:
+def _updates(axes: Axes, run: ReadRun, style: Style) -> None:
     for which, linestyle in zip(("old", "new"), _STYLES, strict=False):
         _line(axes, run, run.curve(f"update_rms/{which}"), style, linestyle)
 
 
-def _rank(axes: Axes, run: Run, style: Style) -> None:
+def _rank(axes: Axes, run: ReadRun, style: Style) -> None:
     _band(axes, run, list(run.family("effective_rank").values()), style)
 
 
-def _entropy(axes: Axes, run: Run, style: Style) -> None:
+def _entropy(axes: Axes, run: ReadRun, style: Style) -> None:
     _band(axes, run, list(run.family("router/entropy").values()), style)
 
 
-def _load(axes: Axes, run: Run, style: Style) -> None:
+def _load(axes: Axes, run: ReadRun, style: Style) -> None:
     """Of the most and of the least loaded expert, over all blocks."""
     for which, extreme, linestyle in (("max", np.max, "-"), ("min", np.min, "--")):
         curves = list(run.family(f"router/load_{which}").values())
         if curves:
             samples, table = _table(curves)
-            _line(axes, run, Curve(samples, extreme(table, axis=0), np.zeros_like(samples)), style, linestyle)
+            _line(axes, run, TagCurve(samples, extreme(table, axis=0), np.zeros_like(samples)), style, linestyle)
 
 
 _DIAGNOSE_EVERY = 'set "diagnose_every" in the "sparkling" block and enable a monitor'

@@ -8,9 +8,9 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from ds_sparkling.diagnostics.alarms import DEAD_LOAD, PARTED_COSINE, locked
+from ds_sparkling.monitoring.alarms import DEAD_LOAD, PARTED_COSINE, locked
 from ds_sparkling.report import facts
-from ds_sparkling.report.events import Growth, Run
+from ds_sparkling.report.events import ReadGrowth, ReadRun
 
 #: A growth whose validation loss moves by less kept the function, as far as a loss can tell.
 _KEPT = 1e-3
@@ -39,7 +39,7 @@ class Finding:
     text: str
 
 
-def verdict(runs: Sequence[Run]) -> list[Finding]:
+def verdict(runs: Sequence[ReadRun]) -> list[Finding]:
     """All findings, the comparison of the runs first."""
     findings = list(_comparison(runs))
     for run in runs:
@@ -61,7 +61,7 @@ def verdict(runs: Sequence[Run]) -> list[Finding]:
 # -- which run ends lowest --------------------------------------------------------------------------------------
 
 
-def _comparison(runs: Sequence[Run]) -> Iterator[Finding]:
+def _comparison(runs: Sequence[ReadRun]) -> Iterator[Finding]:
     ends = {run.name: facts.ending(run) for run in runs}
     for name in (name for name, end in ends.items() if end.loss is None):
         yield Finding(
@@ -96,7 +96,7 @@ def _comparison(runs: Sequence[Run]) -> Iterator[Finding]:
     )
 
 
-def _against(best: Run, end: facts.Ending, other: Run, its: facts.Ending) -> Finding:
+def _against(best: ReadRun, end: facts.Ending, other: ReadRun, its: facts.Ending) -> Finding:
     assert end.loss is not None
     assert its.loss is not None
     gap = its.loss - end.loss
@@ -115,7 +115,7 @@ def _against(best: Run, end: facts.Ending, other: Run, its: facts.Ending) -> Fin
     return Finding(Kind.PLAIN, f"{text}. That is beyond noise (±{band:.4f}).")
 
 
-def _same_compute(cheap: Run, end: facts.Ending, dear: Run, its: facts.Ending) -> Iterator[Finding]:
+def _same_compute(cheap: ReadRun, end: facts.Ending, dear: ReadRun, its: facts.Ending) -> Iterator[Finding]:
     """What the dearer run had reached when it had spent what the cheaper one spent in all."""
     if end.compute is None or its.compute is None or end.loss is None or end.compute > 0.99 * its.compute:
         return
@@ -142,7 +142,7 @@ def _spent(end: facts.Ending) -> str:
 # -- what a growth did ------------------------------------------------------------------------------------------
 
 
-def _function(run: Run) -> Iterator[Finding]:
+def _function(run: ReadRun) -> Iterator[Finding]:
     for jump in facts.jumps(run):
         where = f"{run.name}, {_growth(jump.growth)}"
         if jump.size is None:
@@ -161,7 +161,7 @@ def _function(run: Run) -> Iterator[Finding]:
         yield from _bump(run, jump)
 
 
-def _bump(run: Run, jump: facts.Jump) -> Iterator[Finding]:
+def _bump(run: ReadRun, jump: facts.Jump) -> Iterator[Finding]:
     """A rise of the loss in training on, as a re-warm-up brings it."""
     bump = facts.bump(run, jump)
     if bump is None or jump.before is None or bump.peak - jump.before <= _KEPT:
@@ -177,7 +177,7 @@ def _bump(run: Run, jump: facts.Jump) -> Iterator[Finding]:
         yield Finding(Kind.PLAIN, f"{text}; it had come back{after} (at the first validation that shows it).")
 
 
-def _twins(run: Run) -> Iterator[Finding]:
+def _twins(run: ReadRun) -> Iterator[Finding]:
     span = facts.since_growth(run, "twins/cosine")
     if span is None:
         yield Finding(
@@ -202,7 +202,7 @@ def _twins(run: Run) -> Iterator[Finding]:
         yield Finding(Kind.GOOD, f"{run.name}: twins have parted, {told}.")
 
 
-def _gradients(run: Run) -> Iterator[Finding]:
+def _gradients(run: ReadRun) -> Iterator[Finding]:
     span = facts.since_growth(run, "twins/gradient_cosine")
     if span is not None:
         same = locked(span.last, span.earlier)
@@ -213,7 +213,7 @@ def _gradients(run: Run) -> Iterator[Finding]:
         )
 
 
-def _updates(run: Run) -> Iterator[Finding]:
+def _updates(run: ReadRun) -> Iterator[Finding]:
     old, new = (facts.since_growth(run, f"update_rms/{which}") for which in ("old", "new"))
     if old is not None and new is not None and old.first > 0 and old.last > 0:
         yield Finding(
@@ -226,7 +226,7 @@ def _updates(run: Run) -> Iterator[Finding]:
 # -- activations and experts ------------------------------------------------------------------------------------
 
 
-def _activations(run: Run) -> Iterator[Finding]:
+def _activations(run: ReadRun) -> Iterator[Finding]:
     """Of each block the RMS that comes out over the RMS that goes in; without that, what comes out alone."""
     measure = "out over in" if run.family("activation_ratio") else "out"
     blocks = run.family("activation_ratio") or run.family("activation_rms")
@@ -258,7 +258,7 @@ def _range(values: Collection[float]) -> str:
     return f"{min(values):.3f} to {max(values):.3f}"
 
 
-def _experts(run: Run) -> Iterator[Finding]:
+def _experts(run: ReadRun) -> Iterator[Finding]:
     loads = facts.last_values(run, "router/load_min")
     if not loads:
         return
@@ -275,5 +275,5 @@ def _experts(run: Run) -> Iterator[Finding]:
         yield Finding(Kind.GOOD, f"{run.name}: no expert is dead, {told}, at the last measurement.")
 
 
-def _growth(growth: Growth) -> str:
+def _growth(growth: ReadGrowth) -> str:
     return f"growth {growth.stage}"

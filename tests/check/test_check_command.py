@@ -186,7 +186,7 @@ def test_without_matplotlib_the_text_comes_and_the_picture_says_how(
 
 
 def test_the_picture_shows_every_row_and_the_bands() -> None:
-    from ds_sparkling.strategy import Init, Strategy
+    from ds_sparkling.spec.strategy import Init, Strategy
 
     report = check_growth(build, None, {"hidden_size": 64}, Strategy(Init.RANDOM, Init.RANDOM))
     absolute, ratio = picture(report, "title").axes

@@ -14,12 +14,12 @@ import torch
 from torch import nn
 
 import ds_sparkling
-from ds_sparkling.check.modules import Place
+from ds_sparkling.check.modules import ModuleLevel
 from ds_sparkling.check.promise import BLOCK_BAND, LAYER_BAND
-from ds_sparkling.config import sparkling_config
 from ds_sparkling.errors import ConfigError, PlanError
 from ds_sparkling.models.olmoe import OlmoeConfig, OlmoeForCausalLM
-from ds_sparkling.strategy import INIT_PAIRS, Init, Scaling, Split, Strategy
+from ds_sparkling.spec.config import sparkling_config
+from ds_sparkling.spec.strategy import INIT_PAIRS, Init, Scaling, Split, Strategy
 
 H, I = "hidden_size", "moe_intermediate_size"  # noqa: E741 - the paper's letters
 
@@ -107,11 +107,11 @@ def test_the_rows_are_the_layers_their_parts_and_what_stands_outside() -> None:
     places = {row.module: row.place for row in report.rows}
     parts = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
     assert places == {
-        "embed_tokens": Place.OUTSIDE,
-        **{f"layers.{i}.{part}": Place.BLOCK for i in (0, 1) for part in parts},
-        **{f"layers.{i}": Place.LAYER for i in (0, 1)},
-        "norm": Place.OUTSIDE,
-        "lm_head": Place.OUTSIDE,
+        "embed_tokens": ModuleLevel.OUTSIDE,
+        **{f"layers.{i}.{part}": ModuleLevel.BLOCK for i in (0, 1) for part in parts},
+        **{f"layers.{i}": ModuleLevel.LAYER for i in (0, 1)},
+        "norm": ModuleLevel.OUTSIDE,
+        "lm_head": ModuleLevel.OUTSIDE,
     }
     assert list(places)[:3] == ["embed_tokens", "layers.0.input_layernorm", "layers.0.self_attn"]  # as they ran
     for row in report.rows:
@@ -172,8 +172,8 @@ def test_a_model_that_scales_by_its_own_width_breaks_every_promise(strategy: Str
 
 def test_bands_are_held_against_each_module_by_its_place() -> None:
     report = ds_sparkling.check_growth(build, None, {H: 96}, Strategy(Init.RANDOM, Init.RANDOM))
-    assert report.promise.bands[Place.LAYER] == (1 / LAYER_BAND, LAYER_BAND)
-    assert report.promise.bands[Place.BLOCK] == (1 / BLOCK_BAND, BLOCK_BAND)
+    assert report.promise.bands[ModuleLevel.LAYER] == (1 / LAYER_BAND, LAYER_BAND)
+    assert report.promise.bands[ModuleLevel.BLOCK] == (1 / BLOCK_BAND, BLOCK_BAND)
     wrong = ds_sparkling.check_growth(scaled_by_width, {H: 64, I: 32}, {H: 256}, Strategy(Init.RANDOM, Init.RANDOM))
     lines = [line for line in wrong.broken if line.startswith("layers.0.self_attn: the RMS ratio is ")]
     assert len(lines) == 1

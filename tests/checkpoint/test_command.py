@@ -11,14 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import checkpoint_files
 import pytest
-from distributed import Workers
-from tiny import Case
 
-from ds_sparkling.benchmarks.common import free_port
+import checkpoint_files
+from benchmarks.common import free_port
+from distributed import Workers
 from ds_sparkling.checkpoint.command import main
 from ds_sparkling.checkpoint.opening import open_checkpoint
+from tiny import Case
 
 WIDE = {"hidden_size": 12, "moe_intermediate_size": 10}
 WIDTHS = ["--widths", *(f"{axis}={width}" for axis, width in WIDE.items())]

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import checkpoint_files
 import pytest
+
+import checkpoint_files
 import tiny
 from distributed import Workers
-from tiny import Case
-
 from ds_sparkling.checkpoint import layout
 from ds_sparkling.checkpoint.opening import open_checkpoint
+from tiny import Case
 
 #: Elements; two of a rank's three expert weights fit into one group before the growth, one after it.
 LIMIT = 400

@@ -7,18 +7,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import checkpoint_files
 import pytest
 import torch
-from distributed import Workers
-from tiny import Case
 from torch import Tensor, nn
 
+import checkpoint_files
+from distributed import Workers
 from ds_sparkling.checkpoint import export
 from ds_sparkling.checkpoint.names import HuggingFaceModel
 from ds_sparkling.checkpoint.opening import open_checkpoint
 from ds_sparkling.checkpoint.source import WEIGHT
 from ds_sparkling.errors import CheckpointError
+from tiny import Case
 
 WIDE = {"hidden_size": 12, "moe_intermediate_size": 10}
 TINY = {"hidden_size": 6, "moe_intermediate_size": 5, "num_experts": 12}

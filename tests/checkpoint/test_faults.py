@@ -28,19 +28,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import checkpoint_files
 import pytest
-import tiny
 import torch
-from distributed import Workers
-from tiny import Case
 
-from ds_sparkling.benchmarks.synthetic import config_of, write_checkpoint
+import checkpoint_files
+import tiny
+from benchmarks.synthetic_checkpoint import config_of, write_checkpoint
+from distributed import Workers
 from ds_sparkling.checkpoint import expand, pickles, publish
 from ds_sparkling.checkpoint.expand import Request, prepare
 from ds_sparkling.checkpoint.opening import open_checkpoint
 from ds_sparkling.checkpoint.team import Team
 from ds_sparkling.errors import CheckpointError, ConfigError, PlanError, SparklingError, UnsupportedError
+from tiny import Case
 
 TOOL = Path(__file__).parents[2] / "tools/expand_zero_ckpt.py"
 WIDE = {"hidden_size": 12, "moe_intermediate_size": 10}
@@ -393,7 +393,7 @@ def test_what_cant_be_brought_to_the_disk_is_named(
         assert hashes(checkpoint.parent) == before
 
 
-@pytest.mark.parametrize("target", ["shutil.copy2", "ds_sparkling.record.GrowthRecord.write"])
+@pytest.mark.parametrize("target", ["shutil.copy2", "ds_sparkling.spec.record.GrowthRecord.write"])
 def test_small_files_that_cant_be_written_are_named(
     target: str, saved: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import checkpoint_files
 import pytest
-import tiny
 import torch
+
+import checkpoint_files
+import tiny
 from distributed import Workers
 from tiny import Case
 

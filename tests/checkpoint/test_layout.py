@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ds_sparkling.checkpoint.layout import Group, Layout, Param, Settings, make_layout, regrouped
-from ds_sparkling.partition import expert_groups, round_robin, sub_groups
+from ds_sparkling.spec.partition import expert_groups, round_robin, sub_groups
 
 
 @st.composite

@@ -6,15 +6,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import checkpoint_files
 import pytest
-import tiny
 import torch
-from distributed import Workers
-from tiny import Case
 
+import checkpoint_files
+import tiny
+from distributed import Workers
 from ds_sparkling.checkpoint.opening import open_checkpoint
 from ds_sparkling.checkpoint.source import WEIGHT
+from tiny import Case
 
 WIDE = {"hidden_size": 13, "moe_intermediate_size": 11}
 PLAN = {"stages": [{"at_step": 3, "widths": WIDE}], "rewarmup": {"steps": 4}}

@@ -7,15 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import checkpoint_files
 import pytest
-import tiny
 import torch
-from distributed import Workers
-from tiny import Case
 from torch import nn
 
+import checkpoint_files
+import tiny
+from distributed import Workers
 from ds_sparkling.checkpoint.opening import open_checkpoint
+from tiny import Case
 
 WIDE = {"hidden_size": 12, "moe_intermediate_size": 10}
 

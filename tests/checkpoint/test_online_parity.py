@@ -6,25 +6,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import checkpoint_files
 import pytest
+
+import checkpoint_files
 import tiny
 from distributed import Workers
-from tiny import Case
-
 from ds_sparkling.checkpoint.opening import open_checkpoint
-from ds_sparkling.strategy import (
+from ds_sparkling.spec.strategy import (
     INIT_PAIRS,
     BiasCorrection,
-    Curve,
     Init,
     OptimizerState,
     Rewarmup,
+    RewarmupCurve,
     Scaling,
     Scope,
     Split,
     Strategy,
 )
+from tiny import Case
 
 INNER, HIDDEN = "moe_intermediate_size", "hidden_size"
 
@@ -53,7 +53,7 @@ GROWTHS = (
     ),
     (
         {HIDDEN: 29, INNER: 51},
-        Strategy(*INIT_PAIRS[3], rewarmup=Rewarmup(1.5, 3, Scope.ALL, Curve.FACTOR), seed=5),
+        Strategy(*INIT_PAIRS[3], rewarmup=Rewarmup(1.5, 3, Scope.ALL, RewarmupCurve.FACTOR), seed=5),
     ),
     (
         {HIDDEN: 31},

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import checkpoint_files
 import pytest
+
+import checkpoint_files
 import tiny
 from distributed import Workers
 from tiny import Case

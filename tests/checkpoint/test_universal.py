@@ -7,13 +7,13 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import checkpoint_files
 import pytest
-from distributed import Workers
-from tiny import Case
 
+import checkpoint_files
+from distributed import Workers
 from ds_sparkling.checkpoint.opening import open_checkpoint
 from ds_sparkling.errors import UnsupportedError
+from tiny import Case
 
 WIDE = {"hidden_size": 13, "moe_intermediate_size": 11}
 

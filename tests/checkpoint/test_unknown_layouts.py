@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from ds_sparkling.benchmarks.synthetic import config_of, write_checkpoint
+from benchmarks.synthetic_checkpoint import config_of, write_checkpoint
 from ds_sparkling.checkpoint.metadata import refuse_unknown
 from ds_sparkling.checkpoint.opening import open_checkpoint
 from ds_sparkling.errors import UnsupportedError

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-from distributed import Workers
-from launching import ROOT, launch
 
+from distributed import Workers
 from ds_sparkling.checkpoint.command import main as expand
+from launching import ROOT, launch
 
 EXAMPLES = ROOT / "docs" / "examples"
 STEPS, GROWTH, EVERY = 8, 4, 2
@@ -195,7 +195,7 @@ def engine_logits(config: str, directory: str) -> torch.Tensor:
     import runpy
 
     import ds_sparkling
-    from ds_sparkling.factory import HuggingFaceFactory
+    from ds_sparkling.discovery.factory import HuggingFaceFactory
 
     model = runpy.run_path(str(EXAMPLES / "training_loop.py"))["MODEL"]
     engine = ds_sparkling.initialize(HuggingFaceFactory(model), config, checkpoint=directory)

@@ -9,13 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+
+from ds_sparkling.growth import Block, birth_blocks, make_plan
+from ds_sparkling.growth.births import BirthRun, join, stretch
+from ds_sparkling.spec.axes import FIXED, Dim, ParamAxes, Role
+from ds_sparkling.spec.strategy import Strategy
 from unit_maps import births as births_of_units
 from unit_maps import entries
-
-from ds_sparkling.axes import FIXED, Dim, ParamAxes, Role
-from ds_sparkling.growth import Block, birth_blocks, make_plan
-from ds_sparkling.growth.births import Run, join, stretch
-from ds_sparkling.strategy import Strategy
 
 History = dict[str, tuple[int, ...]]
 Shape = tuple[int, ...]
@@ -125,7 +125,7 @@ def test_blocks_go_with_the_pattern_and_not_with_the_rows() -> None:
     assert len(blocks) <= 2 * 16 + 2
     assert sum(len(block.runs) for block in blocks) <= 4 * 16 + 4
     rows = birth_blocks(axes, (16, 1024, 1024), {"i": (512, 1024)}, 0, 16 * 1024 * 1024)
-    assert rows == [Block(0, 16, (Run(512 * 1024, 0), Run(1024 * 1024, 1)))]
+    assert rows == [Block(0, 16, (BirthRun(512 * 1024, 0), BirthRun(1024 * 1024, 1)))]
 
 
 @given(st.lists(st.tuples(st.integers(1, 4), st.integers(0, 2)), max_size=8))

@@ -14,13 +14,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from unit_maps import entries, grown_units
 
-from ds_sparkling.axes import Dim, Norm, ParamAxes, Role
+from ds_sparkling.discovery.reading import read
 from ds_sparkling.errors import PlanError
 from ds_sparkling.growth import GrowthPlan, Widener, make_plan
-from ds_sparkling.probe import read
-from ds_sparkling.strategy import Init, NewIndex, OptimizerState, Scaling, Strategy
+from ds_sparkling.spec.axes import Dim, Norm, ParamAxes, Role
+from ds_sparkling.spec.strategy import Init, NewIndex, OptimizerState, Scaling, Strategy
+from unit_maps import entries, grown_units
 
 HIDDEN, INNER, HEADS, SHARED, TOKENS = "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "vocab_size"
 WIDTHS = {HIDDEN: 6, INNER: 5, HEADS: 4, SHARED: 2, TOKENS: 11}
@@ -174,7 +174,7 @@ def planned(make: Make, after: dict[str, int], strategy: Strategy) -> GrowthPlan
 
 @torch.no_grad()
 def grown(model: Model, make: Make, plan: GrowthPlan) -> Model:
-    wide = make(**{growth.axis: growth.after for growth in plan.growths})
+    wide = make(**plan.grown_widths)
     old = dict(model.named_parameters())
     for name, param in wide.named_parameters():
         out = torch.full((param.numel(),), math.nan, dtype=torch.float64)

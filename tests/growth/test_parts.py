@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ds_sparkling.axes import FIXED, Dim, Norm, ParamAxes, Role
 from ds_sparkling.errors import PlanError
 from ds_sparkling.growth import Block, GrowthPlan, Widener, birth_blocks, make_plan
-from ds_sparkling.strategy import INIT_PAIRS, Init, OptimizerState, Scaling, Split, Strategy
+from ds_sparkling.spec.axes import FIXED, Dim, Norm, ParamAxes, Role
+from ds_sparkling.spec.strategy import INIT_PAIRS, Init, OptimizerState, Scaling, Split, Strategy
 
 Shape = tuple[int, ...]
 COPY_COPY, ZERO_COPY = (Init.COPY, Init.COPY), (Init.ZERO, Init.COPY)

@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from ds_sparkling.axes import FIXED, Dim, Norm, ParamAxes, Role
+from ds_sparkling.discovery.build import base_widths, build_on_meta
+from ds_sparkling.discovery.reading import probe
 from ds_sparkling.errors import PlanError
 from ds_sparkling.growth import GrowthPlan, make_plan
 from ds_sparkling.growth.scaling import AxisGrowth
 from ds_sparkling.models.olmoe import OlmoeConfig, OlmoeForCausalLM
-from ds_sparkling.probe import base_widths, build_on_meta, probe
-from ds_sparkling.strategy import Init, NewIndex, OptimizerState, Scaling, Strategy
+from ds_sparkling.spec.axes import FIXED, Dim, Norm, ParamAxes, Role
+from ds_sparkling.spec.strategy import Init, NewIndex, OptimizerState, Scaling, Strategy
 
 Shapes = dict[str, tuple[int, ...]]
 

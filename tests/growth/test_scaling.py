@@ -14,14 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ds_sparkling.axes import FIXED, Dim, Norm, ParamAxes, Role
+from ds_sparkling.discovery.reading import probe
 from ds_sparkling.errors import PlanError
 from ds_sparkling.growth import GrowthPlan, Widener, make_plan
 from ds_sparkling.growth.scaling import AxisGrowth, UnitScales, rms_factor, unit_scales
 from ds_sparkling.growth.units import multiplicities
 from ds_sparkling.models.olmoe import OlmoeConfig, OlmoeForCausalLM
-from ds_sparkling.probe import probe
-from ds_sparkling.strategy import INIT_PAIRS, Init, OptimizerState, Scaling, Strategy
+from ds_sparkling.spec.axes import FIXED, Dim, Norm, ParamAxes, Role
+from ds_sparkling.spec.strategy import INIT_PAIRS, Init, OptimizerState, Scaling, Strategy
 
 COPY_COPY = (Init.COPY, Init.COPY)
 ZERO_COPY = (Init.ZERO, Init.COPY)

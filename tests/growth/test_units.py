@@ -11,7 +11,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from unit_maps import Groups, births, grown_units
 
 from ds_sparkling.errors import PlanError
 from ds_sparkling.growth.scaling import AxisGrowth
@@ -23,6 +22,7 @@ from ds_sparkling.growth.units import (
     paired_units,
     source_units,
 )
+from unit_maps import Groups, births, grown_units
 
 #: (width before, width after), integer ratios and others.
 widenings = st.integers(1, 40).flatmap(lambda d: st.tuples(st.just(d), st.integers(d + 1, 6 * d + 7)))

@@ -22,14 +22,14 @@ import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from unit_maps import Entry, Unit, entries, grown_units
 
-from ds_sparkling.axes import FIXED, Dim, Norm, ParamAxes, Role
 from ds_sparkling.errors import PlanError
 from ds_sparkling.growth import GrowthPlan, Widener, make_plan
 from ds_sparkling.growth.spread import Spread, spread
-from ds_sparkling.state_kinds import StateKind
-from ds_sparkling.strategy import INIT_PAIRS, Init, NewIndex, OptimizerState, Scaling, Split, Strategy
+from ds_sparkling.spec.axes import FIXED, Dim, Norm, ParamAxes, Role
+from ds_sparkling.spec.state_kinds import StateKind
+from ds_sparkling.spec.strategy import INIT_PAIRS, Init, NewIndex, OptimizerState, Scaling, Split, Strategy
+from unit_maps import Entry, Unit, entries, grown_units
 
 Shape = tuple[int, ...]
 COPY_COPY = (Init.COPY, Init.COPY)

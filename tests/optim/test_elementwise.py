@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from optimizers import CountingSGD
 from torch import Tensor
 
 from ds_sparkling.optim.elementwise import steps_elementwise
+from optimizers import CountingSGD
 
 ELEMENTWISE: list[Callable[[Any], torch.optim.Optimizer]] = [
     lambda p: torch.optim.AdamW(p, lr=0.0, fused=True),

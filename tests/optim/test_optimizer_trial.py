@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from optimizers import CountingSGD, Keeping, ScheduleFreeAdam, Wrapping
 from torch import Tensor
 
 from ds_sparkling.errors import PlanError, SparklingError, UnsupportedError
-from ds_sparkling.optim.trial import what_is_kept
-from ds_sparkling.state_kinds import StateKind
-from ds_sparkling.strategy import OptimizerState, Strategy
+from ds_sparkling.optim.optimizer_trial import what_is_kept
+from ds_sparkling.spec.state_kinds import StateKind
+from ds_sparkling.spec.strategy import OptimizerState, Strategy
+from optimizers import CountingSGD, Keeping, ScheduleFreeAdam, Wrapping
 
 Make = Callable[[Any], torch.optim.Optimizer]
 

@@ -12,9 +12,9 @@ import torch
 from torch.optim import lr_scheduler as torch_schedulers
 
 from ds_sparkling.errors import ConfigError
+from ds_sparkling.growth.schedule import warmup_cosine
 from ds_sparkling.optim.scheduler import RewarmupScheduler, grown_state, regrouped_state
-from ds_sparkling.schedule import warmup_cosine
-from ds_sparkling.strategy import BiasCorrection, Curve, OptimizerState, Rewarmup, Scope, Strategy
+from ds_sparkling.spec.strategy import BiasCorrection, OptimizerState, Rewarmup, RewarmupCurve, Scope, Strategy
 
 Make = Callable[[torch.optim.Optimizer], Any]
 
@@ -171,7 +171,7 @@ def test_there_is_no_going_on_from_beyond_the_end(name: str) -> None:
 def test_otherwise_they_follow_a_factor_on_the_base_rate(name: str) -> None:
     scheduler = make({**COSINES, **OTHERS}[name])
     run(scheduler, 12)
-    curve = Curve.FACTOR if name in COSINES else Curve.AUTO
+    curve = RewarmupCurve.FACTOR if name in COSINES else RewarmupCurve.AUTO
     scheduler.born(Strategy(rewarmup=Rewarmup(ratio=2.0, steps=4, curve=curve)))
     for t, groups in enumerate(run(scheduler, 10)):
         for old, new in groups:
@@ -186,7 +186,7 @@ def test_a_rewarmup_that_doesnt_fit_before_the_end_gets_a_factor(steps: int) -> 
     assert (scheduler.births[0].base is not None) == (steps < 28)
     if steps >= 28:
         with pytest.raises(ConfigError, match="ends in 28 steps"):
-            scheduler.born(Strategy(rewarmup=Rewarmup(steps=steps, curve=Curve.COSINE)))
+            scheduler.born(Strategy(rewarmup=Rewarmup(steps=steps, curve=RewarmupCurve.COSINE)))
 
 
 def test_in_its_own_warmup_even_a_cosine_gets_a_factor() -> None:
@@ -194,7 +194,7 @@ def test_in_its_own_warmup_even_a_cosine_gets_a_factor() -> None:
     scheduler = make(COSINES["WarmupCosineLR"])
     run(scheduler, 2)
     with pytest.raises(ConfigError, match="still warming up"):
-        scheduler.born(Strategy(rewarmup=Rewarmup(curve=Curve.COSINE)))
+        scheduler.born(Strategy(rewarmup=Rewarmup(curve=RewarmupCurve.COSINE)))
     scheduler.born(Strategy(rewarmup=Rewarmup(ratio=2.0, steps=4)))
     for t, groups in enumerate(run(scheduler, 30)):
         assert groups[0][1] == pytest.approx(groups[0][0] * (1 + min(t / 4, 1)))
@@ -204,7 +204,7 @@ def test_in_its_own_warmup_even_a_cosine_gets_a_factor() -> None:
 def test_a_cosine_that_isnt_there_cant_be_asked_for(name: str) -> None:
     scheduler = make(OTHERS[name])
     with pytest.raises(ConfigError, match=r"curve is 'cosine', but a .* 'factor'"):
-        scheduler.born(Strategy(rewarmup=Rewarmup(curve=Curve.COSINE)))
+        scheduler.born(Strategy(rewarmup=Rewarmup(curve=RewarmupCurve.COSINE)))
 
 
 @pytest.mark.parametrize("stop", [3, 11, 13, 17, 26])
@@ -261,7 +261,7 @@ def test_a_base_scheduler_that_wants_arguments_gets_them() -> None:
             self.done += increment
 
     scheduler = make(lambda _: Megatron())
-    scheduler.born(Strategy(rewarmup=Rewarmup(curve=Curve.FACTOR)))
+    scheduler.born(Strategy(rewarmup=Rewarmup(curve=RewarmupCurve.FACTOR)))
     with pytest.raises(TypeError):
         scheduler.step()
     scheduler.step(16)

@@ -11,14 +11,14 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor
-from ulp import ulps
 
 from ds_sparkling.growth import Block
-from ds_sparkling.growth.births import Run, stretch
+from ds_sparkling.growth.births import BirthRun, stretch
+from ds_sparkling.growth.schedule import Birth, rates_by_birth
 from ds_sparkling.optim.scheduler import RewarmupScheduler
 from ds_sparkling.optim.step import BirthStep
-from ds_sparkling.schedule import Birth, rates_by_birth
-from ds_sparkling.strategy import Rewarmup, Scope
+from ds_sparkling.spec.strategy import Rewarmup, Scope
+from ulp import ulps
 
 Make = Callable[[list[Any]], torch.optim.Optimizer]
 
@@ -114,7 +114,7 @@ def blocks_of(births: Tensor) -> list[Block]:
     row = births.shape[1]
     for number, values in enumerate(births.tolist()):
         changes = [column for column in range(1, row) if values[column] != values[column - 1]]
-        runs = tuple(Run(stop, values[stop - 1]) for stop in [*changes, row])
+        runs = tuple(BirthRun(stop, values[stop - 1]) for stop in [*changes, row])
         if blocks and blocks[-1].runs == runs:
             blocks[-1] = Block(blocks[-1].start, blocks[-1].rows + 1, runs)
         else:

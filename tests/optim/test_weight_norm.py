@@ -8,16 +8,16 @@ import pytest
 import torch
 
 from ds_sparkling.growth import Block
-from ds_sparkling.growth.births import Run, stretch
+from ds_sparkling.growth.births import BirthRun, stretch
+from ds_sparkling.growth.schedule import Birth
 from ds_sparkling.optim.scheduler import RewarmupScheduler
 from ds_sparkling.optim.step import BirthStep
 from ds_sparkling.optim.weight_norm import NormRatios, Part
-from ds_sparkling.schedule import Birth
-from ds_sparkling.strategy import Curve, Rewarmup
+from ds_sparkling.spec.strategy import Rewarmup, RewarmupCurve
 
 #: A matrix of 3 x 4 whose last column stage 1 made and whose last row stage 2, then a vector of stages 0 and 2.
-MATRIX = (Block(0, 2, (Run(3, 0), Run(4, 1))), Block(8, 1, (Run(4, 2),)))
-VECTOR = (Block(12, 1, (Run(2, 0), Run(3, 2))),)
+MATRIX = (Block(0, 2, (BirthRun(3, 0), BirthRun(4, 1))), Block(8, 1, (BirthRun(4, 2),)))
+VECTOR = (Block(12, 1, (BirthRun(2, 0), BirthRun(3, 2))),)
 NUMBERS = [0, 0, 0, 1, 0, 0, 0, 1, 2, 2, 2, 2, 3, 3, 5, 0]
 
 
@@ -28,7 +28,7 @@ def test_every_parameter_has_its_own_ratio(make: Callable[..., torch.optim.Optim
     plain = torch.nn.Parameter(weights.clone())
     optimizer, reference = make([param], lr=0.1, weight_decay=0.0), make([plain], lr=0.1, weight_decay=0.0)
     scheduler = RewarmupScheduler(None, optimizer)
-    adapted = Birth(Rewarmup(1.0, 0, curve=Curve.WEIGHT_NORM), (0.1,), None, restart=False)
+    adapted = Birth(Rewarmup(1.0, 0, curve=RewarmupCurve.WEIGHT_NORM), (0.1,), None, restart=False)
     scheduler.births = (adapted, adapted)
     norms = NormRatios(lambda: (2, {param: [Part(0, MATRIX), Part(1, VECTOR)]}))
     blocks = [*MATRIX, *VECTOR, stretch(15, 16, 0)]
@@ -46,13 +46,13 @@ def test_every_parameter_has_its_own_ratio(make: Callable[..., torch.optim.Optim
 def test_without_original_weights_the_base_rate_holds() -> None:
     """Nothing to compare with, or nothing but zeros."""
     tensor = torch.tensor([0.0, 0.0, 2.0])
-    norms = NormRatios(lambda: (1, {tensor: [Part(0, (Block(0, 1, (Run(2, 0), Run(3, 1))),))]}))
+    norms = NormRatios(lambda: (1, {tensor: [Part(0, (Block(0, 1, (BirthRun(2, 0), BirthRun(3, 1))),))]}))
     norms.measure([tensor], 2)
     assert norms._ratios == [[1.0, 1.0]]
 
 
 def test_new_elements_that_are_zero_yet_are_not_held_there() -> None:
     tensor = torch.tensor([3.0, 4.0, 0.0])
-    norms = NormRatios(lambda: (1, {tensor: [Part(0, (Block(0, 1, (Run(2, 0), Run(3, 1))),))]}))
+    norms = NormRatios(lambda: (1, {tensor: [Part(0, (Block(0, 1, (BirthRun(2, 0), BirthRun(3, 1))),))]}))
     norms.measure([tensor], 2)
     assert norms._ratios == [[1.0, 1.0]]

@@ -7,10 +7,10 @@ from typing import Any
 from unittest import mock
 
 import pytest
-import tiny
 import torch
-from distributed import Workers
 
+import tiny
+from distributed import Workers
 from ds_sparkling.planner.memory import Setting, traffic, training
 from ds_sparkling.planner.model import Model, probe_model
 
@@ -49,7 +49,7 @@ def weight_bytes(engine: Any) -> int:
 
 def master_bytes(engine: Any) -> tuple[int, int]:
     """Masters that aren't the compute weights themselves, and per-element state on this rank."""
-    from ds_sparkling.zero import access
+    from ds_sparkling.engine import access
 
     held = [shard for shard in access.shards(engine).values() if shard.master is not None]
     computing = {
@@ -64,7 +64,7 @@ def master_bytes(engine: Any) -> tuple[int, int]:
 def measure(case: tiny.Case) -> dict[str, Any]:
     """Bytes of weights, masters and state before and after a growth, and bytes that it gathered on this rank."""
     import ds_sparkling
-    from ds_sparkling.zero.access import Shard
+    from ds_sparkling.engine.access import Shard
 
     engine = tiny.initialize(case)
     tiny.train(engine, 1)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from ds_sparkling.errors import ConfigError
 from ds_sparkling.planner.compute import Recipe, sweep
 from ds_sparkling.planner.recipes import equal_share, planned
-from ds_sparkling.planner.subject import Options, Subject, read_subject
+from ds_sparkling.planner.subject import Options, PlannedRun, read_subject
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -69,7 +69,7 @@ def test_a_model_too_few_is_refused() -> None:
 # The paper's Table 2
 
 
-def subject(name: str) -> Subject:
+def subject(name: str) -> PlannedRun:
     return read_subject(str(CONFIGS / f"olmoe-0.5b-2.5b-{name}.json"), Options(tokens=200e9))
 
 

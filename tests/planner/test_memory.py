@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ds_sparkling.errors import ConfigError
-from ds_sparkling.partition import even_pieces, window_pieces
 from ds_sparkling.planner.memory import Memory, Setting, built_whole, growing, traffic, training
-from ds_sparkling.planner.model import Tensor
+from ds_sparkling.planner.model import ParameterSize
+from ds_sparkling.spec.partition import even_pieces, window_pieces
 
 #: A dense tensor of 100 elements, one of the rank's experts with 60, and a frozen one of 7.
-TENSORS = [Tensor(100), Tensor(60, expert=True), Tensor(7, trained=False)]
+TENSORS = [ParameterSize(100), ParameterSize(60, expert=True), ParameterSize(7, trained=False)]
 #: On 8 ranks with experts over 2, dense tensors are cut in 8 and experts in 4: 13 + 15 elements of 160.
 PIECE = 13 + 15
 
@@ -53,7 +53,7 @@ def test_offload_by_hand() -> None:
 
 
 #: TENSORS doubled on both sides.
-WIDER = [Tensor(400), Tensor(240, expert=True), Tensor(28, trained=False)]
+WIDER = [ParameterSize(400), ParameterSize(240, expert=True), ParameterSize(28, trained=False)]
 WIDER_PIECE = 50 + 60
 
 
@@ -115,18 +115,18 @@ def test_the_model_is_built_whole_unless_zero_3_partitions_it_at_once() -> None:
     assert [built_whole(5, Setting(4, stage)) for stage in range(4)] == [20, 20, 20, 0]
 
 
-def tensors() -> st.SearchStrategy[list[Tensor]]:
-    return st.lists(st.builds(Tensor, st.integers(1, 200), st.booleans(), st.booleans()), min_size=1, max_size=6)
+def tensors() -> st.SearchStrategy[list[ParameterSize]]:
+    return st.lists(st.builds(ParameterSize, st.integers(1, 200), st.booleans(), st.booleans()), min_size=1, max_size=6)
 
 
 @given(tensors(), st.integers(1, 3), st.integers(1, 4), st.integers(1, 4), st.integers(0, 3))
 def test_partitions_hold_and_gather_what_the_pieces_say(
-    held: list[Tensor], stage: int, expert_parallel: int, replicas: int, states: int
+    held: list[ParameterSize], stage: int, expert_parallel: int, replicas: int, states: int
 ) -> None:
     """Against the pieces that the engine room works with, rank by rank."""
     setting = Setting(expert_parallel * replicas, stage, expert_parallel, states=states)
     if expert_parallel == 1:
-        held = [Tensor(tensor.numel, trained=tensor.trained) for tensor in held]
+        held = [ParameterSize(tensor.numel, trained=tensor.trained) for tensor in held]
     trained = [tensor for tensor in held if tensor.trained]
     most, received = 0, 0
     for expert, ranks in ((False, setting.ranks), (True, replicas)):
@@ -151,7 +151,7 @@ def test_partitions_hold_and_gather_what_the_pieces_say(
 
 
 @given(tensors(), st.integers(0, 3), st.integers(1, 4), st.integers(1, 4))
-def test_more_partitioning_never_takes_more(held: list[Tensor], stage: int, shared: int, replicas: int) -> None:
+def test_more_partitioning_never_takes_more(held: list[ParameterSize], stage: int, shared: int, replicas: int) -> None:
     here = training(held, Setting(shared * replicas, stage, shared))
     if stage < 3:
         # Padding: an element per tensor and kind.

@@ -11,17 +11,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
-from olmoe_factory import build_tied
 from torch import nn
 
+import tiny
 from ds_sparkling.cli import COMMANDS
 from ds_sparkling.planner.command import main
 from ds_sparkling.planner.costs import Assumptions
 from ds_sparkling.planner.picture import picture
 from ds_sparkling.planner.recipes import splits
-from ds_sparkling.planner.report import Report
+from ds_sparkling.planner.report import Planning
 from ds_sparkling.planner.subject import Options, read_subject
+from olmoe_factory import build_tied
 
 ROOT = Path(__file__).parents[2]
 JOINT = ROOT / "configs" / "olmoe-0.5b-2.5b-joint2x.json"
@@ -193,7 +193,7 @@ def test_a_model_beside_a_deepspeed_config(tmp_path: Path, capsys: pytest.Captur
 
 def test_the_picture_shows_every_recipe(tmp_path: Path) -> None:
     subject = read_subject(str(two_stages(tmp_path / "two.json")), Options())
-    report = Report.make(subject, (1 / 3, 2 / 3), Assumptions())
+    report = Planning.make(subject, (1 / 3, 2 / 3), Assumptions())
     (axes,) = picture(report).axes
     one, planned, mark = axes.get_lines()
     assert [line.get_label() for line in (one, planned)] == ["in one growth", "as planned (first after 25%)"]

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import event_files
 import numpy as np
 import pytest
-from event_files import GROWN_AT, SAMPLES, STEPS, TOKENS, Point
 from hypothesis import given
 from hypothesis import strategies as st
 
+import event_files
 from ds_sparkling.errors import SparklingError
 from ds_sparkling.report.events import Event, EventFile, default_names, merge, read_run, read_runs
-from ds_sparkling.summary import RunSummary
+from ds_sparkling.spec.run_summary import RunSummary
+from event_files import GROWN_AT, SAMPLES, STEPS, TOKENS, Point
 
 SUMMARY = RunSummary("grown", 1.5, STEPS, TOKENS * STEPS, 1e9, 12.0, 9000, 3000)
 

@@ -9,14 +9,14 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
-import event_files
 import numpy as np
 import pytest
-from event_files import SAMPLES, Point
 
+import event_files
 from ds_sparkling.report import command
 from ds_sparkling.report.command import main
 from ds_sparkling.report.pictures import SECTIONS, running_mean
+from event_files import SAMPLES, Point
 
 ROOT = Path(__file__).parents[2]
 PNG = b"\x89PNG\r\n"

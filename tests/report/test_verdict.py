@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import event_files
 import numpy as np
 import pytest
-from event_files import SAMPLES, STEPS, Point
 
-from ds_sparkling.report.events import Curve, Run, read_run
+import event_files
+from ds_sparkling.report.events import ReadRun, TagCurve, read_run
 from ds_sparkling.report.facts import scatter
 from ds_sparkling.report.verdict import Finding, Kind, verdict
+from event_files import SAMPLES, STEPS, Point
 
 
 def the_one(findings: list[Finding], text: str) -> Finding:
@@ -21,18 +21,18 @@ def the_one(findings: list[Finding], text: str) -> Finding:
 
 
 @pytest.fixture
-def grown(tmp_path: Path) -> Run:
+def grown(tmp_path: Path) -> ReadRun:
     event_files.grown(tmp_path / "grown", event_files.job(), event_files.diagnosis())
     return read_run(tmp_path / "grown", "grown")
 
 
 @pytest.fixture
-def scratch(tmp_path: Path) -> Run:
+def scratch(tmp_path: Path) -> ReadRun:
     event_files.from_scratch(tmp_path / "scratch", shift=0.05)
     return read_run(tmp_path / "scratch", "scratch")
 
 
-def noisy(path: Path, name: str, shift: float, amplitude: float) -> Run:
+def noisy(path: Path, name: str, shift: float, amplitude: float) -> ReadRun:
     """A run whose validations scatter about a parabola."""
     signs = (1, -1, -1, 1, 1, -1, 1, -1, -1, 1)
     points = []
@@ -45,7 +45,7 @@ def noisy(path: Path, name: str, shift: float, amplitude: float) -> Run:
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])
 def test_a_run_that_diverged_neither_wins_nor_is_compared(
-    tmp_path: Path, grown: Run, scratch: Run, loss: float
+    tmp_path: Path, grown: ReadRun, scratch: ReadRun, loss: float
 ) -> None:
     event_files.write(tmp_path / "broken", [Point("Validation/loss", SAMPLES * STEPS, loss)])
     broken = read_run(tmp_path / "broken", "broken")
@@ -55,7 +55,7 @@ def test_a_run_that_diverged_neither_wins_nor_is_compared(
     assert verdict([broken])[0].kind is Kind.WATCH
 
 
-def test_which_ends_lowest_and_by_how_much(grown: Run, scratch: Run) -> None:
+def test_which_ends_lowest_and_by_how_much(grown: ReadRun, scratch: ReadRun) -> None:
     findings = verdict([scratch, grown])
     assert findings[0].text.startswith("grown ends lowest: validation loss 1.1427 after 204,800 tokens and 2.458e+09")
     against = the_one(findings, "scratch ends 0.0500 higher, at 1.1927")
@@ -65,7 +65,7 @@ def test_which_ends_lowest_and_by_how_much(grown: Run, scratch: Run) -> None:
     assert "other seeds" in the_one(findings, "Noise here is").text
 
 
-def test_the_same_compute_is_between_two_validations(grown: Run, scratch: Run) -> None:
+def test_the_same_compute_is_between_two_validations(grown: ReadRun, scratch: ReadRun) -> None:
     """The wide run has spent what the grown one spent in all, after two thirds of the steps."""
     at = np.interp(STEPS * 2 / 3, [60, 70], [event_files.loss_at(60), event_files.loss_at(70)]) + 0.05
     findings = verdict([grown, scratch])
@@ -83,15 +83,15 @@ def test_a_difference_within_noise_is_called_that(tmp_path: Path) -> None:
 
 def test_a_smooth_curve_has_no_scatter_and_few_points_tell_none() -> None:
     x = np.arange(20.0)
-    smooth = Curve(x, (x - 30) ** 2, np.zeros(20))
+    smooth = TagCurve(x, (x - 30) ** 2, np.zeros(20))
     assert scatter(smooth) == pytest.approx(0.0, abs=1e-9)
-    assert scatter(Curve(x[:4], smooth.values[:4], np.zeros(4))) is None
+    assert scatter(TagCurve(x[:4], smooth.values[:4], np.zeros(4))) is None
     rng = np.random.default_rng(0)
-    found = [scatter(Curve(x, smooth.values + rng.normal(0, 0.3, 20), np.zeros(20))) or 0.0 for _ in range(300)]
+    found = [scatter(TagCurve(x, smooth.values + rng.normal(0, 0.3, 20), np.zeros(20))) or 0.0 for _ in range(300)]
     assert np.sqrt(np.mean(np.square(found))) == pytest.approx(0.3, rel=0.1)
 
 
-def test_too_few_validations_and_other_budgets_are_said(tmp_path: Path, grown: Run) -> None:
+def test_too_few_validations_and_other_budgets_are_said(tmp_path: Path, grown: ReadRun) -> None:
     points = [Point("Validation/loss", SAMPLES * 50, 1.5), *event_files.spent(50, None)]
     event_files.write(tmp_path / "short", points)
     text = the_one(verdict([grown, read_run(tmp_path / "short", "short")]), "short ends 0").text
@@ -99,7 +99,7 @@ def test_too_few_validations_and_other_budgets_are_said(tmp_path: Path, grown: R
     assert "not at the same number of tokens" in text
 
 
-def test_a_run_without_validation_is_not_ranked(tmp_path: Path, grown: Run) -> None:
+def test_a_run_without_validation_is_not_ranked(tmp_path: Path, grown: ReadRun) -> None:
     event_files.write(tmp_path / "train", [Point("Train/loss", 16, 0.1)])
     findings = verdict([grown, read_run(tmp_path / "train", "train")])
     assert the_one(findings, "train has no Validation/loss").kind is Kind.MISSING
@@ -203,7 +203,7 @@ def test_a_growth_that_was_elsewhere_is_not_denied(tmp_path: Path) -> None:
     assert not read_run(tmp_path / "narrow", "narrow").grown_elsewhere
 
 
-def test_what_was_not_recorded_is_named_for_grown_runs_only(tmp_path: Path, scratch: Run) -> None:
+def test_what_was_not_recorded_is_named_for_grown_runs_only(tmp_path: Path, scratch: ReadRun) -> None:
     event_files.grown(tmp_path / "bare", event_files.job())
     missing = [f.text for f in verdict([read_run(tmp_path / "bare", "bare"), scratch]) if f.kind is Kind.MISSING]
     assert len(missing) == 2

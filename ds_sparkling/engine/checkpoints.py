@@ -1,0 +1,168 @@
+"""The growth record's way into and out of DeepSpeed's checkpoints."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from deepspeed.runtime.engine import DeepSpeedEngine
+
+from ds_sparkling.engine.access import clients_own
+from ds_sparkling.engine.fail_together import FailTogether
+from ds_sparkling.engine.growing_run import run_of
+from ds_sparkling.errors import CheckpointError
+from ds_sparkling.files import whole_file
+from ds_sparkling.optim.step import BirthStep
+from ds_sparkling.spec.record import GrowthRecord, find_checkpoint, read_record
+
+logger = logging.getLogger(__name__)
+
+
+def hook_checkpoints(engine: DeepSpeedEngine, step: BirthStep) -> None:
+    """Make the engine's own ``save_checkpoint`` and ``load_checkpoint`` carry and check the growth record.
+
+    Args:
+        engine: the engine.
+        step: its optimizer step, which has to look at the birth stages anew after a load.
+    """
+    save, load = engine.save_checkpoint, engine.load_checkpoint
+
+    def save_checkpoint(
+        save_dir: str,
+        tag: str | None = None,
+        client_state: Mapping[str, Any] | None = None,
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
+    ) -> Any:
+        tag = f"global_step{engine.global_steps}" if tag is None else str(tag)
+        rank = engine.local_rank if engine.use_node_local_storage() else engine.global_rank
+        how = f"save_latest={bool(save_latest)}, exclude_frozen_parameters={bool(exclude_frozen_parameters)}"
+        all_ranks = FailTogether(f"saving {Path(save_dir) / tag}", alike=f"saving {tag} ({how})", kind=CheckpointError)
+        with all_ranks:
+            if rank == 0:
+                run = run_of(engine)
+                run.observations.look_at_losses()
+                replace(run.record, spent=run.spent).write(Path(save_dir) / tag)
+                run.observations.write(Path(save_dir) / tag)
+        all_ranks.settle()
+        # What is written in the background becomes the latest when DeepSpeed has seen it finished.
+        background = engine.checkpoint_engine.is_decoupled()
+        with all_ranks.together(), _writes_held(engine.checkpoint_engine, all_ranks):
+            saved = save(save_dir, tag, dict(client_state or {}), save_latest and background, exclude_frozen_parameters)
+        all_ranks.settle()
+        if save_latest and not background:
+            with all_ranks:
+                if engine.global_rank == 0:
+                    with whole_file(Path(save_dir) / "latest") as latest:
+                        latest.write_text(tag)
+            all_ranks.settle()
+        run_of(engine).client.see(client_state, engine.global_steps)
+        return saved
+
+    def load_checkpoint(load_dir: str, tag: str | None = None, *args: Any, **kwargs: Any) -> Any:
+        all_ranks = FailTogether(
+            f"loading {load_dir}", alike=f"loading {tag or 'the latest checkpoint'}", kind=CheckpointError
+        )
+        with all_ranks:
+            found = find_checkpoint(load_dir, tag, universal=engine.load_universal_checkpoint())
+            record = None if found is None else read_record(found)
+            if found is not None:
+                _check_record(run_of(engine).record, record, found)
+                run_of(engine).observations.read(found)
+                run_of(engine).observations.unseen_losses = []
+                run_of(engine).observations.spent = None if record is None else record.spent
+        all_ranks.settle()
+        if found is not None and record is None and engine.global_rank == 0:
+            logger.warning("%s has no growth record; taken as saved at %s", found, run_of(engine).widths)
+        result: Any = (None, None)
+        with all_ranks.together():
+            result = load(load_dir, tag, *args, **kwargs)
+        all_ranks.settle()
+        if result[0] is not None:
+            run_of(engine).client.see(clients_own(result[1]), engine.global_steps)
+        if result[0] is not None and engine.load_universal_checkpoint():
+            _restore_groups(engine)
+        if record is not None and result[0] is not None:
+            engine.sparkling = replace(run_of(engine), record=record)
+            step.forget_blocks()
+            with all_ranks:
+                _check_schedule(engine, found)
+            all_ranks.settle()
+            stage = engine.sparkling.due(engine.global_steps)
+            if stage is not None and engine.global_rank == 0:
+                logger.info(
+                    "the growth planned at step %d is due: call grow_if_due before the next step", stage.at_step
+                )
+        return result
+
+    engine.save_checkpoint = save_checkpoint
+    engine.load_checkpoint = load_checkpoint
+
+
+@contextmanager
+def _writes_held(checkpoint_engine: Any, all_ranks: FailTogether) -> Iterator[None]:
+    """Keep what fails on one rank's disk in ``all_ranks``, so that the collectives of saving go on on all ranks."""
+
+    def held(write: Callable[..., Any]) -> Callable[..., Any]:
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            with all_ranks:
+                return write(*args, **kwargs)
+
+        return guarded
+
+    names = ("makedirs", "save", "commit")
+    for name in names:
+        setattr(checkpoint_engine, name, held(getattr(checkpoint_engine, name)))
+    try:
+        yield
+    finally:
+        for name in names:
+            delattr(checkpoint_engine, name)
+
+
+def _check_schedule(engine: DeepSpeedEngine, path: Path | None) -> None:
+    """The scheduler must know every growth in the record, and the groups must be those that were saved.
+
+    Raises:
+        CheckpointError: if the loaded schedule is that of another run.
+    """
+    scheduler, stages = engine.lr_scheduler, len(run_of(engine).record.stages)
+    if not scheduler.births and stages:
+        scheduler.settle(stages)
+        if engine.global_rank == 0:
+            logger.warning(
+                "no re-warm-up was loaded from %s: the elements of all %d growths follow the base rate", path, stages
+            )
+    if len(scheduler.births) != stages:
+        raise CheckpointError(
+            f"{path}: the scheduler's state knows {len(scheduler.births)} growths, the growth record {stages}; they "
+            "belong to different checkpoints"
+        )
+
+
+def _restore_groups(engine: DeepSpeedEngine) -> None:
+    """Universal checkpoints come back with the first group's settings in every group; put back what was saved."""
+    changed = engine.lr_scheduler.restore_groups()
+    if changed and engine.global_rank == 0:
+        logger.warning(
+            "a universal checkpoint gave every group the first one's settings; restored %s", ", ".join(changed)
+        )
+
+
+def _check_record(own: GrowthRecord, recorded: GrowthRecord | None, path: Path) -> None:
+    """The checkpoint's widths must be the engine's."""
+    if recorded is None:
+        if own.stages:
+            raise CheckpointError(
+                f"{path} has no growth record, but this engine has grown to {own.widths}; load it into an engine at "
+                "the widths it was saved with"
+            )
+    elif recorded.widths != own.widths:
+        raise CheckpointError(
+            f"{path} was saved at widths {recorded.widths}, this engine has {own.widths}; build it with "
+            f"initialize(..., checkpoint={str(path.parent)!r}, tag={path.name!r})"
+        )

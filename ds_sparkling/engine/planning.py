@@ -1,0 +1,270 @@
+"""Plans in the names and shapes of a live engine, and the check of all planned stages at the start."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from deepspeed import comm as dist
+from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import nn
+
+from ds_sparkling.discovery.build import BuildModel, base_widths, build_on_meta, check_wide, saved_buffers
+from ds_sparkling.discovery.factory import named_inputs
+from ds_sparkling.discovery.forward import Inputs
+from ds_sparkling.discovery.proof import prove_function
+from ds_sparkling.discovery.resolve import Found, axes_to_grow
+from ds_sparkling.engine.carry_over import preserved_rng
+from ds_sparkling.engine.fail_together import FailTogether, of_first_rank
+from ds_sparkling.engine.growing_run import GrowingRun
+from ds_sparkling.engine.hugging_face_build import built_plainly
+from ds_sparkling.engine.logical_names import engine_axes, logical_parameters, logical_shapes
+from ds_sparkling.engine.parallelism import refuse_parallelism
+from ds_sparkling.errors import ConfigError, PlanError
+from ds_sparkling.growth import GrowthPlan, count_parameters, make_plan
+from ds_sparkling.spec.active_experts import active_share, doubt_of_share
+from ds_sparkling.spec.axes import ParamAxes
+from ds_sparkling.spec.config import BLOCK, SparklingConfig
+from ds_sparkling.spec.record import GrowthRecord, read_record
+from ds_sparkling.spec.unsupported import refuse_compiled
+
+logger = logging.getLogger(__name__)
+
+#: What decides, in DeepSpeed's config, which collectives a step has.
+_IN_STEP = (
+    "zero_optimization",
+    "optimizer",
+    "scheduler",
+    "bf16",
+    "fp16",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "train_batch_size",
+)
+
+
+def plan_growth(engine: DeepSpeedEngine, run: GrowingRun, widths: Mapping[str, int]) -> GrowthPlan:
+    """The plan of the whole model, in the engine's parameter names; an empty ``widths`` plans a rebuild."""
+    axes = engine_axes(engine, run.record.axes)
+    buffers = {name: tuple(buffer.shape) for name, buffer in saved_buffers(engine.module).items()}
+    followers = {name: run.record.axes[name] for name in buffers if name in run.record.axes}
+    return make_plan(
+        logical_shapes(engine),
+        {**axes, **followers},
+        run.widths,
+        widths,
+        run.config.strategy,
+        stage=len(run.record.stages) + 1,
+        active_share=_shares(engine, axes),
+        buffers=buffers,
+    )
+
+
+def parameter_counts(engine: DeepSpeedEngine, record: GrowthRecord) -> tuple[int, int]:
+    """Total and active (per token) parameters of the engine's model."""
+    shapes, axes = logical_shapes(engine), engine_axes(engine, record.axes)
+    return count_parameters(shapes, axes), count_parameters(shapes, axes, _shares(engine, axes))
+
+
+def knowing(
+    record: GrowthRecord,
+    growths: Sequence[Mapping[str, int]],
+    build_model: BuildModel,
+    config: SparklingConfig,
+    inputs: Inputs | None = None,
+) -> GrowthRecord:
+    """``record`` with the axes of the growths to come, each tried on a small instance of the model.
+
+    Args:
+        growths: the axes that will grow together, and their new widths.
+        inputs: of the model's forward; by default those that ``config`` names, or random token ids.
+
+    Raises:
+        ConfigError: if the function that ``config`` names gives no inputs.
+        PlanError: names the parameter that can't be told, or the module that a growth would change.
+    """
+    if inputs is None and config.inputs is not None and config.check:
+        inputs = named_inputs(config.inputs)
+    wanted = [axis for growth in growths for axis in growth]
+    widths = base_widths(build_model, [*record.widths, *wanted], record.widths)
+    known = record.axes and widths.keys() == record.widths.keys() and set(wanted) <= set(record.tried)
+    doubts = []
+    if not known:
+        grown = [stage.widths for stage in record.stages]
+        found = axes_to_grow(
+            build_model, widths, growths, grown, config.strategy, config.axes, inputs, check=config.check
+        )
+        started = {axis: record.initial_widths.get(axis, width) for axis, width in widths.items()}
+        record = replace(record, initial_widths=started, axes=found.axes, tried=found.tried)
+        doubts += [found.doubt] if growths and config.check else []
+    elif config.check:
+        proofs = [
+            prove_function(build_model, record.axes, widths, growth, config.strategy, inputs) for growth in growths
+        ]
+        doubts += [Found(record.axes, proof, record.tried).doubt for proof in proofs]
+    for doubt in filter(None, doubts):
+        logger.warning("%s", doubt)
+    return record
+
+
+def agreed(find: Callable[[], GrowthRecord], all_ranks: FailTogether) -> GrowthRecord:
+    """The record that the first rank finds, on all ranks. Collective.
+
+    One rank is enough to try growths out, and what a model is read as rests on comparing floats, which processors of
+    different makes may see differently.
+
+    Raises:
+        SparklingError: on all ranks, what ``find`` raises on the first.
+    """
+    box: list[Any] = [None]
+    with all_ranks, built_plainly():
+        if dist.get_rank() == 0:
+            box = [find().to_dict()]
+    all_ranks.settle()
+    return GrowthRecord.from_dict(of_first_rank(box[0], all_ranks))
+
+
+def check_same_config(ds_config: Mapping[str, Any], all_ranks: FailTogether) -> None:
+    """Hold what ranks step by against the first rank's. Collective.
+
+    Raises:
+        ConfigError: on all ranks, if it isn't the same on one.
+    """
+    own = _settings({key: ds_config[key] for key in _IN_STEP if key in ds_config})
+    first = of_first_rank(own, all_ranks)
+    with all_ranks:
+        for key in sorted(own.keys() | first.keys()):
+            here, there = own.get(key, "missing"), first.get(key, "missing")
+            if here != there:
+                raise ConfigError(f"{key} is {here} here, and {there} on rank 0; pass the same config on all")
+    all_ranks.settle()
+
+
+def _settings(block: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Every setting by its dotted name; without paths, which may be a node's own."""
+    found: dict[str, str] = {}
+    for key, value in block.items():
+        if isinstance(value, Mapping):
+            found |= _settings(value, f"{prefix}{key}.")
+        elif not key.endswith("path"):
+            found[prefix + key] = repr(value)
+    return found
+
+
+def check_same_model(
+    build_model: BuildModel, widths: Mapping[str, int], all_ranks: FailTogether, *, partitioned: bool
+) -> None:
+    """Build the model on the meta device on every rank, and hold it against the first rank's. Collective.
+
+    What fails in ``build_model`` fails here, before anything is touched. Afterwards every rank has imported what the
+    model needs.
+
+    Args:
+        build_model, widths: what makes the model, and at which widths.
+        all_ranks: what is being done.
+        partitioned: whether DeepSpeed is going to partition the model while it is built.
+
+    Raises:
+        PlanError: on all ranks, if ``build_model`` fails on one, or makes another model there than on the first.
+        UnsupportedError: on all ranks, if the model can't be partitioned.
+    """
+    own: dict[str, tuple[str, int]] = {}
+    with all_ranks, preserved_rng(), built_plainly():
+        model = build_on_meta(build_model, widths)
+        refuse_parallelism()  # build_model may have asked for it
+        if partitioned:
+            refuse_compiled(model)
+        own = _described(model)
+    all_ranks.settle()
+    first = of_first_rank(own, all_ranks)
+    with all_ranks:
+        difference = _difference(own, first)
+        if difference is not None:
+            raise PlanError(f"build_model(**{dict(widths)}) doesn't make the same model on all ranks: {difference}")
+    all_ranks.settle()
+
+
+def _described(model: nn.Module) -> dict[str, tuple[str, int]]:
+    """What ranks have to agree on: every parameter and buffer, in words, and its place in the order they come in.
+
+    A tensor that has two names has one place. Where places differ, one rank's collectives meet those of other tensors.
+    """
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    places: dict[int, int] = {}
+    return {
+        name: (
+            f"{'trained' if tensor.requires_grad else 'fixed'} {tensor.dtype} {tuple(tensor.shape)}",
+            places.setdefault(id(tensor), len(places) + 1),
+        )
+        for name, tensor in tensors
+    }
+
+
+def _difference(own: Mapping[str, tuple[str, int]], first: Mapping[str, tuple[str, int]]) -> str | None:
+    """How this rank's model differs from the first rank's."""
+    missing = ("missing", 0)
+    for name in sorted(own.keys() | first.keys()):
+        here, there = own.get(name, missing)[0], first.get(name, missing)[0]
+        if here != there:
+            return f"{name} is {here} here, and {there} on rank 0"
+    for name, (_, place) in own.items():
+        if place != first[name][1]:
+            order = "registered in the same order, and shared alike"
+            return f"{name} is tensor {place} here, and tensor {first[name][1]} on rank 0: they have to be {order}"
+    return None
+
+
+def starting_record(
+    build_model: BuildModel, config: SparklingConfig, checkpoint: Path | None, inputs: Inputs | None
+) -> GrowthRecord:
+    """The record a run starts with: that of ``checkpoint``, or a fresh one; every stage still to come is checked."""
+    record = read_record(checkpoint) if checkpoint is not None else None
+    if record is None:
+        record = GrowthRecord(dict(config.widths or {}), {})
+    happened = {stage.planned_step for stage in record.stages}
+    growths = [stage.widths for stage in config.stages if stage.at_step not in happened]
+    record = knowing(record, growths, build_model, config, inputs)
+    check_stages(build_model, config, record)
+    return record
+
+
+def check_stages(build_model: BuildModel, config: SparklingConfig, record: GrowthRecord) -> None:
+    """Plan every stage still to come on the meta device, so that a mistake shows at the start and not at its step."""
+    widths = record.widths
+    happened = {stage.planned_step for stage in record.stages}
+    for number, stage in enumerate(config.stages, start=1):
+        if stage.at_step in happened:
+            continue
+        model = build_on_meta(build_model, widths)
+        shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
+        buffers = {name: tuple(buffer.shape) for name, buffer in saved_buffers(model).items()}
+        make_plan(shapes, record.axes, widths, stage.widths, config.strategy, stage=number, buffers=buffers)
+        try:
+            check_wide(build_model, record.axes, widths, stage.widths)
+        except PlanError as error:
+            raise ConfigError(f"{BLOCK}.stages[{number - 1}]: {error}") from error
+        widths = {**widths, **stage.widths}
+
+
+def warn_of_uncounted_experts(engine: DeepSpeedEngine, record: GrowthRecord) -> None:
+    """Say so if all experts count as active, where a token may use some of them only."""
+    if any(logical.experts for logical in logical_parameters(engine).values()):
+        return  # DeepSpeed's own layers tell
+    stacked = any(axes.stacked_experts for axes in engine_axes(engine, record.axes).values())
+    doubt = doubt_of_share(active_share(engine.module), stacked=stacked)
+    if doubt is not None:
+        logger.warning("%s: active parameters and compute count all of them", doubt)
+
+
+def _shares(engine: DeepSpeedEngine, axes: Mapping[str, ParamAxes]) -> dict[str, float]:
+    """Share of each expert's parameters that one token uses: as DeepSpeed's layers have it, or else the model's config.
+
+    Args:
+        axes: of the whole model's parameters.
+    """
+    told = active_share(engine.module)
+    of_stacks = {name: told for name, found in axes.items() if found.stacked_experts and told is not None}
+    return of_stacks | {name: logical.share for name, logical in logical_parameters(engine).items() if logical.experts}

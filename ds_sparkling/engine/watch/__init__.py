@@ -1,0 +1,1 @@
+"""What is measured on a running engine and shown in its monitors."""

@@ -1,0 +1,170 @@
+"""Learning rates before and after a growth (method, Sec. 4.2.2): pure functions of the number of steps.
+
+Old elements stay on the base schedule. Each growth stage gives its elements a curve of their own, which starts at the
+base rate of that moment.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ds_sparkling.spec.strategy import Rewarmup, RewarmupCurve, Scope
+
+
+def warmup_cosine(t: float, *, warmup: int, total: int, start: float, peak: float, end: float) -> float:
+    """f(t; T_w, T, eta_0, eta_max, eta_min): a linear warm-up, then a cosine (Eq. 25-26).
+
+    Args:
+        t: steps done.
+        warmup: T_w, steps from ``start`` to ``peak``.
+        total: T, the step at which the cosine reaches ``end``; the rate stays there afterwards.
+        start, peak, end: eta_0, eta_max and eta_min.
+    """
+    if t >= total:
+        return end
+    if t < warmup:
+        return start + (peak - start) * (t / warmup)
+    return end + 0.5 * (peak - end) * (1.0 + math.cos(math.pi * (t - warmup) / (total - warmup)))
+
+
+@dataclass(frozen=True)
+class CosineBase:
+    """A base schedule in its cosine phase.
+
+    Attributes:
+        remaining: T - t_e, steps until it reaches its end.
+        ends: eta_min of every parameter group.
+        total: T, steps from its start to its end.
+        warmup: T_w, those of them before the cosine.
+    """
+
+    remaining: int
+    ends: tuple[float, ...]
+    total: int
+    warmup: int
+
+    def peak(self, group: int, start: float) -> float:
+        """eta_max of a group, by the rate ``start`` at which it now stands."""
+        done = (self.total - self.remaining - self.warmup) / (self.total - self.warmup)
+        end = self.ends[group]
+        return end + 2.0 * (start - end) / (1.0 + math.cos(math.pi * done))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, for a checkpoint."""
+        return {**vars(self), "ends": list(self.ends)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> CosineBase:
+        """What :meth:`to_dict` gave; without the last two keys, as earlier versions wrote it, too."""
+        remaining = data["remaining"]
+        return cls(remaining, tuple(data["ends"]), data.get("total", remaining), data.get("warmup", 0))
+
+
+@dataclass(frozen=True)
+class Birth:
+    """The schedule of the elements that one growth stage made.
+
+    Attributes:
+        rewarmup: ratio rho, steps tau_w and scope.
+        starts: eta_e = eta(t_e), the base rate of every parameter group at the growth.
+        base: the rest of the base's cosine, if the curve is the paper's; None for a factor on the base rate.
+        restart: whether Adam's bias correction counts from the birth.
+        age: steps done since the growth, t - t_e.
+    """
+
+    rewarmup: Rewarmup
+    starts: tuple[float, ...]
+    base: CosineBase | None
+    restart: bool
+    age: int = 0
+
+    def older(self) -> Birth:
+        """The same one step later."""
+        return replace(self, age=self.age + 1)
+
+    @property
+    def follows_norms(self) -> bool:
+        """Whether the rate is further multiplied by a ratio of weight norms, parameter by parameter."""
+        return self.rewarmup.curve is RewarmupCurve.WEIGHT_NORM
+
+    def rate(self, group: int, base_rate: float) -> float:
+        """eta_new of parameter group ``group``, whose base rate is now ``base_rate``.
+
+        With a cosine base, f(t - t_e; tau_w, T - t_e, eta_e, rho eta_e, eta_min) (Eq. 27-28) until the base's end, and
+        the base rate from there on; a faster decay has less than T - t_e steps for it. If it goes on from another step
+        t_s of the base schedule, f(t_s + t - t_e; T_w, T, 0, eta_max, eta_min), which may not come to its end by T.
+        Without a cosine base, the base rate times a factor that goes from 1 to rho in tau_w steps, and stays there or
+        goes back to 1 along half a cosine.
+        """
+        ratio, steps = self.rewarmup.ratio, self.rewarmup.steps
+        if self.rewarmup.scope is Scope.NONE:
+            return base_rate
+        if self.base is not None and self.rewarmup.from_step is not None:
+            return warmup_cosine(
+                self.rewarmup.from_step + self.age,
+                warmup=self.base.warmup,
+                total=self.base.total,
+                start=0.0,
+                peak=self.base.peak(group, self.starts[group]),
+                end=self.base.ends[group],
+            )
+        if self.base is not None and self.age >= self.base.remaining:
+            return base_rate
+        if self.base is None:
+            return base_rate * self._factor()
+        start = self.starts[group]
+        return warmup_cosine(
+            self.age,
+            warmup=steps,
+            total=round(self.base.remaining * (1.0 - self.rewarmup.faster_decay)),
+            start=start,
+            peak=ratio * start,
+            end=self.base.ends[group],
+        )
+
+    def _factor(self) -> float:
+        ratio, steps, decay = self.rewarmup.ratio, self.rewarmup.steps, self.rewarmup.decay_steps
+        if decay is None:
+            return 1.0 + (ratio - 1.0) * (self.age / steps if self.age < steps else 1.0)
+        return warmup_cosine(self.age, warmup=steps, total=steps + decay, start=1.0, peak=ratio, end=1.0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, for a checkpoint."""
+        return {
+            "rewarmup": self.rewarmup.to_dict(),
+            "starts": list(self.starts),
+            "base": None if self.base is None else self.base.to_dict(),
+            "restart": self.restart,
+            "age": self.age,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Birth:
+        base = data["base"]
+        return cls(
+            Rewarmup.from_dict(data["rewarmup"]),
+            tuple(data["starts"]),
+            None if base is None else CosineBase.from_dict(base),
+            data["restart"],
+            data["age"],
+        )
+
+
+def rates_by_birth(births: Sequence[Birth], group: int, base_rate: float) -> list[float]:
+    """The learning rate of every birth stage's elements: the original ones first, then stage by stage.
+
+    Args:
+        births: one per growth stage so far.
+        group: the parameter group's index.
+        base_rate: its base rate now.
+    """
+    rates = [base_rate]
+    for birth in births:
+        rate = birth.rate(group, base_rate)
+        if birth.rewarmup.scope is Scope.ALL:
+            rates = [rate] * len(rates)
+        rates.append(rate)
+    return rates

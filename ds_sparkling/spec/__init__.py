@@ -1,0 +1,1 @@
+"""JSON in, frozen values out: axes, strategy, config, record, partitions. Knows torch at most, and no model."""

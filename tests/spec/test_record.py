@@ -1,0 +1,290 @@
+"""The growth record: what it tells about a run, and that a damaged file is an error that names it."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ds_sparkling.errors import CheckpointError, SparklingError
+from ds_sparkling.growth import make_plan
+from ds_sparkling.spec.axes import FIXED, Dim, Norm, ParamAxes, Role
+from ds_sparkling.spec.record import FILE_NAME, GrowthRecord, StageRecord, find_checkpoint, read_record
+from ds_sparkling.spec.strategy import Init, NewIndex, OptimizerState, Scaling, Strategy
+
+AXES = {
+    "embed.weight": ParamAxes((FIXED, Dim("hidden", Role.FAN_OUT))),
+    "experts.gate_up": ParamAxes(
+        (FIXED, Dim("inner", Role.FAN_OUT, segments=2, alive=(0,)), Dim("hidden", Role.FAN_IN)), stacked_experts=True
+    ),
+    "query.weight": ParamAxes((Dim("heads", Role.FAN_OUT, block=3, groups="groups"), Dim("hidden", Role.FAN_IN))),
+    "heads.weight": ParamAxes((Dim("hidden", Role.FAN_OUT, block=3), FIXED)),
+    "unembed.weight": ParamAxes(
+        (Dim("tokens", Role.INDEX), Dim("hidden", Role.FAN_IN, segments=2, interleaved=True, power=-1.0))
+    ),
+    "norm.weight": ParamAxes((Dim("hidden", Role.GAIN),), norm=Norm.RMS, head_gain=True, offset=1.0),
+    "layer_norm.bias": ParamAxes((Dim("hidden", Role.GAIN),), norm=Norm.LAYER),
+    "scale": ParamAxes(()),
+}
+OTHER = Strategy(
+    Init.RANDOM, Init.ZERO, Init.RANDOM, Scaling.NONE, OptimizerState.DROP, seed=5, vocabulary=NewIndex.RANDOM
+)
+RECORD = GrowthRecord(
+    {"hidden": 4, "inner": 2, "heads": 3},
+    AXES,
+    (
+        StageRecord(100, 100, {"inner": 4}, Strategy()),
+        StageRecord(205, 200, {"hidden": 8, "inner": 6}, OTHER),
+        StageRecord(300, None, {"hidden": 12}, Strategy(seed=2)),
+    ),
+)
+
+
+# -- what it tells -------------------------------------------------------------------------------------------------
+
+
+def test_widths_in_force_are_those_of_the_last_stage_that_grew_the_axis() -> None:
+    assert RECORD.widths == {"hidden": 12, "inner": 6, "heads": 3}
+    assert GrowthRecord({"hidden": 4}, {}).widths == {"hidden": 4}
+
+
+def test_the_history_has_an_entry_per_stage_for_every_axis() -> None:
+    """Also for axes that a stage left alone: birth stages are counted along it."""
+    assert RECORD.width_history == {"hidden": (4, 4, 8, 12), "inner": (2, 4, 6, 6), "heads": (3, 3, 3, 3)}
+    assert GrowthRecord({"hidden": 4}, {}).width_history == {"hidden": (4,)}
+
+
+def test_asking_does_not_change_the_record() -> None:
+    record = GrowthRecord({"hidden": 4}, AXES, RECORD.stages)
+    record.widths["hidden"] = 0
+    record.width_history.clear()
+    data = record.to_dict()
+    data["initial_widths"]["hidden"] = 0
+    data["stages"][0]["widths"]["inner"] = 0
+    assert record == GrowthRecord({"hidden": 4}, AXES, RECORD.stages)
+    assert RECORD.stages[0].widths == {"inner": 4}
+
+
+def test_a_growth_adds_its_stage_and_leaves_the_old_record_alone() -> None:
+    record = GrowthRecord({"hidden": 4, "inner": 2}, {"embed.weight": AXES["embed.weight"]})
+    plan = make_plan({"embed.weight": (11, 4)}, record.axes, record.widths, {"hidden": 6}, OTHER, stage=1)
+    after = record.after(plan.grown_widths, plan.strategy, step=17, planned_step=15)
+    assert record.stages == ()
+    assert after.stages == (StageRecord(17, 15, {"hidden": 6}, OTHER),)
+    assert after.widths == {"hidden": 6, "inner": 2}
+    assert (after.initial_widths, after.axes) == (record.initial_widths, record.axes)
+    again = make_plan({"embed.weight": (11, 6)}, after.axes, after.widths, {"hidden": 9}, Strategy(), stage=2)
+    twice = after.after(again.grown_widths, again.strategy, step=20, planned_step=None)
+    assert twice.stages == (*after.stages, StageRecord(20, None, {"hidden": 9}, Strategy()))
+    assert twice.width_history["hidden"] == (4, 6, 9)
+
+
+def test_a_record_is_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        RECORD.stages = ()  # type: ignore[misc]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        RECORD.stages[0].step = 1  # type: ignore[misc]
+
+
+# -- to a file and back --------------------------------------------------------------------------------------------
+
+strategies = st.builds(
+    Strategy,
+    vocabulary=st.sampled_from(NewIndex),
+    norm=st.sampled_from([Init.COPY, Init.RANDOM]),
+    scaling=st.sampled_from([Scaling.RMS, Scaling.NONE]),
+    optimizer_state=st.sampled_from(OptimizerState),
+    seed=st.integers(-(2**70), 2**70),
+)
+names = st.text(min_size=1, max_size=8)
+dims = st.just(FIXED) | st.builds(
+    Dim,
+    names,
+    st.sampled_from(Role),
+    st.integers(1, 9),
+    st.integers(1, 3),
+    st.lists(st.integers(0, 2)).map(tuple),
+    st.booleans(),
+    st.integers(1, 9) | names,
+    st.sampled_from([0.0, 0.5, -1.0]),
+)
+param_axes = st.builds(
+    ParamAxes,
+    st.lists(dims, max_size=3).map(tuple),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from(Norm),
+    st.sampled_from([0.0, 1.0]),
+) | st.builds(ParamAxes, st.lists(dims.filter(lambda dim: dim.role is not Role.GAIN), max_size=3).map(tuple))
+widths = st.dictionaries(names, st.integers(1, 2**20), max_size=3)
+stages = st.builds(StageRecord, st.integers(0), st.none() | st.integers(0), widths, strategies)
+records = st.builds(GrowthRecord, widths, st.dictionaries(names, param_axes, max_size=3), st.lists(stages).map(tuple))
+
+
+@given(records)
+def test_every_record_survives_json(record: GrowthRecord) -> None:
+    assert GrowthRecord.from_dict(json.loads(json.dumps(record.to_dict()))) == record
+
+
+def test_a_record_survives_its_file(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "new" / "global_step5"
+    RECORD.write(checkpoint)
+    assert read_record(checkpoint) == RECORD
+    assert os.listdir(checkpoint) == [FILE_NAME]  # nothing temporary is left
+
+
+def test_the_file_tells_the_widths_without_any_of_this_package(tmp_path: Path) -> None:
+    RECORD.write(tmp_path)
+    data = json.loads((tmp_path / "ds_sparkling.json").read_text())
+    assert data["widths"] == {"hidden": 12, "inner": 6, "heads": 3}
+    assert data["stages"][1]["step"] == 205
+
+
+def test_writing_again_replaces_the_record(tmp_path: Path) -> None:
+    RECORD.write(tmp_path)
+    shorter = GrowthRecord({"hidden": 1}, {})
+    shorter.write(tmp_path)
+    assert read_record(tmp_path) == shorter
+
+
+def test_a_write_that_breaks_off_leaves_the_old_record_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    RECORD.write(tmp_path)
+    write_text = Path.write_text
+
+    def disk_full(path: Path, text: str, *args: Any, **kwargs: Any) -> int:
+        write_text(path, text[: len(text) // 2])
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", disk_full)
+    with pytest.raises(SparklingError, match=r"ds_sparkling\.json can't be written: No space"):
+        GrowthRecord({"hidden": 1}, AXES).write(tmp_path)
+    monkeypatch.undo()
+    assert read_record(tmp_path) == RECORD
+
+
+def test_a_checkpoint_without_a_record_has_none(tmp_path: Path) -> None:
+    assert read_record(tmp_path) is None
+    assert read_record(tmp_path / "absent") is None
+
+
+# -- damaged files -------------------------------------------------------------------------------------------------
+
+
+def expect_named_error(checkpoint: Path, content: bytes) -> None:
+    path = checkpoint / FILE_NAME
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError) as refused:
+        read_record(checkpoint)
+    assert str(path) in str(refused.value)
+
+
+def valid() -> dict[str, Any]:
+    return json.loads(json.dumps(RECORD.to_dict()))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param(b"", id="empty"),
+        pytest.param(b"\0" * 64, id="zeros"),
+        pytest.param(b"\xff\xfe\x00\x80 not text", id="binary"),
+        pytest.param(b"{}", id="no keys"),
+        pytest.param(b"null", id="null"),
+        pytest.param(b"[]", id="a list"),
+        pytest.param(json.dumps(RECORD.to_dict()).encode()[:-1], id="cut off"),
+    ],
+)
+def test_a_damaged_file_is_an_error_that_names_it(tmp_path: Path, content: bytes) -> None:
+    expect_named_error(tmp_path, content)
+
+
+@pytest.mark.parametrize("version", [0, 1, 3, "2", None])
+def test_another_format_is_refused_with_both_numbers(tmp_path: Path, version: Any) -> None:
+    (tmp_path / FILE_NAME).write_text(json.dumps({**valid(), "format": version}))
+    with pytest.raises(CheckpointError, match=f"format {version!r}, expected 2"):
+        read_record(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["format", "initial_widths", "stages", "axes"])
+def test_a_missing_key_is_an_error(tmp_path: Path, key: str) -> None:
+    data = valid()
+    del data[key]
+    expect_named_error(tmp_path, json.dumps(data).encode())
+
+
+def places(node: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The paths of all nodes of a JSON value."""
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    return [path, *itertools.chain.from_iterable(places(child, (*path, key)) for key, child in items)]
+
+
+PLACES = places(valid())
+WRONG: list[Any] = [None, "x", 5, [], ["x"], {}, {"x": 1}]
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=json.dumps)
+def test_a_wrong_value_anywhere_is_read_or_named_but_never_a_bare_error(tmp_path: Path, wrong: Any) -> None:
+    """A reader that lets a TypeError through would stop a resume without telling which file to look at."""
+    for place in PLACES:
+        data: Any = valid()
+        if place:
+            node = data
+            for key in place[:-1]:
+                node = node[key]
+            node[place[-1]] = wrong
+        else:
+            data = wrong
+        (tmp_path / FILE_NAME).write_text(json.dumps(data))
+        try:
+            read_record(tmp_path)
+            complaint = FILE_NAME
+        except CheckpointError as error:
+            complaint = str(error)
+        except Exception as error:
+            pytest.fail(f"{'/'.join(map(str, place))} = {wrong!r} lets {error!r} through")
+        assert FILE_NAME in complaint
+
+
+# -- which checkpoint ----------------------------------------------------------------------------------------------
+
+
+def test_without_a_latest_file_there_is_no_checkpoint_yet(tmp_path: Path) -> None:
+    assert find_checkpoint(tmp_path) is None
+    assert find_checkpoint(tmp_path / "absent") is None
+    (tmp_path / "global_step5").mkdir()
+    assert find_checkpoint(str(tmp_path)) is None  # load_checkpoint wouldn't find it without a tag either
+    assert find_checkpoint(tmp_path, "global_step5") == tmp_path / "global_step5"
+
+
+def test_latest_names_the_checkpoint_unless_a_tag_does(tmp_path: Path) -> None:
+    for tag in ("global_step5", "global_step9"):
+        (tmp_path / tag).mkdir()
+    (tmp_path / "latest").write_text("global_step9\n")
+    assert find_checkpoint(tmp_path) == tmp_path / "global_step9"
+    assert find_checkpoint(str(tmp_path)) == tmp_path / "global_step9"
+    assert find_checkpoint(tmp_path, "global_step5") == tmp_path / "global_step5"
+
+
+def test_a_checkpoint_that_was_asked_for_and_is_gone_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"best.*given"):
+        find_checkpoint(tmp_path, "best")
+    (tmp_path / "latest").write_text("global_step9")
+    with pytest.raises(CheckpointError, match=r"global_step9.*latest"):
+        find_checkpoint(tmp_path)
+    (tmp_path / "global_step9").write_text("a file")
+    with pytest.raises(CheckpointError, match="global_step9"):
+        find_checkpoint(tmp_path)
+
+
+def test_an_empty_latest_file_does_not_name_the_directory_itself(tmp_path: Path) -> None:
+    """Written when a disk is full; the directory of all checkpoints has no record, so a resume would start narrow."""
+    (tmp_path / "latest").write_text("\n")
+    with pytest.raises(CheckpointError, match="latest"):
+        find_checkpoint(tmp_path)
