@@ -25,7 +25,7 @@ __all__ = [
     "rebuild",
     "recorded_widths",
 ]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 #: Where the public names are. DeepSpeed is imported when the engine room is first asked for, so that growth maths and

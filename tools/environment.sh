@@ -16,7 +16,7 @@ find_python() {
 }
 
 stamp=.venv/installed
-wanted=$(cat setup.py constraints.txt | cksum)
+wanted=$(cat pyproject.toml setup.py constraints.txt | cksum)
 if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     python=$(find_python)
     echo "setting up .venv with $("$python" --version), about a minute" >&2

@@ -16,7 +16,7 @@ from ds_sparkling.errors import ConfigError
 from ds_sparkling.spec.config import read_json
 
 #: The first version of transformers that stacks experts as DeepSpeed 0.19.8's AutoEP expects, and the first that
-#: AutoEP can't take any more; the extra ``hf`` in setup.py has the same range.
+#: AutoEP can't take any more; the extra ``hf`` in pyproject.toml has the same range.
 TRANSFORMERS = ((5, 9), (5, 23))
 
 

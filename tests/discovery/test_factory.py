@@ -76,8 +76,8 @@ def test_a_transformers_that_autoep_does_not_work_with_is_refused(
 
 
 def test_the_range_is_the_packages() -> None:
-    setup = (Path(__file__).parents[2] / "setup.py").read_text()
-    assert '"transformers>=5.9,<5.23"' in setup
+    metadata = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    assert '"transformers>=5.9,<5.23"' in metadata
 
 
 def test_references_of_a_command_line(tmp_path: Path) -> None:
