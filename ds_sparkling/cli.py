@@ -69,7 +69,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "report": (_report, "compare runs on one page: curves, figures and a verdict"),
     "expand-zero-ckpt": (_expand_zero_ckpt, "widen, reshape or export a ZeRO checkpoint offline"),
     "check-growth": (_check_growth, "grow a small instance of a model and see whether that keeps what it promises"),
-    "plot-schedule": (_plot_schedule, "learning rates of every birth stage, before the run, as text and picture"),
+    "plot-schedule": (_plot_schedule, "learning rates of every birth, before the run, as text and picture"),
     "plan-growth": (_plan_growth, "parameters, compute, memory, bytes and pause of a growth, before the run"),
 }
 

@@ -54,7 +54,7 @@ def grown(directory: Path, *parts: Files) -> None:
     """A grown run, in two files."""
     write(directory, [point for first, _ in parts for point in first])
     later = [*growth_mark(), *(point for _, second in parts for point in second)]
-    write(directory, later, ("growth stage 1: <hidden_size> 8 -> 16", SAMPLES * GROWN_AT))
+    write(directory, later, ("growth 1: <hidden_size> 8 -> 16", SAMPLES * GROWN_AT))
 
 
 def job(shift: float = 0.0, jump: float = 0.0) -> Files:
@@ -74,7 +74,7 @@ def job(shift: float = 0.0, jump: float = 0.0) -> Files:
 
 def growth_mark(samples: int = SAMPLES * GROWN_AT) -> list[Point]:
     return [
-        Point("Growth/stage", samples, 1),
+        Point("Growth/number", samples, 1),
         Point("Growth/parameters", samples, 9000),
         Point("Growth/active_parameters", samples, WIDE),
         Point("Growth/hidden_size", samples, 16),
@@ -111,5 +111,5 @@ def diagnosis(twins: float = 0.9, rms: float = 1.0, least_load: float = 0.5) -> 
         if since:
             cosine = 1.0 + (twins - 1.0) * (step - GROWN_AT) / (STEPS - GROWN_AT)
             file += [Point(f"twins/{name}", samples, cosine) for name in ("cosine", "cosine_max", "gradient_cosine")]
-            file += [Point(f"lr/stage_{stage}", samples, (1 + 0.3 * stage) * 1e-3) for stage in (0, 1)]
+            file += [Point(f"lr/birth_{birth}", samples, (1 + 0.3 * birth) * 1e-3) for birth in (0, 1)]
     return first, second

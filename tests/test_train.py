@@ -80,11 +80,11 @@ def test_tensorboard_shows_the_run(finished: tuple[Path, subprocess.CompletedPro
     samples = [16 * step for step in range(1, 9)]
     for tag in ("Train/loss", "Train/Samples/train_loss", "Train/grad_norm", "Train/Samples/lr"):
         assert steps[tag] == samples
-    assert steps["Growth/stage"] == [64]
+    assert steps["Growth/number"] == [64]
     assert {"Train/tokens", "Train/compute_flops", "Validation/loss"} <= steps.keys()
     for tag in ("activation_ratio/layers.0", "router/entropy/layers.0", "router/load_max/layers.0"):
         assert steps[tag] == samples
-    curves = ("lr/old", "lr/new", "lr/stage_0", "lr/stage_1", "update_rms/old", "update_rms/new")
+    curves = ("lr/old", "lr/new", "lr/birth_0", "lr/birth_1", "update_rms/old", "update_rms/new")
     for tag in (*curves, "twins/cosine", "twins/gradient_cosine", "activation_drift/layers.0"):
         assert steps[tag] == [sample for sample in samples if sample > 64]
     for name, losses in (("train_loss", "Train/Samples/train_loss"), ("validation_loss", "Validation/loss")):
@@ -92,7 +92,7 @@ def test_tensorboard_shows_the_run(finished: tuple[Path, subprocess.CompletedPro
         assert len(steps[tag]) == len(steps[losses])
         assert last[tag] == last[losses]
         assert steps[tag][-1] == int(last["Train/compute_flops"] / 1e9)
-    assert (last["lr/old"], last["lr/new"]) == (last["lr/stage_0"], last["lr/stage_1"])
+    assert (last["lr/old"], last["lr/new"]) == (last["lr/birth_0"], last["lr/birth_1"])
     assert last["lr/new"] > last["lr/old"] > 0
     assert last["update_rms/new"] > 0
     assert 0 < last["twins/cosine"] < 1
@@ -159,12 +159,12 @@ def test_every_config_can_be_planned(path: Path) -> None:
 
     widths = {"hidden_size": model_config.hidden_size, "moe_intermediate_size": model_config.moe_intermediate_size}
     shapes = {name: tuple(param.shape) for name, param in build_on_meta(build_model, widths).named_parameters()}
-    for stage in block.stages:
-        make_plan(shapes, probe(build_model, widths), widths, stage.widths, block.strategy, stage=1)
+    for stage in block.growths:
+        make_plan(shapes, probe(build_model, widths), widths, stage.widths, block.strategy, number=1)
     steps = data["training"]["steps"]
     assert data["scheduler"]["params"]["total_num_steps"] == steps
     assert data["scheduler"]["params"]["warmup_num_steps"] == pytest.approx(0.03 * steps, abs=1)
-    assert block.stages[0].at_step == steps // 2
+    assert block.growths[0].at_step == steps // 2
 
 
 # -- data -------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Learning rates of every birth stage of a planned run: ``python tools/plot_schedule.py --help``."""
+"""Learning rates of every birth of a planned run: ``python tools/plot_schedule.py --help``."""
 
 from ds_sparkling.planner.plot_schedule import main
 

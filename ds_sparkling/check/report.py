@@ -154,7 +154,7 @@ def check_growth(
     model = build_on_meta(build_model, before)
     shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
     buffers = {name: tuple(buffer.shape) for name, buffer in saved_buffers(model).items()}
-    plan = make_plan(shapes, axes, before, after, strategy, stage=1, active_share=None, buffers=buffers)
+    plan = make_plan(shapes, axes, before, after, strategy, number=1, active_share=None, buffers=buffers)
     whole = Instance(build_model, before, dict(after))
     small = [whole] if as_is else instances(build_model, before, after, keep_vocabulary=inputs is not None)
     runnable = first_runnable(small, inputs, dtype, seed)

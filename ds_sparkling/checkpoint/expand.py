@@ -281,7 +281,7 @@ def _block(source: Source, request: Request) -> SparklingConfig:
 
 def _plan(source: Source, model: ModelAxes, request: Request, block: SparklingConfig) -> GrowthPlan:
     shapes = {name: param.shape for name, param in source.layout.params.items()}
-    stage = 1 + (len(source.record.stages) if source.record is not None else 0)
+    number = 1 + (len(source.record.growths) if source.record is not None else 0)
     share = None if expert_layers(source.model_states(0)) else 1.0  # a checkpoint doesn't tell top-k
     return make_plan(
         shapes,
@@ -289,23 +289,23 @@ def _plan(source: Source, model: ModelAxes, request: Request, block: SparklingCo
         model.widths,
         request.widths,
         block.strategy,
-        stage=stage,
+        number=number,
         active_share=share,
         buffers=buffer_shapes(source.model_states(0)),
     )
 
 
 def _record(source: Source, model: ModelAxes, plan: GrowthPlan, block: SparklingConfig) -> GrowthRecord:
-    """The growth record after the growth, which counts as the planned stage that has these widths, if there is one."""
+    """The growth record after the growth, which counts as the planned growth that has these widths, if there is one."""
     before = source.record or GrowthRecord({}, {})
     started = {**model.widths, **before.initial_widths}
     # Axes of a hints file are in the checkpoint's names; the engine then finds out those of the model as built.
     same = started.keys() == before.initial_widths.keys()
     axes, tried = (model.built, model.tried) if model.built else (before.axes, before.tried) if same else ({}, ())
-    record = GrowthRecord(started, dict(axes), before.stages, tried, spent=before.spent)
+    record = GrowthRecord(started, dict(axes), before.growths, tried, spent=before.spent)
     widths, step = plan.grown_widths, source.model_states(0)["global_steps"]
-    happened = {stage.planned_step for stage in record.stages}
-    planned = (stage.at_step for stage in block.stages if stage.widths == widths and stage.at_step not in happened)
+    happened = {growth.planned_step for growth in record.growths}
+    planned = (growth.at_step for growth in block.growths if growth.widths == widths and growth.at_step not in happened)
     return record.after(widths, plan.strategy, step=step, planned_step=next(planned, None))
 
 
@@ -319,8 +319,8 @@ def _files(request: Request, contents: Contents, layout: Layout, scheduler: Any,
 
 def _model_config(request: Request, record: GrowthRecord | None) -> dict[str, Any]:
     """The model's own config at the widths in force: ``--config`` if it is one, else that beside the checkpoint."""
-    stages = record.stages if record is not None else ()
-    grown = {axis: width for stage in stages for axis, width in stage.widths.items()}
+    growths = record.growths if record is not None else ()
+    grown = {axis: width for growth in growths for axis, width in growth.widths.items()}
     started = {axis: record.initial_widths[axis] for axis in grown} if record is not None else {}
     places = [Path(request.config)] if request.config is not None else []
     for path in (*places, request.checkpoint / "config.json"):

@@ -153,11 +153,11 @@ def _probed(
         given = {axis: config[axis] for axis in widths if axis in config} | given
     before = base_widths(build_model, widths, given)
     # Axes that have grown must stay what they were taken for.
-    stages = [stage.widths for stage in source.record.stages] if source.record is not None else []
+    growths = [growth.widths for growth in source.record.growths] if source.record is not None else []
     try:
         inputs = named_inputs(block.inputs) if block.inputs is not None and block.check else None
         found = axes_to_grow(
-            build_model, before, [widths], stages, block.strategy, block.axes, inputs, check=block.check
+            build_model, before, [widths], growths, block.strategy, block.axes, inputs, check=block.check
         )
     except UnreadableError as error:
         raise UnknownAxesError(str(error), hints(source.layout.params.values(), before)) from error

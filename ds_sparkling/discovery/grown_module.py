@@ -73,7 +73,7 @@ def plan_of(
     """
     shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
     buffers = {name: tuple(buffer.shape) for name, buffer in saved_buffers(model).items()}
-    return make_plan(shapes, axes, before, after, strategy, stage=1, buffers=buffers)
+    return make_plan(shapes, axes, before, after, strategy, number=1, buffers=buffers)
 
 
 @torch.no_grad()

@@ -210,7 +210,7 @@ def _heads_advice(comparison: Comparison) -> str:
         wanted = f", {heads[0]} {heads[1]} to {heads[1] * ratio}" if heads is not None else ""
         return (
             f"{param.name} makes queries as wide as {growth.axis}: if heads stay as many, each gets larger, which "
-            "attention scales by and positions hang on; grow the number of heads in the same stage by the same ratio"
+            "attention scales by and positions hang on; grow the number of heads in the same growth by the same ratio"
             f"{wanted}, or let build_model have it follow. "
         )
     return ""

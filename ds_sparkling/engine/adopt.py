@@ -96,7 +96,7 @@ def adopt(
         if looked_at is not None:
             found = find_checkpoint(looked_at, tag, universal=engine.load_universal_checkpoint())
         record = starting_record(build_model, block, found, inputs)
-        if record.stages and engine.global_steps:
+        if record.growths and engine.global_steps:
             raise GrowthError("adopt the engine before it loads a checkpoint, which knows about growths")
         return record
 
@@ -118,7 +118,7 @@ def adopt(
     all_ranks.settle()
     with all_ranks.together():
         fit_out(engine, run)
-        if block.stages:
+        if block.growths:
             check_optimizer(engine, block.strategy)
     all_ranks.settle()
     notice_plans(engine, loop_saves=read_only)

@@ -27,7 +27,7 @@ def hook_checkpoints(engine: DeepSpeedEngine, step: BirthStep) -> None:
 
     Args:
         engine: the engine.
-        step: its optimizer step, which has to look at the birth stages anew after a load.
+        step: its optimizer step, which has to look at the births anew after a load.
     """
     save, load = engine.save_checkpoint, engine.load_checkpoint
 
@@ -92,10 +92,10 @@ def hook_checkpoints(engine: DeepSpeedEngine, step: BirthStep) -> None:
             with all_ranks:
                 _check_schedule(engine, found)
             all_ranks.settle()
-            stage = engine.sparkling.due(engine.global_steps)
-            if stage is not None and engine.global_rank == 0:
+            growth = engine.sparkling.due(engine.global_steps)
+            if growth is not None and engine.global_rank == 0:
                 logger.info(
-                    "the growth planned at step %d is due: call grow_if_due before the next step", stage.at_step
+                    "the growth planned at step %d is due: call grow_if_due before the next step", growth.at_step
                 )
         return result
 
@@ -130,16 +130,16 @@ def _check_schedule(engine: DeepSpeedEngine, path: Path | None) -> None:
     Raises:
         CheckpointError: if the loaded schedule is that of another run.
     """
-    scheduler, stages = engine.lr_scheduler, len(run_of(engine).record.stages)
-    if not scheduler.births and stages:
-        scheduler.settle(stages)
+    scheduler, growths = engine.lr_scheduler, len(run_of(engine).record.growths)
+    if not scheduler.births and growths:
+        scheduler.settle(growths)
         if engine.global_rank == 0:
             logger.warning(
-                "no re-warm-up was loaded from %s: the elements of all %d growths follow the base rate", path, stages
+                "no re-warm-up was loaded from %s: the elements of all %d growths follow the base rate", path, growths
             )
-    if len(scheduler.births) != stages:
+    if len(scheduler.births) != growths:
         raise CheckpointError(
-            f"{path}: the scheduler's state knows {len(scheduler.births)} growths, the growth record {stages}; they "
+            f"{path}: the scheduler's state knows {len(scheduler.births)} growths, the growth record {growths}; they "
             "belong to different checkpoints"
         )
 
@@ -156,7 +156,7 @@ def _restore_groups(engine: DeepSpeedEngine) -> None:
 def _check_record(own: GrowthRecord, recorded: GrowthRecord | None, path: Path) -> None:
     """The checkpoint's widths must be the engine's."""
     if recorded is None:
-        if own.stages:
+        if own.growths:
             raise CheckpointError(
                 f"{path} has no growth record, but this engine has grown to {own.widths}; load it into an engine at "
                 "the widths it was saved with"

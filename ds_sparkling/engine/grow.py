@@ -151,7 +151,7 @@ def initialize(
     all_ranks = FailTogether("making the engine")
     with all_ranks.together():
         engine = _engine(run)
-        if block.stages:
+        if block.growths:
             check_optimizer(engine, block.strategy)
     all_ranks.settle()
     notice_plans(engine)
@@ -177,7 +177,7 @@ def check_factories(**factories: Any) -> None:
 
 
 def grow_if_due(engine: DeepSpeedEngine, *, client_state: Mapping[str, Any] | None = None) -> DeepSpeedEngine:
-    """Grow as planned if a stage is due; the engine itself otherwise.
+    """Grow as planned if a growth is due; the engine itself otherwise.
 
     Call it before the forward pass of every step. With gradient accumulation it may be called before each micro-batch;
     a growth then waits for the first one of a step.
@@ -188,13 +188,13 @@ def grow_if_due(engine: DeepSpeedEngine, *, client_state: Mapping[str, Any] | No
             run that has saved or loaded a client state gets that one, and a checkpoint that isn't named in ``latest``.
 
     Raises:
-        GrowthError: if a stage is due and the call is between ``backward`` and ``step``.
+        GrowthError: if a growth is due and the call is between ``backward`` and ``step``.
         As :func:`grow`.
     """
-    while (stage := run_of(engine).due(engine.global_steps)) is not None and not _gradients(engine).waiting:
-        if engine.global_steps > stage.at_step and engine.global_rank == 0:
-            logger.warning("the growth planned at step %d happens at step %d", stage.at_step, engine.global_steps)
-        engine = _grow(engine, stage.widths, stage.at_step, client_state)
+    while (growth := run_of(engine).due(engine.global_steps)) is not None and not _gradients(engine).waiting:
+        if engine.global_steps > growth.at_step and engine.global_rank == 0:
+            logger.warning("the growth planned at step %d happens at step %d", growth.at_step, engine.global_steps)
+        engine = _grow(engine, growth.widths, growth.at_step, client_state)
     return engine
 
 
@@ -357,7 +357,7 @@ def _save_before(engine: DeepSpeedEngine, growth: _Transition, client_state: Map
     contents = known.contents if client_state is None else client_state
     all_ranks = FailTogether("saving before the growth")
     current = of_first_rank(contents is not known.contents or not contents or known.step == step, all_ranks)
-    checkpoint = Path(directory) / f"global_step{step}-before-growth{growth.plan.stage}"
+    checkpoint = Path(directory) / f"global_step{step}-before-growth{growth.plan.number}"
     engine.save_checkpoint(directory, tag=checkpoint.name, client_state=contents, save_latest=current)
     if not current and engine.global_rank == 0:
         logger.warning(

@@ -14,7 +14,7 @@ from ds_sparkling.engine.gradients import GradientWatch
 from ds_sparkling.errors import GrowthError
 from ds_sparkling.growth import GrowthPlan
 from ds_sparkling.monitoring.observations import Observations
-from ds_sparkling.spec.config import SparklingConfig, StageConfig
+from ds_sparkling.spec.config import GrowthConfig, SparklingConfig
 from ds_sparkling.spec.record import GrowthRecord, Spent
 
 
@@ -87,12 +87,12 @@ class GrowingRun:
         """Tokens and training compute so far; None after a checkpoint that doesn't tell, until the next step."""
         return self.observations.spent
 
-    def due(self, step: int) -> StageConfig | None:
-        """The first planned stage that is due when ``step`` optimizer steps are done and hasn't happened."""
-        happened = {stage.planned_step for stage in self.record.stages}
-        for stage in self.config.stages:
-            if stage.at_step <= step and stage.at_step not in happened:
-                return stage
+    def due(self, step: int) -> GrowthConfig | None:
+        """The first planned growth that is due when ``step`` optimizer steps are done and hasn't happened."""
+        happened = {growth.planned_step for growth in self.record.growths}
+        for growth in self.config.growths:
+            if growth.at_step <= step and growth.at_step not in happened:
+                return growth
         return None
 
 

@@ -9,7 +9,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from ds_sparkling.engine.growing_run import GrowingRun, run_of
 from ds_sparkling.growth import GrowthPlan
 from ds_sparkling.optim.scheduler import planned_end
-from ds_sparkling.spec.config import BLOCK, StageConfig, value_at
+from ds_sparkling.spec.config import BLOCK, GrowthConfig, value_at
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ def notice_plans(engine: DeepSpeedEngine, *, loop_saves: bool = False) -> None:
             'the DeepSpeed config has no "%s" block: no growth is planned, and only grow(engine, widths) makes one',
             BLOCK,
         )
-    if run.config.stages and run.config.checkpoint_before_growth and run.checkpoint_dir is None and not loop_saves:
+    if run.config.growths and run.config.checkpoint_before_growth and run.checkpoint_dir is None and not loop_saves:
         logger.warning("no checkpoint directory is known, so none is written before a growth; pass checkpoint=DIR")
     notice_end(run, _steps_in_all(run), "the run (training.steps)")
     notice_end(run, planned_end(engine.lr_scheduler.base), f"its {type(engine.lr_scheduler.base).__name__}")
@@ -43,10 +43,10 @@ def notice_end(run: GrowingRun, end: int | None, whose: str) -> None:
         end: the number of steps after which it has; None if nobody knows.
         whose: end that is.
     """
-    late = [stage for stage in _to_come(run) if end is not None and stage.at_step >= end]
+    late = [growth for growth in _to_come(run) if end is not None and growth.at_step >= end]
     if late:
         logger.warning(
-            "the growth planned at step %d comes too late: %s ends after %s steps; plan it earlier (%s.stages)",
+            "the growth planned at step %d comes too late: %s ends after %s steps; plan it earlier (%s.growths)",
             late[0].at_step,
             whose,
             end,
@@ -65,9 +65,9 @@ def notice_growth(run: GrowingRun, plan: GrowthPlan, step: int) -> None:
     logger.warning("growing at step %d\n%s", step, plan.describe(fraction=fraction))
 
 
-def _to_come(run: GrowingRun) -> list[StageConfig]:
-    happened = {stage.planned_step for stage in run.record.stages}
-    return [stage for stage in run.config.stages if stage.at_step not in happened]
+def _to_come(run: GrowingRun) -> list[GrowthConfig]:
+    happened = {growth.planned_step for growth in run.record.growths}
+    return [growth for growth in run.config.growths if growth.at_step not in happened]
 
 
 def _steps_in_all(run: GrowingRun) -> int | None:

@@ -1,4 +1,4 @@
-"""Plans in the names and shapes of a live engine, and the check of all planned stages at the start."""
+"""Plans in the names and shapes of a live engine, and the check of all planned growths at the start."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def plan_growth(engine: DeepSpeedEngine, run: GrowingRun, widths: Mapping[str, i
         run.widths,
         widths,
         run.config.strategy,
-        stage=len(run.record.stages) + 1,
+        number=len(run.record.growths) + 1,
         active_share=_shares(engine, axes),
         buffers=buffers,
     )
@@ -93,7 +93,7 @@ def knowing(
     known = record.axes and widths.keys() == record.widths.keys() and set(wanted) <= set(record.tried)
     doubts = []
     if not known:
-        grown = [stage.widths for stage in record.stages]
+        grown = [growth.widths for growth in record.growths]
         found = axes_to_grow(
             build_model, widths, growths, grown, config.strategy, config.axes, inputs, check=config.check
         )
@@ -220,33 +220,33 @@ def _difference(own: Mapping[str, tuple[str, int]], first: Mapping[str, tuple[st
 def starting_record(
     build_model: BuildModel, config: SparklingConfig, checkpoint: Path | None, inputs: Inputs | None
 ) -> GrowthRecord:
-    """The record a run starts with: that of ``checkpoint``, or a fresh one; every stage still to come is checked."""
+    """The record a run starts with: that of ``checkpoint``, or a fresh one; every growth still to come is checked."""
     record = read_record(checkpoint) if checkpoint is not None else None
     if record is None:
         record = GrowthRecord(dict(config.widths or {}), {})
-    happened = {stage.planned_step for stage in record.stages}
-    growths = [stage.widths for stage in config.stages if stage.at_step not in happened]
+    happened = {growth.planned_step for growth in record.growths}
+    growths = [growth.widths for growth in config.growths if growth.at_step not in happened]
     record = knowing(record, growths, build_model, config, inputs)
-    check_stages(build_model, config, record)
+    check_growths(build_model, config, record)
     return record
 
 
-def check_stages(build_model: BuildModel, config: SparklingConfig, record: GrowthRecord) -> None:
-    """Plan every stage still to come on the meta device, so that a mistake shows at the start and not at its step."""
+def check_growths(build_model: BuildModel, config: SparklingConfig, record: GrowthRecord) -> None:
+    """Plan every growth still to come on the meta device, so that a mistake shows at the start and not at its step."""
     widths = record.widths
-    happened = {stage.planned_step for stage in record.stages}
-    for number, stage in enumerate(config.stages, start=1):
-        if stage.at_step in happened:
+    happened = {growth.planned_step for growth in record.growths}
+    for number, growth in enumerate(config.growths, start=1):
+        if growth.at_step in happened:
             continue
         model = build_on_meta(build_model, widths)
         shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
         buffers = {name: tuple(buffer.shape) for name, buffer in saved_buffers(model).items()}
-        make_plan(shapes, record.axes, widths, stage.widths, config.strategy, stage=number, buffers=buffers)
+        make_plan(shapes, record.axes, widths, growth.widths, config.strategy, number=number, buffers=buffers)
         try:
-            check_wide(build_model, record.axes, widths, stage.widths)
+            check_wide(build_model, record.axes, widths, growth.widths)
         except PlanError as error:
             raise ConfigError(f"{BLOCK}.stages[{number - 1}]: {error}") from error
-        widths = {**widths, **stage.widths}
+        widths = {**widths, **growth.widths}
 
 
 def warn_of_uncounted_experts(engine: DeepSpeedEngine, record: GrowthRecord) -> None:

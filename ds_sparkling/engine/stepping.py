@@ -1,4 +1,4 @@
-"""The engine's optimizer step and scheduler, made to tell birth stages apart."""
+"""The engine's optimizer step and scheduler, made to tell births apart."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def hook_step(engine: DeepSpeedEngine) -> BirthStep:
 
 
 def check_optimizer(engine: DeepSpeedEngine, strategy: Strategy) -> None:
-    """Refuse a base optimizer whose state can't grow, or that can't treat birth stages differently where it has to.
+    """Refuse a base optimizer whose state can't grow, or that can't treat births differently where it has to.
 
     Raises:
         UnsupportedError: if it keeps state other than numbers and a tensor's elements, updates an element by looking at
@@ -68,7 +68,7 @@ def check_optimizer(engine: DeepSpeedEngine, strategy: Strategy) -> None:
 
 
 def blocks_of(engine: DeepSpeedEngine) -> dict[Tensor, list[Block]]:
-    """The birth stages in every tensor that the base optimizer steps, by what the growth record tells."""
+    """The births in every tensor that the base optimizer steps, by what the growth record tells."""
     _, parts = _parts_of(engine)
     return {
         master: _padded([block for part in found for block in part.blocks], master.numel())

@@ -1,4 +1,4 @@
-"""Birth stages: in which growth each element of a parameter came to be.
+"""Births: in which growth each element of a parameter came to be.
 
 An element is as young as the youngest of its indices. The sizes that its axes went through tell that, so no checkpoint
 stores it and no memory goes with the elements: rows whose columns were born alike are told apart as one block.
@@ -20,10 +20,10 @@ from ds_sparkling.spec.axes import Dim, ParamAxes
 
 @dataclass(frozen=True)
 class BirthRun:
-    """Columns up to ``stop`` (from where the run before it stops) that were born in ``stage``."""
+    """Columns up to ``stop`` (from where the run before it stops) that were born in ``birth``."""
 
     stop: int
-    stage: int
+    birth: int
 
 
 @dataclass(frozen=True)
@@ -52,24 +52,24 @@ class Block:
 
     @property
     def uniform(self) -> int | None:
-        """The birth stage of all its elements, if it is the same."""
-        return self.runs[0].stage if len(self.runs) == 1 else None
+        """The birth of all its elements, if it is the same."""
+        return self.runs[0].birth if len(self.runs) == 1 else None
 
 
-def stretch(start: int, stop: int, stage: int) -> Block:
-    """A block of elements that were all born in ``stage``."""
-    return Block(start, 1, (BirthRun(stop - start, stage),))
+def stretch(start: int, stop: int, birth: int) -> Block:
+    """A block of elements that were all born in ``birth``."""
+    return Block(start, 1, (BirthRun(stop - start, birth),))
 
 
 def birth_blocks(
     axes: ParamAxes, shape: tuple[int, ...], widths: Mapping[str, tuple[int, ...]], start: int, stop: int
 ) -> list[Block]:
-    """The birth stages of the elements ``start`` to ``stop`` of a flattened parameter, as blocks that lie end to end.
+    """The births of the elements ``start`` to ``stop`` of a flattened parameter, as blocks that lie end to end.
 
     Args:
         axes: what the parameter's dimensions are.
         shape: its present shape.
-        widths: per axis, its width at the start and after every stage; axes that never grew may be left out.
+        widths: per axis, its width at the start and after every growth; axes that never grew may be left out.
         start, stop: indices into the flattened parameter; the blocks count from ``start``.
     """
     if stop <= start:
@@ -92,19 +92,19 @@ def birth_blocks(
 
 
 def join(blocks: Iterable[Block]) -> list[Block]:
-    """Blocks that lie end to end, with neighbours of one birth stage joined."""
+    """Blocks that lie end to end, with neighbours of one birth joined."""
     joined: list[Block] = []
     for block in blocks:
-        stage = block.uniform
-        if joined and stage is not None and joined[-1].uniform == stage:
-            joined[-1] = stretch(joined[-1].start, block.stop, stage)
+        birth = block.uniform
+        if joined and birth is not None and joined[-1].uniform == birth:
+            joined[-1] = stretch(joined[-1].start, block.stop, birth)
         else:
-            joined.append(block if stage is None else stretch(block.start, block.stop, stage))
+            joined.append(block if birth is None else stretch(block.start, block.stop, birth))
     return joined
 
 
 def _births_of_dim(dim: Dim, size: int, widths: Mapping[str, tuple[int, ...]]) -> Tensor:
-    """Birth stage of every index of one dimension, uint8."""
+    """Birth of every index of one dimension, uint8."""
     if not dim.axes & widths.keys():
         return torch.zeros(size, dtype=torch.uint8)
 
@@ -129,17 +129,17 @@ def _stretches(births: Tensor, start: int, stop: int) -> Iterable[tuple[int, int
 
 def _runs(births: Tensor, trailing: int) -> tuple[BirthRun, ...]:
     """The runs of a row, whose indices have ``births`` and hold ``trailing`` elements each."""
-    return tuple(BirthRun(end * trailing, stage) for _, end, stage in _stretches(births, 0, len(births)))
+    return tuple(BirthRun(end * trailing, birth) for _, end, birth in _stretches(births, 0, len(births)))
 
 
 def _floored(runs: tuple[BirthRun, ...], floor: int) -> tuple[BirthRun, ...]:
     """The runs of a row that was itself born in ``floor``."""
     floored: list[BirthRun] = []
     for run in runs:
-        stage = max(run.stage, floor)
-        if floored and floored[-1].stage == stage:
+        birth = max(run.birth, floor)
+        if floored and floored[-1].birth == birth:
             floored.pop()
-        floored.append(BirthRun(run.stop, stage))
+        floored.append(BirthRun(run.stop, birth))
     return tuple(floored)
 
 
@@ -153,7 +153,7 @@ def _cut(first: int, end: int, runs: tuple[BirthRun, ...], start: int, stop: int
         if column or high - low < row:  # a part of a row
             width = min(row - column, high - low)
             inside = [
-                BirthRun(min(run.stop, column + width) - column, run.stage)
+                BirthRun(min(run.stop, column + width) - column, run.birth)
                 for before, run in zip((0, *(run.stop for run in runs)), runs, strict=False)
                 if before < column + width and run.stop > column
             ]

@@ -57,10 +57,10 @@ class ParamPlan:
 
 @dataclass(frozen=True)
 class GrowthPlan:
-    """One growth stage of one model.
+    """One growth of one model.
 
     Attributes:
-        stage: 1 for the first growth of a run, 2 for the next ...
+        number: 1 for the first growth of a run, 2 for the next ...
         growths: one :class:`AxisGrowth` per grown axis.
         strategy: how new entries, scales and optimizer state are made.
         params: one :class:`ParamPlan` per parameter, in the model's order.
@@ -68,7 +68,7 @@ class GrowthPlan:
         buffers: one :class:`ParamPlan` per buffer that checkpoints hold and that follows an axis.
     """
 
-    stage: int
+    number: int
     growths: tuple[AxisGrowth, ...]
     strategy: Strategy
     params: tuple[ParamPlan, ...]
@@ -94,7 +94,7 @@ class GrowthPlan:
         """The :class:`UnitScales` of every grown axis; don't change them."""
         return self.once(
             "scales",
-            lambda: {growth.axis: unit_scales(growth, self.strategy, self.stage) for growth in self.growths},
+            lambda: {growth.axis: unit_scales(growth, self.strategy, self.number) for growth in self.growths},
         )
 
     def once(self, key: Hashable, make: Callable[[], _T]) -> _T:
@@ -140,7 +140,7 @@ class GrowthPlan:
 
     def to_dict(self) -> dict[str, Any]:
         return {
-            "stage": self.stage,
+            "number": self.number,
             "growths": [dict(vars(growth)) for growth in self.growths],
             "strategy": self.strategy.to_dict(),
             "params": [param.to_dict() for param in self.params],
@@ -151,7 +151,7 @@ class GrowthPlan:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> GrowthPlan:
         return cls(
-            data["stage"],
+            data["number"],
             tuple(AxisGrowth(**{**growth, "groups": tuple(growth["groups"])}) for growth in data["growths"]),
             Strategy.from_dict(data["strategy"]),
             tuple(map(ParamPlan.from_dict, data["params"])),
@@ -168,7 +168,7 @@ class GrowthPlan:
         total = self.parameters()
         widths = ", ".join(f"{g.axis} {g.before} -> {g.after}" for g in self.growths) or "unchanged widths"
         lines = [
-            f"growth stage {self.stage}: {widths}",
+            f"growth {self.number}: {widths}",
             f"  parameters        {total[0]:>15,} -> {total[1]:>15,}",
         ]
         if self.active_share is not None:
@@ -216,7 +216,7 @@ def make_plan(
     after: Mapping[str, int],
     strategy: Strategy,
     *,
-    stage: int,
+    number: int,
     active_share: Shares | None = 1.0,
     buffers: Mapping[str, Shape] | None = None,
 ) -> GrowthPlan:
@@ -248,7 +248,7 @@ def make_plan(
     growths = axis_growths(axes, before, after)
     params = tuple(_param_plan(name, shape, axes[name], before, after) for name, shape in shapes.items())
     followers = tuple(_param_plan(name, shape, axes[name], before, after) for name, shape in held.items())
-    plan = GrowthPlan(stage, growths, strategy, params, active_share, followers)
+    plan = GrowthPlan(number, growths, strategy, params, active_share, followers)
     plan.scales()  # refuses a scaling that can't hold, before anything is touched
     return plan
 

@@ -1,4 +1,4 @@
-"""Normal random numbers that are a function of (seed, stage, parameter name, element index).
+"""Normal random numbers that are a function of (seed, growth, parameter name, element index).
 
 Every topology and every order of work draws the same value for the same element: a counter-based generator
 (SplitMix64, Steele et al. 2014, doi:10.1145/2714064.2660195) hashes the element's index, and the inverse normal CDF
@@ -19,9 +19,9 @@ _MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
 _MIX_2 = 0x94D049BB133111EB - 2**64
 
 
-def stream_key(seed: int, stage: int, name: str) -> int:
-    """The 64-bit key (as int64) of one parameter's random stream at one growth stage."""
-    digest = hashlib.blake2b(f"{seed}/{stage}/{name}".encode(), digest_size=8).digest()
+def stream_key(seed: int, growth: int, name: str) -> int:
+    """The 64-bit key (as int64) of one parameter's random stream at one growth."""
+    digest = hashlib.blake2b(f"{seed}/{growth}/{name}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
 

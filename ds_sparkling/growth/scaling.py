@@ -151,7 +151,7 @@ class Factors:
         return sum(dim.sizes({axis: growth.after for axis, growth in self.growths.items()})) / before
 
 
-def consumed_shares(growth: AxisGrowth, strategy: Strategy, stage: int) -> Tensor:
+def consumed_shares(growth: AxisGrowth, strategy: Strategy, number: int) -> Tensor:
     """What share of its even one each unit keeps of the columns that consume its twins; float64 of shape [d'].
 
     Over the twins of a unit they are 1 in the mean. Random ones are uniform on the simplex.
@@ -161,7 +161,7 @@ def consumed_shares(growth: AxisGrowth, strategy: Strategy, stage: int) -> Tenso
     if strategy.split.shares is None:
         # A sum of two squared normals is exponential, without a logarithm, which differs between vector units.
         pairs = torch.arange(2 * growth.after).view(2, -1)
-        first, second = standard_normal(stream_key(strategy.seed, stage, f"split/{growth.axis}"), pairs).square()
+        first, second = standard_normal(stream_key(strategy.seed, number, f"split/{growth.axis}"), pairs).square()
         parts = first + second
     else:
         old, copy = strategy.split.shares
@@ -170,8 +170,8 @@ def consumed_shares(growth: AxisGrowth, strategy: Strategy, stage: int) -> Tenso
     return torch.where(m > 1, m * parts / totals, 1.0)
 
 
-def unit_scales(growth: AxisGrowth, strategy: Strategy, stage: int = 1) -> UnitScales:
-    """The factors of every unit of one grown axis at growth ``stage``.
+def unit_scales(growth: AxisGrowth, strategy: Strategy, number: int = 1) -> UnitScales:
+    """The factors of every unit of one grown axis at growth ``number``.
 
     ``function`` with copies divides each consuming column by its source's multiplicity. On a normed axis whose ratio
     isn't an integer that alone would change the RMS that RMSNorm divides by, so unit ``j`` is also produced
@@ -184,7 +184,7 @@ def unit_scales(growth: AxisGrowth, strategy: Strategy, stage: int = 1) -> UnitS
     d, d_new = growth.before, growth.after
     ones = torch.ones(d_new, dtype=torch.float64)
     m = multiplicities(d, d_new, growth.groups).double()
-    shares = ones if strategy.split.even else consumed_shares(growth, strategy, stage)
+    shares = ones if strategy.split.even else consumed_shares(growth, strategy, number)
     if strategy.scaling is Scaling.FUNCTION and growth.rigid:
         if strategy.fan_out is not Init.COPY:
             raise PlanError(

@@ -1,6 +1,6 @@
 """Learning rates before and after a growth (method, Sec. 4.2.2): pure functions of the number of steps.
 
-Old elements stay on the base schedule. Each growth stage gives its elements a curve of their own, which starts at the
+Old elements stay on the base schedule. Each growth gives its elements a curve of their own, which starts at the
 base rate of that moment.
 """
 
@@ -65,7 +65,7 @@ class CosineBase:
 
 @dataclass(frozen=True)
 class Birth:
-    """The schedule of the elements that one growth stage made.
+    """The schedule of the elements that one growth made.
 
     Attributes:
         rewarmup: ratio rho, steps tau_w and scope.
@@ -154,10 +154,10 @@ class Birth:
 
 
 def rates_by_birth(births: Sequence[Birth], group: int, base_rate: float) -> list[float]:
-    """The learning rate of every birth stage's elements: the original ones first, then stage by stage.
+    """The learning rate of every birth's elements: the original ones first, then birth by birth.
 
     Args:
-        births: one per growth stage so far.
+        births: one per growth so far.
         group: the parameter group's index.
         base_rate: its base rate now.
     """

@@ -27,7 +27,7 @@ def check_widths(axis: str, before: int, after: int, groups: tuple[int, int] = (
     if before < 1 or after < 1:
         raise PlanError(f"{axis}: widths must be positive, got {before} -> {after}")
     if after == before:
-        raise PlanError(f"{axis}: width {before} -> {after} changes nothing; leave the axis out of the stage")
+        raise PlanError(f"{axis}: width {before} -> {after} changes nothing; leave the axis out of the growth")
     if after < before:
         raise PlanError(f"{axis}: width {before} -> {after} shrinks; growth only widens")
     if before % groups[0] or after % groups[1]:
@@ -99,10 +99,10 @@ def paired_units(before: int, after: int, groups: tuple[int, int] = (1, 1)) -> t
 
 
 def birth_of_units(widths: Sequence[int], groups: Sequence[int] | int = 1) -> Tensor:
-    """Birth stage of every unit of an axis that went through ``widths``; uint8 of shape [widths[-1]].
+    """Birth of every unit of an axis that went through ``widths``; uint8 of shape [widths[-1]].
 
-    Stage 0 are the original units, stage ``s`` those added when the axis went from ``widths[s - 1]`` to
-    ``widths[s]``. Equal consecutive widths mean that stage ``s`` grew another axis.
+    Birth 0 are the original units, birth ``s`` those added when the axis went from ``widths[s - 1]`` to
+    ``widths[s]``. Equal consecutive widths mean that growth ``s`` grew another axis.
 
     Args:
         groups: how many groups there were at each of these, or always.
@@ -118,8 +118,8 @@ def birth_of_units(widths: Sequence[int], groups: Sequence[int] | int = 1) -> Te
 
 def _births(sizes: Sequence[int], widths: Sequence[int]) -> Tensor:
     births = torch.zeros(sizes[-1], dtype=torch.uint8)
-    for stage, (before, after) in enumerate(itertools.pairwise(sizes), start=1):
+    for growth, (before, after) in enumerate(itertools.pairwise(sizes), start=1):
         if after < before:
-            raise PlanError(f"an axis went through widths {tuple(widths)}, which shrink at stage {stage}")
-        births[before:after] = stage
+            raise PlanError(f"an axis went through widths {tuple(widths)}, which shrink at growth {growth}")
+        births[before:after] = growth
     return births

@@ -113,7 +113,7 @@ class Widener:
         self.param: ParamPlan = plan.param(name)
         self.strategy: Strategy = plan.strategy
         self._plan = plan
-        self._key = stream_key(plan.strategy.seed, plan.stage, name)
+        self._key = stream_key(plan.strategy.seed, plan.number, name)
         if experts is not None and not self.param.axes.stacked_experts:
             raise PlanError(f"{name} isn't a tensor of stacked experts, so it has no slice {experts}")
         if experts is not None and not 0 <= experts[0] < experts[1] <= self.param.before[0]:
@@ -324,7 +324,7 @@ class Widener:
         place = grown[-1]
         dim = self._dims[place]
         return ZeroSumNoise(
-            key=stream_key(self.strategy.seed, self._plan.stage, f"perturbation/{self.param.name}"),
+            key=stream_key(self.strategy.seed, self._plan.number, f"perturbation/{self.param.name}"),
             place=place,
             twins=self._plan.once(("consumed alike", dim), lambda: consumed_twins(dim, self._growths)),
             strength=self._plan.once(("noise", dim), lambda: dim.laid(self._noise_strength)),

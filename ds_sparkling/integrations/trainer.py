@@ -80,9 +80,9 @@ class SparklingCallback(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         engine = self.trainer.model_wrapped
-        growths = len(engine.sparkling.record.stages)
+        growths = len(engine.sparkling.record.growths)
         ds_sparkling.grow_if_due(engine)
-        if len(engine.sparkling.record.stages) == growths:
+        if len(engine.sparkling.record.growths) == growths:
             return
         if state.best_model_checkpoint is not None and state.is_world_process_zero:
             logger.warning("the best model so far, %s, doesn't fit the grown one", state.best_model_checkpoint)

@@ -31,12 +31,12 @@ def as_variant(config: Mapping[str, Any], variant: Variant) -> dict[str, Any]:
     block = sparkling_config(config)
     if variant is Variant.GROWN:
         return dict(config)
-    if not block.stages:
+    if not block.growths:
         raise ConfigError(f"{BLOCK}.stages is empty: the config plans no growth, so nothing can be {variant.value}")
     changed = {**config[BLOCK], "stages": []}
     if variant is Variant.FROM_SCRATCH:
         final = dict(block.widths or {})
-        for stage in block.stages:
-            final |= stage.widths
+        for growth in block.growths:
+            final |= growth.widths
         changed["widths"] = final
     return {**config, BLOCK: changed}

@@ -81,38 +81,38 @@ def locked(cosine: float, earlier: float | None) -> bool:
 
 
 class TwinAlarm:
-    """Copied units that are still alike when their re-warm-up is over; once per growth stage."""
+    """Copied units that are still alike when their re-warm-up is over; once per growth."""
 
     def __init__(self) -> None:
         self._raised: set[int] = set()
         self._seen: tuple[int, deque[tuple[int, Mapping[str, float]]]] = 0, deque()
 
-    def see(self, stage: int, age: int, rewarmup: int, cosines: Mapping[str, float]) -> str | None:
+    def see(self, growth: int, age: int, rewarmup: int, cosines: Mapping[str, float]) -> str | None:
         """Look at a measurement.
 
         Args:
-            stage: the growth stage that made the copies.
+            growth: the growth that made the copies.
             age: optimizer steps since.
             rewarmup: steps of its re-warm-up, before which nothing is an alarm; without one, 100.
             cosines: mean cosine of the copied units with their sources, by parameter.
         """
-        earlier = self._earlier(stage, age, cosines)
+        earlier = self._earlier(growth, age, cosines)
         alike = {name: cosine for name, cosine in cosines.items() if locked(cosine, earlier.get(name))}
-        if age < (rewarmup or _SETTLED) or stage in self._raised or not alike:
+        if age < (rewarmup or _SETTLED) or growth in self._raised or not alike:
             return None
-        self._raised.add(stage)
+        self._raised.add(growth)
         worst = max(alike, key=lambda name: alike[name])
         return (
-            f"locked twins: {age} steps after growth {stage} the units it copied are still like their sources in "
+            f"locked twins: {age} steps after growth {growth} the units it copied are still like their sources in "
             f"{len(alike)} of {len(cosines)} parameters looked at, most in {worst} (mean cosine {alike[worst]:.4f}; "
             f"above {LOCKED_COSINE}, or above {PARTED_COSINE} and no longer falling). They learn the same and add no "
             'capacity: grow with optimizer_state "asymmetric_reset", a larger rewarmup.ratio, or init.fan_in "random"'
         )
 
-    def _earlier(self, stage: int, age: int, cosines: Mapping[str, float]) -> Mapping[str, float]:
-        """The last measurement of the stage at an age that is small enough beside this one's."""
-        if self._seen[0] != stage:
-            self._seen = stage, deque()
+    def _earlier(self, growth: int, age: int, cosines: Mapping[str, float]) -> Mapping[str, float]:
+        """The last measurement of the growth at an age that is small enough beside this one's."""
+        if self._seen[0] != growth:
+            self._seen = growth, deque()
         seen = self._seen[1]
         if not seen or age >= _APART * seen[-1][0]:
             seen.append((age, dict(cosines)))

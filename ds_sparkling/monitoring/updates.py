@@ -1,4 +1,4 @@
-"""How far an optimizer step moves the elements of each birth stage, measured on a random sample of them."""
+"""How far an optimizer step moves the elements of each birth, measured on a random sample of them."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ class UpdateMeter:
     """Call :meth:`start` before a step and :meth:`stop` after it.
 
     Args:
-        blocks: the birth stages of the elements of every tensor that is stepped.
-        stages: how many birth stages there are, the original elements' included.
+        blocks: the births of the elements of every tensor that is stepped.
+        births: how many births there are, the original elements' included.
         copies: on how many ranks a tensor is held whole, where that is more than one.
     """
 
     def __init__(
-        self, blocks: Mapping[Tensor, Sequence[Block]], stages: int, copies: Mapping[Tensor, int] | None = None
+        self, blocks: Mapping[Tensor, Sequence[Block]], births: int, copies: Mapping[Tensor, int] | None = None
     ) -> None:
-        self._stages = stages
+        self._births = births
         self._copies = copies or {}
         self._samples = [(tensor, *_sample(tensor, parts)) for tensor, parts in blocks.items()]
         self._before: list[Tensor] = []
@@ -37,11 +37,11 @@ class UpdateMeter:
 
     @torch.no_grad()
     def stop(self) -> Tensor:
-        """Sum of squared changes and number of elements by birth stage, as the samples tell; fp64 [stages, 2], CPU.
+        """Sum of squared changes and number of elements by birth, as the samples tell; fp64 [births, 2], CPU.
 
         Added up over ranks, every element counts once.
         """
-        sums = torch.zeros(self._stages, 2, dtype=torch.float64)
+        sums = torch.zeros(self._births, 2, dtype=torch.float64)
         for (tensor, indices, births), before in zip(self._samples, self._before, strict=True):
             stand_for = tensor.numel() / max(len(indices), 1) / self._copies.get(tensor, 1)
             squares = stand_for * (tensor.data.view(-1)[indices] - before).double().square().cpu()
@@ -52,7 +52,7 @@ class UpdateMeter:
 
 
 def _sample(tensor: Tensor, blocks: Sequence[Block]) -> tuple[Tensor, Tensor]:
-    """Indices of the sampled elements, on the tensor's device, and their birth stages, int64 on the CPU."""
+    """Indices of the sampled elements, on the tensor's device, and their births, int64 on the CPU."""
     if tensor.numel() <= _SAMPLE:
         indices = torch.arange(tensor.numel())
     else:
@@ -63,5 +63,5 @@ def _sample(tensor: Tensor, blocks: Sequence[Block]) -> tuple[Tensor, Tensor]:
     for block, first, last in zip(blocks, [0, *bounds], bounds, strict=False):
         columns = (indices[first:last] - block.start) % block.row
         run = torch.searchsorted(torch.tensor([run.stop for run in block.runs]), columns, right=True)
-        births[first:last] = torch.tensor([run.stage for run in block.runs])[run]
+        births[first:last] = torch.tensor([run.birth for run in block.runs])[run]
     return indices.to(tensor.device), births

@@ -1,4 +1,4 @@
-// Adam and AdamW over a flat fp32 tensor whose elements have a learning rate and an age by birth stage, in one pass.
+// Adam and AdamW over a flat fp32 tensor whose elements have a learning rate and an age by birth, in one pass.
 //
 // A plain C interface, so that it builds in a second and without PyTorch's headers. Operations and their order are those
 // of torch.optim.AdamW(fused=True), or of DeepSpeedCPUAdam, which differ in rounding. Build with -ffp-contract=off: an element's
@@ -10,17 +10,17 @@
 
 extern "C" {
 
-// What one birth stage's elements get in this step.
+// What one birth's elements get in this step.
 struct Rate {
     float decay;       // torch: 1 - lr * weight_decay; DeepSpeed: -lr * weight_decay
     float step_size;   // torch: lr / (1 - beta1^t); DeepSpeed: its negative
     float correction;  // torch: sqrt(1 - beta2^t); DeepSpeed: its inverse
 };
 
-// Columns of a row up to stop, from where the run before stops, all of one birth stage.
+// Columns of a row up to stop, from where the run before stops, all of one birth.
 struct Run {
     int64_t stop;
-    int64_t stage;
+    int64_t birth;
 };
 
 // rows rows of row elements from start on, each cut into the same runs.
@@ -54,7 +54,7 @@ struct Tensors {
     float* exp_avg_sq;
 };
 
-// Elements begin .. end - 1, all of one birth stage.
+// Elements begin .. end - 1, all of one birth.
 template <Flavour flavour, Decay decay>
 inline void run(const Tensors& t, int64_t begin, int64_t end, const Rate rate, const Constants c)
 {
@@ -95,7 +95,7 @@ template <Flavour flavour, Decay decay>
 void block_step(const Tensors& t, const Block& block, int64_t begin, int64_t end, const Rate* rates, const Constants& c)
 {
     if (block.count == 1) {
-        run<flavour, decay>(t, begin, end, rates[block.runs[0].stage], c);
+        run<flavour, decay>(t, begin, end, rates[block.runs[0].birth], c);
         return;
     }
     int64_t i = begin;
@@ -103,7 +103,7 @@ void block_step(const Tensors& t, const Block& block, int64_t begin, int64_t end
         for (int64_t r = 0; r < block.count && i < end; ++r) {
             const int64_t stop = std::min(first + block.runs[r].stop, end);
             if (stop > i) {
-                run<flavour, decay>(t, i, stop, rates[block.runs[r].stage], c);
+                run<flavour, decay>(t, i, stop, rates[block.runs[r].birth], c);
                 i = stop;
             }
         }

@@ -1,4 +1,4 @@
-"""Adam and AdamW on the CPU, in one pass over a tensor whose birth stages differ in learning rate and age.
+"""Adam and AdamW on the CPU, in one pass over a tensor whose births differ in learning rate and age.
 
 The kernel (``adam.cpp``) is compiled at its first use.
 """
@@ -83,21 +83,21 @@ class AdamKernel:
         )
 
     def step(
-        self, group: Mapping[str, Any], param: Tensor, blocks: Sequence[Block], stages: Sequence[Treatment]
+        self, group: Mapping[str, Any], param: Tensor, blocks: Sequence[Block], by_birth: Sequence[Treatment]
     ) -> None:
         """Step ``param`` once.
 
         Args:
             group: its parameter group.
             param: 1-D or of any contiguous shape, with its gradient.
-            blocks: the birth stages of its elements.
-            stages: what each birth stage gets.
+            blocks: the births of its elements.
+            by_birth: what each birth gets.
         """
         state = self._optimizer.state[param]
         done = int(state["step"])
         state["step"] += 1
         rate = _deepspeed_rate if self._deepspeed else _torch_rate
-        rates = [rate(group, stage.lr, (done if stage.age is None else min(done, stage.age)) + 1) for stage in stages]
+        rates = [rate(group, each.lr, (done if each.age is None else min(done, each.age)) + 1) for each in by_birth]
         precision = np.float32 if self._deepspeed else np.float64
         betas = [precision(beta) for beta in group["betas"]]
         constants = [*betas, *(precision(1.0) - beta for beta in betas), group["eps"], group["weight_decay"]]
@@ -137,7 +137,7 @@ class _Rate(ctypes.Structure):
 
 
 class _BirthRun(ctypes.Structure):
-    _fields_ = [("stop", ctypes.c_int64), ("stage", ctypes.c_int64)]
+    _fields_ = [("stop", ctypes.c_int64), ("birth", ctypes.c_int64)]
 
 
 class _Block(ctypes.Structure):
@@ -162,7 +162,7 @@ class _Table:
 
     def __init__(self, blocks: Sequence[Block]) -> None:
         self._runs = [
-            (_BirthRun * len(block.runs))(*(_BirthRun(run.stop, run.stage) for run in block.runs)) for block in blocks
+            (_BirthRun * len(block.runs))(*(_BirthRun(run.stop, run.birth) for run in block.runs)) for block in blocks
         ]
         self.count = len(blocks)
         self.blocks = (_Block * self.count)(

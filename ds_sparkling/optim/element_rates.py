@@ -1,4 +1,4 @@
-"""What the elements of one birth stage get in an optimizer step."""
+"""What the elements of one birth get in an optimizer step."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class Treatment:
 def treatments(
     births: Sequence[Birth], rates: Sequence[float], group: Mapping[str, Any], state: Mapping[str, Any]
 ) -> tuple[Treatment, ...]:
-    """The treatment of every birth stage, the original elements first.
+    """The treatment of every birth, the original elements first.
 
     Args:
-        births: the growth stages so far.
+        births: the growths so far.
         rates: the learning rates, one more than births.
         group: the parameter group; without ``betas`` its optimizer corrects no bias.
         state: the tensor's optimizer state; without ``step`` it counts no steps.

@@ -1,4 +1,4 @@
-"""The learning-rate scheduler of a run that grows: the base scheduler, and a curve for every growth stage on top."""
+"""The learning-rate scheduler of a run that grows: the base scheduler, and a curve for every growth on top."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _KEY = "ds_sparkling"
 
 
 class RewarmupScheduler:
-    """Steps the base scheduler, which alone sets the groups' ``lr``, and keeps every growth stage's curve and age.
+    """Steps the base scheduler, which alone sets the groups' ``lr``, and keeps every growth's curve and age.
 
     Everything that isn't defined here is the base scheduler's.
 
@@ -55,7 +55,7 @@ class RewarmupScheduler:
         return list(self.base.get_last_lr())
 
     def rates(self, group: int) -> list[float]:
-        """The rate of the next step in group ``group``: of the original elements, then of every stage's."""
+        """The rate of the next step in group ``group``: of the original elements, then of every birth's."""
         return rates_by_birth(self.births, group, float(self.optimizer.param_groups[group]["lr"]))
 
     def check(self, strategy: Strategy) -> None:
@@ -63,7 +63,7 @@ class RewarmupScheduler:
         self._birth(strategy)
 
     def born(self, strategy: Strategy) -> None:
-        """A growth stage has just happened.
+        """A growth has just happened.
 
         Raises:
             ConfigError: if its curve is to be a cosine and the base schedule has none around it.
@@ -74,10 +74,10 @@ class RewarmupScheduler:
         starts = [float(group["lr"]) for group in self.optimizer.param_groups]
         return birth(strategy, starts, phase(self.base, len(starts)), type(self.base).__name__)
 
-    def settle(self, stages: int) -> None:
-        """Take ``stages`` growths as long past: their elements follow the base rate and count as old."""
+    def settle(self, growths: int) -> None:
+        """Take ``growths`` growths as long past: their elements follow the base rate and count as old."""
         groups = len(self.optimizer.param_groups)
-        self.births = (Birth(Rewarmup(scope=Scope.NONE), (0.0,) * groups, None, restart=False),) * stages
+        self.births = (Birth(Rewarmup(scope=Scope.NONE), (0.0,) * groups, None, restart=False),) * growths
 
     def state_dict(self) -> dict[str, Any]:
         """The base scheduler's state, with this one's under a key of its own that other schedulers ignore."""
@@ -205,7 +205,7 @@ def grown_state(
     strategy: Strategy,
     config: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """A saved state as it would be had a growth stage happened just before it was saved.
+    """A saved state as it would be had a growth happened just before it was saved.
 
     Args:
         state: of a :class:`RewarmupScheduler`, or of a plain scheduler.

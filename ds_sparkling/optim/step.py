@@ -1,9 +1,9 @@
-"""The optimizer step of a run that has grown: every birth stage's elements with their own learning rate and age.
+"""The optimizer step of a run that has grown: every birth's elements with their own learning rate and age.
 
 An optimizer whose update of an element doesn't look at other elements gives the same result when a tensor is stepped
-piece by piece. So the pieces of each birth stage become parameters of their own for the length of a step, with views
+piece by piece. So the pieces of each birth become parameters of their own for the length of a step, with views
 or copies of their state, and the optimizer's own code steps them. Adam on the CPU has a kernel that does it in one pass
-(:mod:`ds_sparkling.optim.adam`). A tensor whose stages are all treated alike is stepped as it always was.
+(:mod:`ds_sparkling.optim.adam`). A tensor whose births are all treated alike is stepped as it always was.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class BirthStep:
         optimizer: the base optimizer, whose tensors may be flat partitions.
         scheduler: tells rates and ages.
         groups: the index of the parameter group of every tensor that it steps.
-        blocks: tells the birth stages of every tensor's elements, as blocks end to end; called when first needed.
-        norms: measures weight norms, for stages whose rates follow them.
+        blocks: tells the births of every tensor's elements, as blocks end to end; called when first needed.
+        norms: measures weight norms, for births whose rates follow them.
 
     Attributes:
         watch: called before a step with the tensors that it is for, whose ``grad`` is what the optimizer gets; a step
@@ -58,7 +58,7 @@ class BirthStep:
         self._make_blocks = blocks
         self._norms = norms
         self._blocks: Mapping[Tensor, Sequence[Block]] | None = None
-        self._stages: dict[Tensor, set[int]] = {}
+        self._births_in: dict[Tensor, set[int]] = {}
         self.watch: Callable[[Sequence[Tensor]], None] | None = None
         self._own_step = optimizer.step
         self._kernel = AdamKernel(optimizer)
@@ -92,47 +92,47 @@ class BirthStep:
             usual = Treatment(float(group["lr"]), None)
             self._share_count(group)
             for param in group["params"]:
-                stages = self._treatments(group, param)
-                if norms is not None and len(stages) > 1:
-                    adapted = norms.treatments(param, stages, births)
-                    apart.append((group, param, norms.blocks(param, len(stages)), adapted))
-                elif self._occurring(param, stages) == {usual}:
+                by_birth = self._treatments(group, param)
+                if norms is not None and len(by_birth) > 1:
+                    adapted = norms.treatments(param, by_birth, births)
+                    apart.append((group, param, norms.blocks(param, len(by_birth)), adapted))
+                elif self._occurring(param, by_birth) == {usual}:
                     params.append(param)
-                elif len(set(stages)) == 1:
-                    apart.append((group, param, [stretch(0, param.numel(), 0)], stages))
+                elif len(set(by_birth)) == 1:
+                    apart.append((group, param, [stretch(0, param.numel(), 0)], by_birth))
                 else:
-                    apart.append((group, param, self.blocks[param], stages))
+                    apart.append((group, param, self.blocks[param], by_birth))
             as_ever.append({**group, "params": params})
         if not apart:
             self._own_step(**arguments)
             return loss
         self._step_groups([group for group in as_ever if group["params"]], arguments)
-        for group, param, blocks, stages in apart:
-            self._step_apart(group, param, blocks, stages, arguments)
+        for group, param, blocks, by_birth in apart:
+            self._step_apart(group, param, blocks, by_birth, arguments)
         return loss
 
     @property
     def blocks(self) -> Mapping[Tensor, Sequence[Block]]:
-        """The birth stages of every tensor's elements."""
+        """The births of every tensor's elements."""
         if self._blocks is None:
             self._blocks = self._make_blocks()
         return self._blocks
 
     def forget_blocks(self) -> None:
-        """The birth stages may have changed; they are told anew when they are next needed."""
+        """The births may have changed; they are told anew when they are next needed."""
         self._blocks = None
         if self._norms is not None:
             self._norms.forget()
-        self._stages.clear()
+        self._births_in.clear()
         self._kernel.forget_blocks()
 
-    def _occurring(self, param: Tensor, stages: tuple[Treatment, ...]) -> set[Treatment]:
+    def _occurring(self, param: Tensor, by_birth: tuple[Treatment, ...]) -> set[Treatment]:
         """The treatments that any element of the tensor gets."""
-        if len(set(stages)) == 1:
-            return set(stages)
-        if param not in self._stages:
-            self._stages[param] = {run.stage for block in self.blocks[param] for run in block.runs}
-        return {stages[stage] for stage in self._stages[param]}
+        if len(set(by_birth)) == 1:
+            return set(by_birth)
+        if param not in self._births_in:
+            self._births_in[param] = {run.birth for block in self.blocks[param] for run in block.runs}
+        return {by_birth[birth] for birth in self._births_in[param]}
 
     def _share_count(self, group: dict[str, Any]) -> None:
         """DeepSpeed's FusedAdam counts in one tensor for all of a group; apart, each needs that count."""
@@ -144,7 +144,7 @@ class BirthStep:
                 state["step"] = count
 
     def _treatments(self, group: dict[str, Any], param: Tensor) -> tuple[Treatment, ...]:
-        """What the elements of every birth stage get; a single entry if the tensor has no part in it."""
+        """What the elements of every birth get; a single entry if the tensor has no part in it."""
         index = self._groups.get(param)
         if index is None or param.grad is None:
             return (Treatment(float(group["lr"]), None),)
@@ -157,17 +157,17 @@ class BirthStep:
         group: dict[str, Any],
         param: Tensor,
         blocks: Sequence[Block],
-        stages: tuple[Treatment, ...],
+        by_birth: tuple[Treatment, ...],
         arguments: dict[str, Any],
     ) -> None:
-        """Step a tensor whose birth stages are treated differently, or otherwise than its group."""
+        """Step a tensor whose births are treated differently, or otherwise than its group."""
         if self._kernel.takes(group, param):
-            self._kernel.step(group, param, blocks, stages)
+            self._kernel.step(group, param, blocks, by_birth)
             return
         state = self._optimizer.state[param]
         before = dict(state)
         numbers: dict[str, Any] = {}
-        for parts in _parts(blocks, stages):
+        for parts in _parts(blocks, by_birth):
             numbers = self._step_parts(group, param, parts, before, arguments)
             if "step" in before:
                 # By what the pieces' count went up: not at all, if a gradient scaler skips the step.
@@ -256,7 +256,7 @@ class _Part:
         return rows[:, self.column :][:, : self.width]
 
 
-def _parts(blocks: Sequence[Block], stages: Sequence[Treatment]) -> Iterator[dict[Treatment, list[_Part]]]:
+def _parts(blocks: Sequence[Block], by_birth: Sequence[Treatment]) -> Iterator[dict[Treatment, list[_Part]]]:
     """All elements by treatment, about a chunk of them at a time."""
     parts: dict[Treatment, list[_Part]] = {}
     size = 0
@@ -267,7 +267,7 @@ def _parts(blocks: Sequence[Block], stages: Sequence[Treatment]) -> Iterator[dic
             column = 0
             for run in block.runs:
                 part = _Part(block.start + first * block.row, rows, block.row, column, run.stop - column)
-                parts.setdefault(stages[run.stage], []).append(part)
+                parts.setdefault(by_birth[run.birth], []).append(part)
                 column = run.stop
             size += rows * block.row
             if size >= _CHUNK:

@@ -1,7 +1,7 @@
 """Learning rates adapted to weight norms: new elements follow the base rate times ||W_new|| / ||W_old||.
 
 That is Yuan et al. 2023 (arXiv:2306.12700): eta_t = eta_0 ||W_t|| / ||W_0||, with the Frobenius norms of what growth
-stage t made of a parameter and of what it began with, as they are at each step.
+growth t made of a parameter and of what it began with, as they are at each step.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Part:
 
     Attributes:
         parameter: its number, the same on all ranks.
-        blocks: their birth stages; ``start`` counts in the tensor.
+        blocks: their births; ``start`` counts in the tensor.
     """
 
     parameter: int
@@ -35,7 +35,7 @@ Parts = tuple[int, Mapping[Tensor, Sequence[Part]]]
 
 
 class NormRatios:
-    """The norms of what every stage made of a parameter over that of its original elements.
+    """The norms of what every growth made of a parameter over that of its original elements.
 
     Args:
         parts: tells how many parameters there are, and whose elements lie in each tensor; called when first needed.
@@ -57,19 +57,19 @@ class NormRatios:
         return self._parts
 
     def forget(self) -> None:
-        """The birth stages may have changed."""
+        """The births may have changed."""
         self._parts = None
         self._blocks.clear()
 
-    def measure(self, tensors: Sequence[Tensor], stages: int) -> None:
+    def measure(self, tensors: Sequence[Tensor], births: int) -> None:
         """Measure the parameters in ``tensors``; collective.
 
         Args:
             tensors: those that are stepped now.
-            stages: how many birth stages there are, the original elements' included.
+            births: how many births there are, the original elements' included.
         """
         count, parts = self.parts
-        squares = torch.zeros(count, stages, dtype=torch.float64, device=tensors[0].device if tensors else None)
+        squares = torch.zeros(count, births, dtype=torch.float64, device=tensors[0].device if tensors else None)
         for tensor in tensors:
             for part in parts.get(tensor, ()):
                 for block in part.blocks:
@@ -80,31 +80,33 @@ class NormRatios:
         ratios = torch.where(known, squares / squares[:, :1].clamp(min=1e-300), 1.0).sqrt()
         self._ratios = ratios.tolist()
 
-    def blocks(self, tensor: Tensor, stages: int) -> list[Block]:
-        """The birth stages of a tensor's elements by parameter: stage s of the k-th is number ``k * stages + s``."""
+    def blocks(self, tensor: Tensor, births: int) -> list[Block]:
+        """The births of a tensor's elements by parameter: birth b of the k-th is number ``k * births + b``."""
         if tensor not in self._blocks:
             found = []
             for place, part in enumerate(self.parts[1][tensor]):
                 for block in part.blocks:
-                    runs = tuple(replace(run, stage=place * stages + run.stage) for run in block.runs)
+                    runs = tuple(replace(run, birth=place * births + run.birth) for run in block.runs)
                     found.append(replace(block, runs=runs))
             self._blocks[tensor] = found
         return self._blocks[tensor]
 
-    def treatments(self, tensor: Tensor, stages: Sequence[Treatment], births: Sequence[Birth]) -> tuple[Treatment, ...]:
-        """What the stages of :meth:`blocks` get, by what birth stages get where norms don't matter."""
+    def treatments(
+        self, tensor: Tensor, by_birth: Sequence[Treatment], births: Sequence[Birth]
+    ) -> tuple[Treatment, ...]:
+        """What the births of :meth:`blocks` get, by what births get where norms don't matter."""
         adapted = [False, *(birth.follows_norms for birth in births)]
         return tuple(
-            replace(stage, lr=stage.lr * self._ratios[part.parameter][number]) if adapted[number] else stage
+            replace(each, lr=each.lr * self._ratios[part.parameter][number]) if adapted[number] else each
             for part in self.parts[1][tensor]
-            for number, stage in enumerate(stages)
+            for number, each in enumerate(by_birth)
         )
 
 
 def _add_squares(sums: Tensor, tensor: Tensor, block: Block) -> None:
-    """Add the squares of a block's elements to ``sums``, by birth stage."""
+    """Add the squares of a block's elements to ``sums``, by birth."""
     rows = tensor.detach().view(-1)[block.start : block.stop].view(block.rows, block.row)
     column = 0
     for run in block.runs:
-        sums[run.stage] += rows[:, column : run.stop].double().square().sum()
+        sums[run.birth] += rows[:, column : run.stop].double().square().sum()
         column = run.stop

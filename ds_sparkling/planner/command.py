@@ -95,7 +95,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="AXIS=WIDTH",
-        help="one growth to these widths, in place of the config's stages",
+        help="one growth to these widths, in place of the config's growths",
     )
     group.add_argument(
         "--at", type=_share, default=0.5, metavar="SHARE", help="of the tokens before --widths (default: %(default)s)"

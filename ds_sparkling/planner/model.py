@@ -60,14 +60,14 @@ class Model:
         """Parameters that one token uses: all but the experts that it isn't routed to (N of Eq. 29)."""
         return count_parameters(self.shapes_at(widths), self.axes, self.active_share)
 
-    def plan(self, before: Mapping[str, int], after: Mapping[str, int], strategy: Strategy, stage: int) -> GrowthPlan:
+    def plan(self, before: Mapping[str, int], after: Mapping[str, int], strategy: Strategy, number: int) -> GrowthPlan:
         """The growth from all widths ``before`` to those in ``after``.
 
         Raises:
             PlanError: if the widths don't grow or the strategy can't hold.
         """
         shapes = self.shapes_at(before)
-        return make_plan(shapes, self.axes, before, after, strategy, stage=stage, active_share=self.active_share)
+        return make_plan(shapes, self.axes, before, after, strategy, number=number, active_share=self.active_share)
 
     def tensors(self, widths: Mapping[str, int], expert_parallel: int) -> list[ParameterSize]:
         """What one rank holds, experts divided by ``expert_parallel`` ranks.

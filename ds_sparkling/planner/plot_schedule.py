@@ -1,4 +1,4 @@
-"""Learning rates of old elements and of every growth stage's new ones, before the run: as text and as a picture.
+"""Learning rates of old elements and of every growth's new ones, before the run: as text and as a picture.
 
     python tools/plot_schedule.py configs/quickstart.json
 

@@ -1,4 +1,4 @@
-"""The learning rates that a planned run gives its birth stages, step by step, and an account of them in text.
+"""The learning rates that a planned run gives its births, step by step, and an account of them in text.
 
 They come out of the scheduler that trains, driven as the engine drives it.
 """
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ds_sparkling.errors import ConfigError
 from ds_sparkling.growth.schedule import Birth
 from ds_sparkling.optim.scheduler import RewarmupScheduler
-from ds_sparkling.spec.config import SparklingConfig, StageConfig
+from ds_sparkling.spec.config import GrowthConfig, SparklingConfig
 from ds_sparkling.spec.strategy import Scope
 
 #: A rate this close to the base rate, as a share of it, counts as having met it.
@@ -29,13 +29,13 @@ class RateCurves:
     """Learning rates by optimizer step; step t is the one taken when t steps are done, as in ``at_step``.
 
     Attributes:
-        stages: all planned growths.
+        growths: all planned growths.
         births: the schedules of those that happen within the steps, as they are at the growth.
         base: fp64 [steps], the base schedule.
         rates: fp64 [1 + births, steps], of the original elements, then of each growth's; NaN before it.
     """
 
-    stages: tuple[StageConfig, ...]
+    growths: tuple[GrowthConfig, ...]
     births: tuple[Birth, ...]
     base: NDArray[np.float64]
     rates: NDArray[np.float64]
@@ -54,12 +54,12 @@ class RateCurves:
         """What there is to see besides the base schedule, which the original elements follow unless all go together."""
         if self.together:
             return {"all elements": self.rates[0]}
-        return {f"stage {number}": self.rates[number] for number in range(1, len(self.births) + 1)}
+        return {f"growth {number}": self.rates[number] for number in range(1, len(self.births) + 1)}
 
     def span(self, number: int) -> range:
         """The steps that growth ``number``'s curve is for: to the end, or to the next growth if all go together."""
-        ends = [stage.at_step for stage in self.stages[number : len(self.births)]] if self.together else []
-        return range(self.stages[number - 1].at_step, min([*ends, self.steps]))
+        ends = [growth.at_step for growth in self.growths[number : len(self.births)]] if self.together else []
+        return range(self.growths[number - 1].at_step, min([*ends, self.steps]))
 
     def rewarmed(self, number: int) -> int | None:
         """The step at which growth ``number``'s re-warm-up is over; None if there is none or its span ends before."""
@@ -84,7 +84,7 @@ class RateCurves:
             notes[born].append(f"growth {number}")
             rewarmed = self.rewarmed(number)
             if rewarmed is not None:
-                notes[rewarmed].append(f"stage {number} re-warmed")
+                notes[rewarmed].append(f"growth {number} re-warmed")
         notes[self.steps - 1].append("end")
         return notes
 
@@ -106,12 +106,12 @@ def simulate(
     Raises:
         ConfigError: if no growth is planned, or a scheduler doesn't get through.
     """
-    if not config.stages:
+    if not config.growths:
         raise ConfigError("no growth is planned: sparkling.stages is missing or empty")
     optimizer = torch.optim.AdamW([torch.zeros(1)], lr=lr)
     scheduler = RewarmupScheduler(make_scheduler(optimizer), optimizer)
     optimizer.step()  # torch's schedulers warn if the optimizer never steps
-    growing = {stage.at_step for stage in config.stages}
+    growing = {growth.at_step for growth in config.growths}
     base = np.empty(steps)
     rates = np.full((1 + sum(step < steps for step in growing), steps), np.nan)
     births: tuple[Birth, ...] = ()
@@ -127,19 +127,19 @@ def simulate(
         except (TypeError, ValueError) as error:
             name = type(scheduler.base).__name__
             raise ConfigError(f"{name} can't be stepped through {steps} steps, it fails at {step}: {error}") from error
-    return RateCurves(config.stages, births, base, rates)
+    return RateCurves(config.growths, births, base, rates)
 
 
 def describe(curves: RateCurves) -> str:
     """The growths, a line each, and a table of the rates at the steps that matter."""
     lines = [f"{curves.steps} optimizer steps; step t is the one taken when t steps are done", ""]
-    lines += [_account(curves, number) for number in range(1, len(curves.stages) + 1)]
+    lines += [_account(curves, number) for number in range(1, len(curves.growths) + 1)]
     return "\n".join([*lines, "", *_table(curves)])
 
 
 def _account(curves: RateCurves, number: int) -> str:
-    """One growth stage in one line."""
-    head = f"stage {number} at step {curves.stages[number - 1].at_step}: "
+    """One growth in one line."""
+    head = f"growth {number} at step {curves.growths[number - 1].at_step}: "
     if number > len(curves.births):
         return f"{head}doesn't happen within {curves.steps} steps"
     birth, rate, span = curves.births[number - 1], curves.rates[number], curves.span(number)

@@ -64,13 +64,13 @@ class Planning:
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON's types: bytes, seconds, FLOPs, shares."""
         subject, model = self.subject, self.subject.model
-        stages = [model.widths, *(growth.widths for growth in subject.growths)]
+        sizes = [model.widths, *(growth.widths for growth in subject.growths)]
         return {
             "config": subject.name,
             "tokens": subject.tokens,
             "steps": subject.steps,
             "setting": asdict(subject.setting),
-            "parameters": [{"total": model.parameters(at), "active": model.active(at), "widths": at} for at in stages],
+            "parameters": [{"total": model.parameters(at), "active": model.active(at), "widths": at} for at in sizes],
             "planned": self._recipe_dict(self.recipe),
             "one_growth": [self._recipe_dict(recipe) for recipe in self.sweep],
             "recipes": [self._recipe_dict(recipe) for recipe in self.others],
@@ -100,8 +100,8 @@ class Planning:
             if on
         )
         counts = [("", "total", "active", "widths")]
-        stages = [subject.model.widths, *(growth.widths for growth in subject.growths)]
-        for number, widths in enumerate(stages):
+        sizes = [subject.model.widths, *(growth.widths for growth in subject.growths)]
+        for number, widths in enumerate(sizes):
             text = ", ".join(f"{axis} {width}" for axis, width in widths.items())
             name = f"after growth {number}" if number else "before"
             counts.append((name, f"{subject.model.parameters(widths):,}", f"{subject.model.active(widths):,}", text))

@@ -37,7 +37,7 @@ class Options:
 
     Attributes:
         model: module:function or a Hugging Face config that builds the model.
-        widths: one growth to these widths, in place of the config's stages.
+        widths: one growth to these widths, in place of the config's growths.
         share: of the tokens at that growth.
         tokens: of the whole run.
         steps: optimizer steps of the whole run.
@@ -120,11 +120,11 @@ def read_subject(reference: str, options: Options) -> PlannedRun:
     refuse_unsupported(config)
     block = sparkling_config(config)
     steps = options.steps or planned_steps(config)
-    stages = _stages(config, options, steps)
-    final = {axis: width for _, widths in stages for axis, width in widths.items()}
+    planned = _planned(config, options, steps)
+    final = {axis: width for _, widths in planned for axis, width in widths.items()}
     model = probe_model(build_model, final, block.widths, final, options.experts_per_token, block.axes)
     growths, widths = [], model.widths
-    for number, (share, after) in enumerate(stages, start=1):
+    for number, (share, after) in enumerate(planned, start=1):
         model.plan(widths, after, block.strategy, number)
         growths.append(PlannedGrowth(share, widths, after))
         widths = growths[-1].widths
@@ -160,11 +160,11 @@ def _sources(reference: str, model: str | None) -> tuple[dict[str, Any], BuildMo
     return config, olmoe_factory(typed_block(OlmoeConfig, config, "model"))
 
 
-def _stages(config: Mapping[str, Any], options: Options, steps: int | None) -> list[tuple[float, dict[str, int]]]:
+def _planned(config: Mapping[str, Any], options: Options, steps: int | None) -> list[tuple[float, dict[str, int]]]:
     """(share of the tokens, widths) of every growth."""
     if options.widths:
         return [(options.share, dict(options.widths))]
-    planned = sparkling_config(config).stages
+    planned = sparkling_config(config).growths
     if not planned:
         raise ConfigError(f"no growth is planned: pass --widths AXIS=WIDTH, or give {BLOCK}.stages in a DeepSpeed JSON")
     if steps is None:
@@ -172,13 +172,13 @@ def _stages(config: Mapping[str, Any], options: Options, steps: int | None) -> l
             "the config doesn't tell how many steps the run has (training.steps or scheduler.params.total_num_steps): "
             "pass --steps N"
         )
-    for index, stage in enumerate(planned):
-        if not 0 < stage.at_step < steps:
+    for index, growth in enumerate(planned):
+        if not 0 < growth.at_step < steps:
             raise ConfigError(
-                f"{BLOCK}.stages[{index}].at_step is {stage.at_step}, which isn't within the run's {steps} steps; "
+                f"{BLOCK}.stages[{index}].at_step is {growth.at_step}, which isn't within the run's {steps} steps; "
                 "correct it or pass --steps N"
             )
-    return [(stage.at_step / steps, stage.widths) for stage in planned]
+    return [(growth.at_step / steps, growth.widths) for growth in planned]
 
 
 def _tokens(config: Mapping[str, Any], steps: int | None) -> float:

@@ -1,7 +1,7 @@
 """Runs as they left their curves in TensorBoard's event files.
 
 A growth opens a new file, and so does a resumption, which may go back behind the end of the file before it. A point's
-place in a run is its sample count and, as a validation before a growth and one after it share that, the growth stage in
+place in a run is its sample count and, as a validation before a growth and one after it share that, the growth in
 force. Where a later file begins, everything behind that place in earlier ones is dropped; at the same place its points
 replace theirs.
 """
@@ -36,15 +36,17 @@ _PREFIXES = (
     "effective_rank/",
     "router/",
 )
-_STAGE = "Growth/stage"
+_NUMBER = "Growth/number"
 _PLAN = "Growth/plan/text_summary"
+#: What releases before 0.2 called a growth's number and the learning rate of its elements.
+_FORMER = {"Growth/stage": _NUMBER, "lr/stage_": "lr/birth_"}
 
 
 class RunPosition(NamedTuple):
     """Where a point is: samples seen, and growths done."""
 
     samples: int
-    stage: int
+    growths: int
 
 
 class Event(NamedTuple):
@@ -70,17 +72,17 @@ class TagCurve:
     Attributes:
         samples: [points], ascending; twice the same where a growth was.
         values: [points].
-        stages: [points], growths done.
+        growths: [points], growths done.
     """
 
     samples: FloatArray
     values: FloatArray
-    stages: FloatArray
+    growths: FloatArray
 
-    def since(self, stage: int) -> TagCurve:
-        """The points since a growth."""
-        keep = self.stages >= stage
-        return TagCurve(self.samples[keep], self.values[keep], self.stages[keep])
+    def since(self, number: int) -> TagCurve:
+        """The points since growth ``number``."""
+        keep = self.growths >= number
+        return TagCurve(self.samples[keep], self.values[keep], self.growths[keep])
 
     def __len__(self) -> int:
         return len(self.values)
@@ -90,7 +92,7 @@ class TagCurve:
 class ReadGrowth:
     """A growth that a run went through: its number, where, to which widths and parameters, and the plan as text."""
 
-    stage: int
+    number: int
     samples: int
     widths: dict[str, int]
     parameters: int | None
@@ -119,7 +121,7 @@ class ReadRun:
     @property
     def grown_elsewhere(self) -> bool:
         """Whether it shows new elements whose growth it hasn't recorded, as one that was widened offline does."""
-        return not self.growths and ("lr/stage_1" in self.curves or "twins/cosine" in self.curves)
+        return not self.growths and ("lr/birth_1" in self.curves or "twins/cosine" in self.curves)
 
     def curve(self, *tags: str) -> TagCurve | None:
         """The first of these tags that the run has points of."""
@@ -172,7 +174,7 @@ def merge(files: Sequence[EventFile]) -> dict[str, TagCurve]:
     for file in files:
         if not file.scalars:
             continue
-        placed = _placed(file, points.get(_STAGE, {}))
+        placed = _placed(file, points.get(_NUMBER, {}))
         begin = min(place for tag in placed.values() for place in tag)
         points = {tag: {place: v for place, v in known.items() if place <= begin} for tag, known in points.items()}
         for tag, more in placed.items():
@@ -181,33 +183,33 @@ def merge(files: Sequence[EventFile]) -> dict[str, TagCurve]:
 
 
 def _placed(file: EventFile, earlier_growths: dict[RunPosition, float]) -> dict[str, dict[RunPosition, float]]:
-    """A file's points by place; the growths before it tell in which stage it begins, if it doesn't begin with one."""
+    """A file's points by place; the growths before it tell how many it begins with, unless it begins with one."""
     start = min(event.samples for events in file.scalars.values() for event in events)
-    growths = sorted(file.scalars.get(_STAGE, []))
-    stage = max((place.stage for place in earlier_growths if place.samples < start), default=0)
+    growths = sorted(file.scalars.get(_NUMBER, []))
+    before = max((place.growths for place in earlier_growths if place.samples < start), default=0)
     if growths and growths[0].samples == start:
-        stage = int(growths[0].value)
+        before = int(growths[0].value)
 
     def place(event: Event) -> RunPosition:
         done = [int(growth.value) for growth in growths if growth.wall_time <= event.wall_time]
-        return RunPosition(event.samples, done[-1] if done else stage)
+        return RunPosition(event.samples, done[-1] if done else before)
 
     return {tag: {place(event): event.value for event in events} for tag, events in file.scalars.items()}
 
 
 def _curve(points: dict[RunPosition, float]) -> TagCurve:
     ordered = sorted(points)
-    samples, stages = (np.array([place[index] for place in ordered], float) for index in (0, 1))
-    return TagCurve(samples, np.array([points[place] for place in ordered], float), stages)
+    samples, growths = (np.array([place[index] for place in ordered], float) for index in (0, 1))
+    return TagCurve(samples, np.array([points[place] for place in ordered], float), growths)
 
 
 def _growths(curves: dict[str, TagCurve], plans: Sequence[tuple[int, str]]) -> tuple[ReadGrowth, ...]:
-    if _STAGE not in curves:
+    if _NUMBER not in curves:
         return ()
-    marks = {tag: curve for tag, curve in curves.items() if tag.startswith("Growth/") and tag != _STAGE}
+    marks = {tag: curve for tag, curve in curves.items() if tag.startswith("Growth/") and tag != _NUMBER}
     texts = dict(plans)
     growths = []
-    for samples, number in zip(curves[_STAGE].samples, curves[_STAGE].values, strict=True):
+    for samples, number in zip(curves[_NUMBER].samples, curves[_NUMBER].values, strict=True):
         values = {
             tag.removeprefix("Growth/"): int(curve.values[curve.samples == samples][-1])
             for tag, curve in marks.items()
@@ -254,7 +256,7 @@ def _read(file: Path) -> tuple[float, EventFile]:
         ) from error
     tags = events.Tags()
     scalars = {
-        tag: [Event(event.wall_time, event.step, event.value) for event in events.Scalars(tag)]
+        _today(tag): [Event(event.wall_time, event.step, event.value) for event in events.Scalars(tag)]
         for tag in tags["scalars"]
         if tag.startswith(_PREFIXES)
     }
@@ -267,6 +269,11 @@ def _read(file: Path) -> tuple[float, EventFile]:
     except ValueError:  # nothing in it
         opened = 0.0
     return opened, EventFile(scalars, plans)
+
+
+def _today(tag: str) -> str:
+    """A tag's name today, from that in a file of any release."""
+    return next((now + tag.removeprefix(then) for then, now in _FORMER.items() if tag.startswith(then)), tag)
 
 
 def _begin(file: tuple[float, EventFile]) -> float:

@@ -85,7 +85,7 @@ def ending(run: ReadRun) -> Ending:
     parameters, active, derived = _parameters(run)
     return Ending(
         None if losses is None else float(losses.values[-1]),
-        None if losses is None else scatter(losses.since(int(losses.stages[-1]))),
+        None if losses is None else scatter(losses.since(int(losses.growths[-1]))),
         spent[TOKENS],
         spent[COMPUTE],
         parameters,
@@ -113,8 +113,8 @@ def jumps(run: ReadRun) -> list[Jump]:
         before = after = None
         if losses is not None:
             here = losses.samples == growth.samples
-            before = _last(losses.values[here & (losses.stages < growth.stage)])
-            after = _last(losses.values[here & (losses.stages >= growth.stage)])
+            before = _last(losses.values[here & (losses.growths < growth.number)])
+            after = _last(losses.values[here & (losses.growths >= growth.number)])
         found.append(Jump(growth, before, after))
     return found
 
@@ -140,7 +140,7 @@ def bump(run: ReadRun, jump: Jump) -> Bump | None:
     losses = run.curve(VALIDATION)
     if losses is None or jump.before is None:
         return None
-    later = (losses.stages == jump.growth.stage) & (losses.samples > jump.growth.samples)
+    later = (losses.growths == jump.growth.number) & (losses.samples > jump.growth.samples)
     values, samples = losses.values[later], losses.samples[later]
     if not len(values):
         return None
@@ -164,7 +164,7 @@ def since_growth(run: ReadRun, tag: str) -> Span | None:
     curve = run.curve(tag)
     if curve is None or not run.growths:
         return None
-    curve = curve.since(run.growths[-1].stage)
+    curve = curve.since(run.growths[-1].number)
     if not len(curve):
         return None
     age = curve.samples - run.growths[-1].samples
@@ -174,7 +174,7 @@ def since_growth(run: ReadRun, tag: str) -> Span | None:
 
 def at_growth(curve: TagCurve, growth: ReadGrowth) -> float | None:
     """The last value before a growth over which the first after it is looked at; None if either is missing."""
-    before, after = curve.values[curve.stages < growth.stage], curve.values[curve.stages >= growth.stage]
+    before, after = curve.values[curve.growths < growth.number], curve.values[curve.growths >= growth.number]
     if not len(before) or not len(after) or before[-1] == 0:
         return None
     return float(after[0] / before[-1])
@@ -182,7 +182,7 @@ def at_growth(curve: TagCurve, growth: ReadGrowth) -> float | None:
 
 def relative(curve: TagCurve, growth: ReadGrowth | None) -> TagCurve | None:
     """A curve over its last value before a growth; over its first value if there is none before one."""
-    before = curve.values[:0] if growth is None else curve.values[curve.stages < growth.stage]
+    before = curve.values[:0] if growth is None else curve.values[curve.growths < growth.number]
     reference = before[-1] if len(before) else curve.values[0]
     return None if reference == 0 else replace(curve, values=curve.values / reference)
 

@@ -102,7 +102,7 @@ def _plans(run: ReadRun) -> str:
     return name + "".join(
         f"<pre>{escape(growth.plan)}</pre>"
         if growth.plan is not None
-        else f'<p class="none">Growth {growth.stage}, to {escape(_widths(growth.widths))}; its plan is not recorded '
+        else f'<p class="none">Growth {growth.number}, to {escape(_widths(growth.widths))}; its plan is not recorded '
         "(TensorBoard has it, other monitors don't).</p>"
         for growth in run.growths
     )

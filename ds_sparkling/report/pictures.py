@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MOST_RUNS = len(_COLOURS)
-#: Of birth stages: the old elements, then the growths'.
+#: Of births: the old elements, then the growths'.
 _STYLES = ("-", "--", ":", "-.")
 _DOTS = (0, (1, 3))
 #: Curves of fewer points have them marked.
@@ -273,11 +273,11 @@ def _twin_gradients(axes: Axes, run: ReadRun, style: Style) -> None:
 
 
 def _rates(axes: Axes, run: ReadRun, style: Style) -> None:
-    """The base schedule, and the curve of each birth stage if they are told apart, else of the latest."""
-    stages = {name.removeprefix("stage_"): curve for name, curve in run.family("lr").items()}
-    numbered = {int(name): curve for name, curve in stages.items() if name.isdigit()}
-    for stage, curve in sorted(numbered.items()):
-        _line(axes, run, curve, style, _STYLES[stage % len(_STYLES)])
+    """The base schedule, and the curve of each birth if they are told apart, else of the latest."""
+    births = {name.removeprefix("birth_"): curve for name, curve in run.family("lr").items()}
+    numbered = {int(name): curve for name, curve in births.items() if name.isdigit()}
+    for birth, curve in sorted(numbered.items()):
+        _line(axes, run, curve, style, _STYLES[birth % len(_STYLES)])
     if not numbered:
         _line(axes, run, run.curve("lr/new"), style, _STYLES[1])
     _line(axes, run, run.curve("Train/Samples/lr", "lr/old"), style)
@@ -350,7 +350,7 @@ SECTIONS = (
     Section(
         "learning-rates",
         "Learning rates",
-        "By birth stage: solid for old elements, broken for those of growths. Of equal curves one hides the others.",
+        "By birth: solid for old elements, broken for those of growths. Of equal curves one hides the others.",
         _LOG_EVERY,
         (Panel(("Train/Samples/lr", "lr/"), "learning rate", _rates),),
     ),

@@ -167,7 +167,7 @@ def _bump(run: ReadRun, jump: facts.Jump) -> Iterator[Finding]:
     if bump is None or jump.before is None or bump.peak - jump.before <= _KEPT:
         return
     text = (
-        f"{run.name}: in training on after growth {jump.growth.stage} the validation loss rose by "
+        f"{run.name}: in training on after growth {jump.growth.number} the validation loss rose by "
         f"{bump.peak - jump.before:.4f}, to {bump.peak:.4f}"
     )
     if not bump.back:
@@ -276,4 +276,4 @@ def _experts(run: ReadRun) -> Iterator[Finding]:
 
 
 def _growth(growth: ReadGrowth) -> str:
-    return f"growth {growth.stage}"
+    return f"growth {growth.number}"

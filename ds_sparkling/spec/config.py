@@ -36,7 +36,7 @@ _D = TypeVar("_D", bound="DataclassInstance")
 
 
 @dataclass(frozen=True)
-class StageConfig:
+class GrowthConfig:
     """One planned growth: when ``at_step`` optimizer steps are done, the axes in ``widths`` grow."""
 
     at_step: int
@@ -48,9 +48,9 @@ class SparklingConfig:
     """The whole block.
 
     Attributes:
-        stages: planned growths, by ``at_step``.
+        growths: planned ones, by ``at_step``.
         widths: widths to start with, where they aren't ``build_model``'s defaults.
-        strategy: init, scaling, optimizer state, re-warm-up and seed of every stage.
+        strategy: init, scaling, optimizer state, re-warm-up and seed of every growth.
         checkpoint_dir: where checkpoints live; resumed from, and written to before a growth.
         checkpoint_before_growth: whether to save just before each growth.
         log_every: optimizer steps between points of the growth's curves in the monitors; 0 for none.
@@ -61,7 +61,7 @@ class SparklingConfig:
         patience: seconds that ranks may come later than others to where a growth begins.
     """
 
-    stages: tuple[StageConfig, ...] = ()
+    growths: tuple[GrowthConfig, ...] = ()
     widths: dict[str, int] | None = None
     strategy: Strategy = field(default_factory=Strategy)
     checkpoint_dir: str | None = None
@@ -127,7 +127,7 @@ class SparklingConfig:
             raise ConfigError(f"{BLOCK}.checkpoint_dir must be a path, got {checkpoint_dir!r}")
         axes = parse_hints(_mapping(block.get("axes", {}), f"{BLOCK}.axes"), f"{BLOCK}.axes")
         return cls(
-            stages=_stages(block.get("stages", [])),
+            growths=_growths(block.get("stages", [])),
             widths=None if widths is None else _widths(widths, f"{BLOCK}.widths"),
             strategy=strategy,
             checkpoint_dir=checkpoint_dir,
@@ -222,11 +222,11 @@ def planned_steps(config: Mapping[str, Any]) -> int | None:
     return None
 
 
-def _stages(value: Any) -> tuple[StageConfig, ...]:
+def _growths(value: Any) -> tuple[GrowthConfig, ...]:
     path = f"{BLOCK}.stages"
     if not isinstance(value, list):
-        raise ConfigError(f"{path} must be a list of stages, got {value!r}")
-    stages = []
+        raise ConfigError(f"{path} must be a list of growths, got {value!r}")
+    growths = []
     for index, entry in enumerate(value):
         where = f"{path}[{index}]"
         entry = _mapping(entry, where)
@@ -234,19 +234,21 @@ def _stages(value: Any) -> tuple[StageConfig, ...]:
         for key in ("at_step", "widths"):
             if key not in entry:
                 raise ConfigError(f"{where} lacks {key!r}")
-        stage = StageConfig(_integer(entry["at_step"], f"{where}.at_step"), _widths(entry["widths"], f"{where}.widths"))
-        if stage.at_step < 0:
-            raise ConfigError(f"{where}.at_step must not be negative, got {stage.at_step}")
-        if not stage.widths:
-            raise ConfigError(f"{where}.widths is empty; name at least one axis, or drop the stage")
-        stages.append(stage)
-    for index, (first, second) in enumerate(itertools.pairwise(stages), start=1):
+        growth = GrowthConfig(
+            _integer(entry["at_step"], f"{where}.at_step"), _widths(entry["widths"], f"{where}.widths")
+        )
+        if growth.at_step < 0:
+            raise ConfigError(f"{where}.at_step must not be negative, got {growth.at_step}")
+        if not growth.widths:
+            raise ConfigError(f"{where}.widths is empty; name at least one axis, or drop the growth")
+        growths.append(growth)
+    for index, (first, second) in enumerate(itertools.pairwise(growths), start=1):
         if second.at_step <= first.at_step:
             raise ConfigError(
                 f"{path}[{index}].at_step ({second.at_step}) must come after {path}[{index - 1}].at_step "
                 f"({first.at_step})"
             )
-    return tuple(stages)
+    return tuple(growths)
 
 
 def _boolean(block: Mapping[str, Any], key: str) -> bool:

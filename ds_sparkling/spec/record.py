@@ -22,12 +22,12 @@ _FORMAT = 2
 
 
 @dataclass(frozen=True)
-class StageRecord:
+class RecordedGrowth:
     """One growth that has happened.
 
     Attributes:
         step: optimizer steps done when it happened.
-        planned_step: the ``at_step`` of the planned stage that it fulfilled; None if ``grow`` was called by hand.
+        planned_step: the ``at_step`` of the planned growth that it fulfilled; None if ``grow`` was called by hand.
         widths: the axes that grew, and to what.
         strategy: how.
     """
@@ -70,14 +70,14 @@ class GrowthRecord:
     Attributes:
         initial_widths: of every axis, grown or not.
         axes: of the model's parameters as built.
-        stages: the growths.
+        growths: in order.
         tried: the axes of which ``axes`` is known to be right.
         spent: by the time of the checkpoint that the record is in; None if nobody knows.
     """
 
     initial_widths: dict[str, int]
     axes: dict[str, ParamAxes]
-    stages: tuple[StageRecord, ...] = ()
+    growths: tuple[RecordedGrowth, ...] = ()
     tried: tuple[str, ...] = ()
     spent: Spent | None = field(default=None, compare=False)
 
@@ -85,32 +85,32 @@ class GrowthRecord:
     def widths(self) -> dict[str, int]:
         """The widths in force."""
         widths = dict(self.initial_widths)
-        for stage in self.stages:
-            widths.update(stage.widths)
+        for growth in self.growths:
+            widths.update(growth.widths)
         return widths
 
     @property
     def width_history(self) -> dict[str, tuple[int, ...]]:
-        """Per axis, its width at the start and after every stage."""
+        """Per axis, its width at the start and after every growth."""
         history = {axis: [width] for axis, width in self.initial_widths.items()}
-        for stage in self.stages:
+        for growth in self.growths:
             for axis, widths in history.items():
-                widths.append(stage.widths.get(axis, widths[-1]))
+                widths.append(growth.widths.get(axis, widths[-1]))
         return {axis: tuple(widths) for axis, widths in history.items()}
 
     def after(
         self, widths: Mapping[str, int], strategy: Strategy, *, step: int, planned_step: int | None
     ) -> GrowthRecord:
         """The record once the axes in ``widths`` have grown to them."""
-        stage = StageRecord(step, planned_step, dict(widths), strategy)
-        return replace(self, stages=(*self.stages, stage))
+        growth = RecordedGrowth(step, planned_step, dict(widths), strategy)
+        return replace(self, growths=(*self.growths, growth))
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "format": _FORMAT,
             "initial_widths": dict(self.initial_widths),
             "widths": self.widths,
-            "stages": [stage.to_dict() for stage in self.stages],
+            "stages": [growth.to_dict() for growth in self.growths],
             "tried": list(self.tried),
             "spent": None if self.spent is None else asdict(self.spent),
             "axes": {name: axes.to_dict() for name, axes in self.axes.items()},
@@ -124,7 +124,7 @@ class GrowthRecord:
             dict(data["initial_widths"]),
             {name: ParamAxes.from_dict(axes) for name, axes in data["axes"].items()},
             tuple(
-                StageRecord(s["step"], s["planned_step"], dict(s["widths"]), Strategy.from_dict(s["strategy"]))
+                RecordedGrowth(s["step"], s["planned_step"], dict(s["widths"]), Strategy.from_dict(s["strategy"]))
                 for s in data["stages"]
             ),
             tuple(data["tried"]),

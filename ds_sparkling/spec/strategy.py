@@ -91,7 +91,7 @@ class OptimizerState(str, Enum):
 
 
 class Scope(str, Enum):
-    """Which elements a re-warm-up lifts: those the stage made (Eq. 27-28), all of them, or none."""
+    """Which elements a re-warm-up lifts: those the growth made (Eq. 27-28), all of them, or none."""
 
     NEW = "new"
     ALL = "all"
@@ -104,7 +104,8 @@ class RewarmupCurve(str, Enum):
     ``cosine`` is the paper's (Eq. 27-28): down to the base schedule's end. ``factor`` stays at ratio times the base
     rate, or comes back to it, whatever the base schedule does. ``auto`` takes ``cosine`` where the base schedule is in
     its cosine phase. ``weight_norm`` is no re-warm-up: new elements follow the base rate times the norm of what the
-    stage made of their parameter over that of its original elements, step by step (Yuan et al. 2023, arXiv:2306.12700).
+    growth made of their parameter over that of its original elements, step by step (Yuan et al. 2023,
+    arXiv:2306.12700).
     """
 
     AUTO = "auto"

@@ -71,7 +71,7 @@ def png_size(path: Path) -> tuple[int, int]:
 def test_a_growth_that_keeps_its_promise_is_printed_and_drawn(capsys: pytest.CaptureFixture[str]) -> None:
     assert status("--model", MODEL, "--widths", "hidden_size=64", "moe_intermediate_size=32") == 0
     captured = capsys.readouterr()
-    assert captured.out.startswith("growth stage 1: hidden_size 32 -> 64, moe_intermediate_size 16 -> 32\n")
+    assert captured.out.startswith("growth 1: hidden_size 32 -> 64, moe_intermediate_size 16 -> 32\n")
     assert "\nkept\n\npicture: test_check_command-build-growth.png\n" in captured.out
     assert captured.err == ""
     width, height = png_size(Path("test_check_command-build-growth.png"))
@@ -107,7 +107,7 @@ def test_a_hugging_face_config_starts_from_its_own_widths(capsys: pytest.Capture
     Path("config.json").write_text(json.dumps(config))
     assert status("--model", "config.json", "--widths", "intermediate_size=1024", "--no-picture") == 0
     out = capsys.readouterr().out
-    assert out.startswith("growth stage 1: intermediate_size 512 -> 1024\n")
+    assert out.startswith("growth 1: intermediate_size 512 -> 1024\n")
     assert "a vocabulary of 128" in out
     assert list(Path().iterdir()) == [Path("config.json")]
 

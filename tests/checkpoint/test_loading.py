@@ -76,7 +76,7 @@ def resume(case: Case, directory: str) -> Any:
     engine.load_checkpoint(directory)
     engine = ds_sparkling.grow_if_due(engine)
     losses = tiny.train(engine, 9)
-    return losses, tiny.local_state(engine)[0], [stage.planned_step for stage in engine.sparkling.record.stages]
+    return losses, tiny.local_state(engine)[0], [stage.planned_step for stage in engine.sparkling.record.growths]
 
 
 def on(case: Case, ranks: int, expert_parallel: int) -> Case:

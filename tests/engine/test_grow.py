@@ -384,7 +384,7 @@ def test_tensorboard_goes_on_and_marks_the_growth(workers: Pool, tmp_path: Path)
         tags |= set(accumulator.Tags()["scalars"]) | set(accumulator.Tags()["tensors"])
     steps = [event.step for event in sorted(rates, key=lambda event: event.wall_time)]
     assert steps == [samples // 4 * step for step in (1, 2, 3, 4)]
-    assert {"Growth/stage", "Growth/parameters", "Growth/plan/text_summary", "Train/Samples/lr"} <= tags
+    assert {"Growth/number", "Growth/parameters", "Growth/plan/text_summary", "Train/Samples/lr"} <= tags
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------

@@ -144,4 +144,4 @@ def test_a_growths_plan_is_seen_once_in_any_script(logging: str, deepspeed: str,
         text=True,
         check=True,
     )
-    assert (done.stdout + done.stderr).count("growth stage 1: hidden_size 6 -> 12") == 1
+    assert (done.stdout + done.stderr).count("growth 1: hidden_size 6 -> 12") == 1

@@ -1,4 +1,4 @@
-"""The engine's step after growths: every element with the rate and age of its own birth stage, on every topology."""
+"""The engine's step after growths: every element with the rate and age of its own birth, on every topology."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def padded(tensor: Tensor) -> Tensor:
 
 
 def birth_by_index(axes: Any, shape: tuple[int, ...], history: dict[str, tuple[int, ...]]) -> Tensor:
-    """Birth stage of every element, by looking at the units of its indices."""
+    """Birth of every element, by looking at the units of its indices."""
     births = torch.zeros(shape, dtype=torch.int64)
     for position, (dim, size) in enumerate(zip(axes.dims, shape, strict=True)):
         if dim.axis is None:
@@ -103,11 +103,11 @@ class Recorder:
 
 @dataclass(frozen=True)
 class Elements:
-    """One shard's elements of one birth stage around an optimizer step.
+    """One shard's elements of one birth around an optimizer step.
 
     Attributes:
         name: the parameter's.
-        stage: the birth stage.
+        stage: the birth.
         rate, age: what it is to get; no age means the tensor's own step count.
         group: the parameter group's settings.
         before: ``weight``, ``grad`` and per-element state.
@@ -126,7 +126,7 @@ class Elements:
 
 
 def take_a_step(engine: Any) -> tuple[Recorder, list[Elements]]:
-    """Train one step further; every trained element on this rank, by shard and birth stage."""
+    """Train one step further; every trained element on this rank, by shard and birth."""
     from ds_sparkling.engine import access
     from ds_sparkling.engine.logical_names import engine_axes
 
@@ -165,7 +165,7 @@ def take_a_step(engine: Any) -> tuple[Recorder, list[Elements]]:
 
 
 def step_errors(case: Case) -> tuple[int, list[int], list[list[float]]]:
-    """Largest distance in ulp from one parameter per birth stage, elements per stage, and rates by group."""
+    """Largest distance in ulp from one parameter per birth, elements per stage, and rates by group."""
     engine = grown(case)
     rates = [engine.lr_scheduler.rates(group) for group in range(len(engine.get_lr()))]
     worst, counts = 0, [0, 0, 0]
@@ -221,7 +221,7 @@ def test_an_offloaded_optimizer_tells_elements_apart_too(workers: Pool) -> None:
 
 
 def adapted_rates(case: Case) -> list[tuple[str, int, float, float, float, float]]:
-    """By parameter and birth stage, summed up: squares of weights, update over rate, how far rounding moves that, and
+    """By parameter and birth, summed up: squares of weights, update over rate, how far rounding moves that, and
     the gradient.
     """
     found = []

@@ -1,4 +1,4 @@
-"""Birth stages of elements against looking at every index, and against the plans' counts of new elements."""
+"""Births of elements against looking at every index, and against the plans' counts of new elements."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def naive_births(dim: Dim, size: int, history: History) -> list[int]:
 
 
 def expand(blocks: list[Block], numel: int) -> Tensor:
-    """The birth stage of every element; the blocks must lie end to end and tell runs apart."""
+    """The birth of every element; the blocks must lie end to end and tell runs apart."""
     births: list[int] = []
     for block in blocks:
         assert block.start == len(births)
@@ -82,8 +82,8 @@ def expand(blocks: list[Block], numel: int) -> Tensor:
         row: list[int] = []
         for run in block.runs:
             assert run.stop > len(row)
-            assert not row or row[-1] != run.stage
-            row += [run.stage] * (run.stop - len(row))
+            assert not row or row[-1] != run.birth
+            row += [run.birth] * (run.stop - len(row))
         births += row * block.rows
         assert block.stop == len(births)
         assert block.uniform == (births[-1] if len(set(row)) == 1 else None)
@@ -152,7 +152,7 @@ def test_a_stage_bears_as_many_elements_as_its_plan_counts(case: tuple[ParamAxes
         if not after:
             continue
         now = {"w": shapes[stage - 1], **{f"{axis}.weight": (width,) for axis, width in before.items()}}
-        plan = make_plan(now, {"w": axes, **others}, before, after, Strategy(), stage=stage)
+        plan = make_plan(now, {"w": axes, **others}, before, after, Strategy(), number=stage)
         assert plan.param("w").after == shapes[stage]
         assert int((births == stage).sum()) == plan.param("w").new_elements
 

@@ -169,7 +169,7 @@ def axes_of(make: Make, axes: tuple[str, ...]) -> Axes:
 def planned(make: Make, after: dict[str, int], strategy: Strategy) -> GrowthPlan:
     axes = axes_of(make, tuple(after))
     shapes = {name: tuple(param.shape) for name, param in make().named_parameters()}
-    return make_plan(shapes, axes, {axis: WIDTHS[axis] for axis in after}, after, strategy, stage=1)
+    return make_plan(shapes, axes, {axis: WIDTHS[axis] for axis in after}, after, strategy, number=1)
 
 
 @torch.no_grad()
@@ -278,7 +278,7 @@ def test_key_value_heads_alone_are_refused() -> None:
     axes = axes_of(LAYER, (HEADS, SHARED))
     shapes = {name: tuple(param.shape) for name, param in LAYER().named_parameters()}
     with pytest.raises(PlanError, match="num_kv_heads counts groups of num_heads"):
-        make_plan(shapes, axes, {HEADS: 4, SHARED: 2}, {SHARED: 4}, Strategy(), stage=1)
+        make_plan(shapes, axes, {HEADS: 4, SHARED: 2}, {SHARED: 4}, Strategy(), number=1)
 
 
 @pytest.mark.parametrize("name", ["1 + w, tied", "both multipliers", "query heads", "experts in turns"])
@@ -293,7 +293,7 @@ def test_every_part_of_a_reading_counts(name: str) -> None:
     axes = {p.name: replace(p.axes, offset=0.0, dims=tuple(map(plain, p.axes.dims))) for p in plan.params}
     shapes = {param.name: param.before for param in plan.params}
     before = {axis: WIDTHS[axis] for axis in growth.after}
-    naive = make_plan(shapes, axes, before, growth.after, growth.strategy, stage=1)
+    naive = make_plan(shapes, axes, before, growth.after, growth.strategy, number=1)
     assert difference(model, grown(model, growth.make, naive)) > 1e-3
 
 

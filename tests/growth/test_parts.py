@@ -45,7 +45,7 @@ class Case:
         own = {f"{axis}.own": ParamAxes((Dim(axis, role),), norm=norm) for axis in self.widths}
         shapes = {f"{axis}.own": (width,) for axis, width in self.widths.items()}
         known, size = axes or self.axes, shape or self.shape(self.axes, self.widths)
-        return make_plan({"w": size, **shapes}, {"w": known, **own}, self.widths, self.wide, self.strategy, stage=1)
+        return make_plan({"w": size, **shapes}, {"w": known, **own}, self.widths, self.wide, self.strategy, number=1)
 
     @property
     def old(self) -> Tensor:
@@ -169,10 +169,10 @@ def test_a_perturbation_sums_to_zero_over_the_twins_of_the_consumed_parts(case: 
 
 
 def expanded(block: Block) -> Tensor:
-    """The birth stage of every element of a block."""
+    """The birth of every element of a block."""
     row: list[int] = []
     for run in block.runs:
-        row += [run.stage] * (run.stop - len(row))
+        row += [run.birth] * (run.stop - len(row))
     return torch.tensor(row).repeat(block.rows)
 
 
@@ -209,7 +209,7 @@ def test_a_plan_counts_and_describes_parts(case: Case) -> None:
 def test_latent_attention_by_hand() -> None:
     """Two heads of one key entry, which stays, and two value entries, which become three."""
     dim = Dim(parts=(Dim(fixed=1), Dim("v", Role.FAN_OUT)), segments=2)
-    plan = make_plan({"w": (6,)}, {"w": ParamAxes((dim,))}, {"v": 2}, {"v": 3}, Strategy(), stage=1)
+    plan = make_plan({"w": (6,)}, {"w": ParamAxes((dim,))}, {"v": 2}, {"v": 3}, Strategy(), number=1)
     assert grown(plan, "w", torch.arange(6.0)).tolist() == [0, 1, 2, 1, 3, 4, 5, 4]
     assert "2 of (- + v (fan_out))" in plan.describe()
 
@@ -217,7 +217,7 @@ def test_latent_attention_by_hand() -> None:
 def test_the_power_of_a_dimension_of_parts_is_of_its_segments() -> None:
     """Attention divides by the root of all entries of a head, of which two of three double."""
     dim = Dim(parts=(Dim("n", Role.FAN_IN), Dim(fixed=1)), segments=2, power=-0.5)
-    plan = make_plan({"w": (6,)}, {"w": ParamAxes((dim,))}, {"n": 2}, {"n": 4}, Strategy(), stage=1)
+    plan = make_plan({"w": (6,)}, {"w": ParamAxes((dim,))}, {"n": 2}, {"n": 4}, Strategy(), number=1)
     root = math.sqrt(5 / 3)
     expected = torch.tensor([root / 2] * 4 + [root]).repeat(2)
     torch.testing.assert_close(grown(plan, "w", torch.ones(6)), expected)
@@ -227,10 +227,10 @@ def test_the_power_of_a_dimension_of_parts_is_of_its_segments() -> None:
 def test_a_part_of_an_axis_that_does_not_grow_is_fixed_by_its_width() -> None:
     dim = Dim(parts=(Dim("q", Role.FAN_OUT, block=2), Dim("k", Role.FAN_OUT)))
     axes = {"w": ParamAxes((dim,))}
-    plan = make_plan({"w": (7,)}, axes, {"q": 2, "k": 3}, {"q": 3}, Strategy(), stage=1)
+    plan = make_plan({"w": (7,)}, axes, {"q": 2, "k": 3}, {"q": 3}, Strategy(), number=1)
     assert plan.param("w").axes.dims[0].parts == (Dim("q", Role.FAN_OUT, block=2), Dim(fixed=3))
     assert grown(plan, "w", torch.arange(7.0)).tolist() == [0, 1, 2, 3, 0, 1, 4, 5, 6]
     with pytest.raises(PlanError, match=r"q \(fan_out\) \+ k \(fan_out\).*width of 'k' must be known"):
-        make_plan({"w": (7,)}, axes, {"q": 2}, {"q": 3}, Strategy(), stage=1)
+        make_plan({"w": (7,)}, axes, {"q": 2}, {"q": 3}, Strategy(), number=1)
     with pytest.raises(PlanError, match="contradicts"):
-        make_plan({"w": (8,)}, axes, {"q": 2, "k": 3}, {"q": 3}, Strategy(), stage=1)
+        make_plan({"w": (8,)}, axes, {"q": 2, "k": 3}, {"q": 3}, Strategy(), number=1)

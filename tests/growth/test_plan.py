@@ -417,7 +417,7 @@ def test_the_papers_sizes_and_savings(
     saved: str,
 ) -> None:
     shapes, axes, widths = paper
-    made = make_plan(shapes, axes, widths, after, Strategy(), stage=1, active_share=8 / 64)
+    made = make_plan(shapes, axes, widths, after, Strategy(), number=1, active_share=8 / 64)
     totals, actives = made.parameters(), made.parameters(active=True)
     assert [f"{count / 1e9:.2f}B" for count in totals] == ["2.56B", total]
     assert [f"{count / 1e6:.0f}M" for count in actives] == ["450M", active]

@@ -124,7 +124,7 @@ Weights = dict[str, Tensor]
 
 def plan_of(axes: dict[str, ParamAxes], weights: Weights, before: int, after: int, strategy: Strategy) -> GrowthPlan:
     shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
-    return make_plan(shapes, axes, {"width": before}, {"width": after}, strategy, stage=1)
+    return make_plan(shapes, axes, {"width": before}, {"width": after}, strategy, number=1)
 
 
 def widened(plan: GrowthPlan, weights: Weights) -> Weights:
@@ -353,7 +353,7 @@ def model_plan(
     stage: int = 1,
 ) -> GrowthPlan:
     shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
-    return make_plan(shapes, probe(build_model, before), before, after, strategy, stage=stage)
+    return make_plan(shapes, probe(build_model, before), before, after, strategy, number=stage)
 
 
 def grown(

@@ -58,7 +58,7 @@ class Case:
             dim = Dim(axis, Role.GAIN if normed else Role.FAN_IN, groups=groups)
             axes[f"{axis}.weight"] = ParamAxes((dim,), norm=Norm.RMS if normed else None)
             shapes[f"{axis}.weight"] = (self.widths[axis],)
-        return make_plan(shapes, axes, self.widths, self.wide, self.strategy, stage=1)
+        return make_plan(shapes, axes, self.widths, self.wide, self.strategy, number=1)
 
     def shape(self, widths: dict[str, int]) -> Shape:
         """The fixed dimensions are 3 and 2 long (experts: 3)."""
@@ -466,7 +466,7 @@ def test_units_that_cancel_come_in_pairs(before: int, more: int, joint: bool, ex
     shapes: dict[str, Shape] = {"up": (*lead, 2 * before, 4), "down": (*lead, 4, 2 * before)}
     strategy = Strategy(Init.RANDOM, Init.CANCEL, scaling=Scaling.NONE)
     wide = {"i": after, "h": 8} if joint else {"i": after}
-    plan = make_plan(shapes, axes, {"i": before, "h": 4}, wide, strategy, stage=1)
+    plan = make_plan(shapes, axes, {"i": before, "h": 4}, wide, strategy, number=1)
     old = {name: torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()}
     up = drawn(plan, "up", old["up"]).unflatten(-2, (after, 2))
     down = drawn(plan, "down", old["down"]).unflatten(-1, (after, 2))
@@ -506,7 +506,7 @@ def test_a_perturbation_is_not_seen_by_what_consumes_twins(case: Case) -> None:
 def test_a_perturbation_of_many_twins_is_the_same_in_any_piece() -> None:
     """Sums over five twins, whose rounding must not depend on how many elements are asked for at a time."""
     axes = {"w": ParamAxes((FIXED, Dim("i", Role.FAN_IN)))}
-    plan = make_plan({"w": (9, 7)}, axes, {"i": 7}, {"i": 35}, Strategy(perturbation=0.5, seed=1), stage=1)
+    plan = make_plan({"w": (9, 7)}, axes, {"i": 7}, {"i": 35}, Strategy(perturbation=0.5, seed=1), number=1)
     old = torch.randn(9, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     expected = torch.empty(9 * 35, dtype=torch.float64)
     Widener(plan, "w").weight(old, expected)
@@ -522,7 +522,7 @@ def test_a_perturbation_has_the_size_that_was_asked_for() -> None:
     old = 0.3 * torch.randn(400, 50, generator=torch.Generator().manual_seed(0))
     for wide, share in ((100, 0.5), (150, 1 / 3)):
         plans = [
-            make_plan({"w": (400, 50)}, axes, {"i": 50}, {"i": wide}, Strategy(perturbation=strength), stage=1)
+            make_plan({"w": (400, 50)}, axes, {"i": 50}, {"i": wide}, Strategy(perturbation=strength), number=1)
             for strength in (0.2, 0.0)
         ]
         noise = drawn(plans[0], "w", old) - drawn(plans[1], "w", old)
@@ -538,7 +538,7 @@ def test_a_random_split_shares_what_an_even_one_gives(before: int, more: int, se
     shapes: dict[str, Shape] = {"w": (3, before), "v": (3, before)}
     old = torch.ones(3, before, dtype=torch.float64)
     even, split = (
-        make_plan(shapes, axes, {"i": before}, {"i": after}, Strategy(scaling=scaling, split=how, seed=seed), stage=2)
+        make_plan(shapes, axes, {"i": before}, {"i": after}, Strategy(scaling=scaling, split=how, seed=seed), number=2)
         for how in (Split(), Split.parse("random"))
     )
     found, expected = drawn(split, "w", old), drawn(even, "w", old)
@@ -564,7 +564,7 @@ def test_fused_gate_and_up_grow_each_for_itself_and_zeros_spare_the_gate() -> No
     for pair, up in ((COPY_COPY, [[5.0, 6.0]]), (ZERO_COPY, [[0.0, 0.0]])):
         case = Case(axes, {"i": 2}, {"i": 3}, frozenset(), Strategy(*pair), seed=0)
         out = torch.empty(12)
-        plan = make_plan({"w": (4, 2)}, {"w": axes}, case.widths, case.wide, case.strategy, stage=1)
+        plan = make_plan({"w": (4, 2)}, {"w": axes}, case.widths, case.wide, case.strategy, number=1)
         Widener(plan, "w").weight(old, out)
         assert out.view(6, 2).tolist() == [[1.0, 2.0], [3.0, 4.0], [1.0, 2.0], [5.0, 6.0], [7.0, 8.0], *up]
 
@@ -573,7 +573,7 @@ def test_fused_gate_and_up_grow_each_for_itself_and_zeros_spare_the_gate() -> No
 def test_gate_and_up_in_turns_grow_unit_by_unit(pair: tuple[Init, Init]) -> None:
     """GPT-OSS lays experts out so: the new unit's two rows come last, and the gate's stays alive."""
     axes = ParamAxes((Dim("i", Role.FAN_OUT, segments=2, alive=(0,), interleaved=True), FIXED))
-    plan = make_plan({"w": (4, 1)}, {"w": axes}, {"i": 2}, {"i": 3}, Strategy(*pair), stage=1)
+    plan = make_plan({"w": (4, 1)}, {"w": axes}, {"i": 2}, {"i": 3}, Strategy(*pair), number=1)
     out = torch.empty(6)
     Widener(plan, "w").weight(torch.tensor([1.0, 2.0, 3.0, 4.0]), out)
     assert out.tolist() == [1.0, 2.0, 3.0, 4.0, 1.0, 2.0 if pair == COPY_COPY else 0.0]
@@ -592,7 +592,7 @@ def test_new_query_heads_stand_with_the_copy_of_their_key_value_head() -> None:
         ({"heads": 8, "shared": 4}, [0, 1, 2, 3, 0, 1, 2, 3]),
         ({"heads": 6}, [0, 1, 0, 2, 3, 2]),
     ):
-        plan = make_plan(shapes, axes, {"heads": 4, "shared": 2}, wide, Strategy(scaling=Scaling.FUNCTION), stage=1)
+        plan = make_plan(shapes, axes, {"heads": 4, "shared": 2}, wide, Strategy(scaling=Scaling.FUNCTION), number=1)
         expected = torch.tensor([2.0 * head + row for head in heads for row in range(2)])
         times = torch.tensor([heads.count(head) for head in heads for _ in range(2)])
         assert torch.equal(drawn(plan, "q", old).flatten(), expected)
@@ -616,7 +616,7 @@ def token_plan(strategy: Strategy, tokens: int, width: int, wide: dict[str, int]
         "unembed": (width, tokens),
         "bias": (tokens,),
     }
-    return make_plan(shapes, TOKENS, {"v": tokens, "h": width}, wide, strategy, stage=1)
+    return make_plan(shapes, TOKENS, {"v": tokens, "h": width}, wide, strategy, number=1)
 
 
 def test_a_new_token_is_the_mean_of_the_old_ones_by_hand() -> None:
@@ -673,9 +673,9 @@ def test_a_gain_that_is_stored_without_its_one_is_scaled_with_it() -> None:
     }
     old = torch.tensor([0.0, 0.5])
     shapes: dict[str, Shape] = dict.fromkeys(axes, (2,))
-    plan = make_plan(shapes, axes, {"h": 2}, {"h": 4}, Strategy(Init.RANDOM, Init.ZERO), stage=1)
+    plan = make_plan(shapes, axes, {"h": 2}, {"h": 4}, Strategy(Init.RANDOM, Init.ZERO), number=1)
     assert drawn(plan, "per_unit", old).tolist() == [0.0, 0.5, 0.0, 0.5]
-    plan = make_plan(shapes, axes, {"h": 2}, {"h": 4}, Strategy(), stage=1)
+    plan = make_plan(shapes, axes, {"h": 2}, {"h": 4}, Strategy(), number=1)
     assert drawn(plan, "norm", old).tolist() == [-0.5, -0.25, -0.5, -0.25]
     assert drawn(plan, "other", old).tolist() == [0.0, 0.5, 0.0, 0.5]
     half = torch.empty(4, dtype=torch.bfloat16)
@@ -686,7 +686,7 @@ def test_a_gain_that_is_stored_without_its_one_is_scaled_with_it() -> None:
 @pytest.mark.parametrize(("power", "factor"), [(0.0, 1.0), (0.5, 0.5), (1.0, 0.25), (-1.0, 4.0)])
 def test_a_growth_takes_the_models_own_multiplier_out(power: float, factor: float) -> None:
     axes = {"w": ParamAxes((FIXED, Dim("h", Role.FAN_OUT, power=power)))}
-    plan = make_plan({"w": (1, 1)}, axes, {"h": 1}, {"h": 4}, Strategy(), stage=1)
+    plan = make_plan({"w": (1, 1)}, axes, {"h": 1}, {"h": 4}, Strategy(), number=1)
     assert drawn(plan, "w", torch.ones(1)).tolist() == [[factor] * 4]
 
 
@@ -699,7 +699,7 @@ def test_a_multiplier_by_a_width_that_no_dimension_carries_is_taken_out_too(join
     }
     strategy = Strategy(optimizer_state=OptimizerState.COPY_SCALED)
     wide = {"h": 4, "i": 6} if joint else {"h": 4}
-    plan = make_plan({"bias": (3,), "weight": (3, 1)}, axes, {"h": 1, "i": 3}, wide, strategy, stage=1)
+    plan = make_plan({"bias": (3,), "weight": (3, 1)}, axes, {"h": 1, "i": 3}, wide, strategy, number=1)
     times = 2 if joint else 1
     assert drawn(plan, "bias", torch.tensor([2.0, 4.0, 6.0])).tolist() == [1.0, 2.0, 3.0] * times
     out = torch.empty(3 * times, dtype=torch.float64)
@@ -708,7 +708,7 @@ def test_a_multiplier_by_a_width_that_no_dimension_carries_is_taken_out_too(join
     # A parameter that keeps its shape is in the table, too, as it is rescaled.
     rows = [line.split()[:3] for line in plan.describe().splitlines()]
     assert ["1", "3", str(3 * times)] in rows
-    alone = make_plan({"bias": (3,), "weight": (3, 1)}, axes, {"h": 1, "i": 3}, {"i": 6}, strategy, stage=1)
+    alone = make_plan({"bias": (3,), "weight": (3, 1)}, axes, {"h": 1, "i": 3}, {"i": 6}, strategy, number=1)
     assert drawn(alone, "bias", torch.ones(3)).tolist() == [1.0] * 6
 
 
@@ -770,7 +770,7 @@ def test_draws_longer_than_a_chunk_fit_together() -> None:
     old = torch.randn(3, 300, 300, generator=torch.Generator().manual_seed(0))
     old *= torch.tensor([0.1, 1.0, 10.0]).view(3, 1, 1)
     widths, wide = {"i": 300, "h": 300}, {"i": 600, "h": 303}
-    plan = make_plan({"w": tuple(old.shape)}, {"w": axes}, widths, wide, strategy, stage=1)
+    plan = make_plan({"w": tuple(old.shape)}, {"w": axes}, widths, wide, strategy, number=1)
     expected = torch.full((3 * 600 * 303,), math.nan)
     Widener(plan, "w").weight(old, expected)
     found = torch.empty_like(expected)
@@ -792,7 +792,7 @@ def random_plan(name: str = "w", seed: int = 0, stage: int = 1, before: int = 64
     )
     strategy = Strategy(Init.RANDOM, Init.RANDOM, seed=seed)
     shapes = {name: (2, 2 * before, 64)}
-    return make_plan(shapes, {name: axes}, {"i": before, "h": 64}, {"i": after, "h": 128}, strategy, stage=stage)
+    return make_plan(shapes, {name: axes}, {"i": before, "h": 64}, {"i": after, "h": 128}, strategy, number=stage)
 
 
 def random_old() -> Tensor:
@@ -824,7 +824,7 @@ def test_segments_that_take_turns_are_one_matrix_to_draw_after() -> None:
     """Gate and up rows are mixed, so their halves mean nothing: here the later rows are a hundred times larger."""
     axes = ParamAxes((Dim("i", Role.FAN_OUT, segments=2, alive=(0,), interleaved=True), FIXED))
     strategy = Strategy(Init.RANDOM, Init.RANDOM)
-    plan = make_plan({"w": (64, 64)}, {"w": axes}, {"i": 32}, {"i": 64}, strategy, stage=1)
+    plan = make_plan({"w": (64, 64)}, {"w": axes}, {"i": 32}, {"i": 64}, strategy, number=1)
     old = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
     old[32:] *= 100
     new = drawn(plan, old=old)[64:]
@@ -835,7 +835,7 @@ def test_segments_that_take_turns_are_one_matrix_to_draw_after() -> None:
 def test_random_gains_have_the_old_gains_mean_and_std() -> None:
     axes = {"norm.weight": ParamAxes((Dim("h", Role.GAIN),), norm=Norm.RMS)}
     old = 1.5 + 0.2 * torch.randn(1000, generator=torch.Generator().manual_seed(0))
-    plan = make_plan({"norm.weight": (1000,)}, axes, {"h": 1000}, {"h": 9000}, Strategy(norm=Init.RANDOM), stage=1)
+    plan = make_plan({"norm.weight": (1000,)}, axes, {"h": 1000}, {"h": 9000}, Strategy(norm=Init.RANDOM), number=1)
     grown = drawn(plan, "norm.weight", old)
     assert torch.equal(grown[:1000], old)
     new = grown[1000:]
@@ -854,7 +854,7 @@ def test_gains_are_random_only_when_norm_says_so() -> None:
         (Strategy(Init.RANDOM, Init.COPY), True, False),
         (Strategy(norm=Init.RANDOM), False, True),
     ):
-        plan = make_plan(shapes, axes, {"h": 4}, {"h": 8}, strategy, stage=1)
+        plan = make_plan(shapes, axes, {"h": 4}, {"h": 8}, strategy, number=1)
         assert torch.equal(drawn(plan, "norm.weight", gain)[4:], gain) is gains_copied
         assert torch.equal(drawn(plan, "w", weight)[4:], weight) is rows_copied
 
@@ -929,7 +929,7 @@ def test_zeroed_units_of_an_expert_are_not_dead() -> None:
     generator = torch.Generator().manual_seed(0)
     old = {"gate_up": torch.randn(8, 5, generator=generator), "down": torch.randn(5, 4, generator=generator)}
     shapes = {name: tuple(weight.shape) for name, weight in old.items()}
-    plan = make_plan(shapes, axes, {"i": 4}, {"i": 8}, Strategy(*ZERO_COPY), stage=1)
+    plan = make_plan(shapes, axes, {"i": 4}, {"i": 8}, Strategy(*ZERO_COPY), number=1)
     wide = {name: drawn(plan, name, weight).requires_grad_() for name, weight in old.items()}
     gate, up = wide["gate_up"].detach().chunk(2)
     assert torch.equal(gate[4:], gate[:4])
@@ -1006,7 +1006,7 @@ def test_all_modes_by_hand() -> None:
     }
     assert expected.keys() == set(OptimizerState)
     for mode, states in expected.items():
-        plan = make_plan({"w": (2,)}, axes, {"h": 2}, {"h": 4}, Strategy(optimizer_state=mode), stage=1)
+        plan = make_plan({"w": (2,)}, axes, {"h": 2}, {"h": 4}, Strategy(optimizer_state=mode), number=1)
         for key, values in zip(("exp_avg", "exp_avg_sq"), states, strict=True):
             out = torch.full((4,), math.nan)
             Widener(plan, "w").state(key, old, out)
@@ -1020,7 +1020,7 @@ def test_all_modes_by_hand() -> None:
 def test_a_state_of_unknown_degree_can_not_be_rescaled(mode: OptimizerState, instead: str) -> None:
     axes = {"w": ParamAxes((Dim("h", Role.FAN_OUT),))}
     strategy = Strategy(optimizer_state=mode, state_kinds={"prodigy_s": StateKind.MOMENT})
-    plan = make_plan({"w": (2,)}, axes, {"h": 2}, {"h": 4}, strategy, stage=1)
+    plan = make_plan({"w": (2,)}, axes, {"h": 2}, {"h": 4}, strategy, number=1)
     with pytest.raises(PlanError, match=rf"'prodigy_s'.*{mode.value}.*exp_avg.*use '{instead}'"):
         Widener(plan, "w").state("prodigy_s", torch.ones(2), torch.empty(4))
 
@@ -1032,7 +1032,7 @@ def declaring(case: Case, **kinds: StateKind) -> Case:
 @pytest.mark.parametrize("mode", OptimizerState)
 def test_a_state_of_unknown_kind_is_refused_with_the_way_to_say_it(mode: OptimizerState) -> None:
     axes = {"w": ParamAxes((Dim("h", Role.FAN_OUT),))}
-    plan = make_plan({"w": (2,)}, axes, {"h": 2}, {"h": 4}, Strategy(optimizer_state=mode), stage=1)
+    plan = make_plan({"w": (2,)}, axes, {"h": 2}, {"h": 4}, Strategy(optimizer_state=mode), number=1)
     with pytest.raises(PlanError, match=r'\'slow\'.*"state_kinds": \{"slow": "moment"\}.*"weights"'):
         Widener(plan, "w").state("slow", torch.ones(2), torch.empty(4))
 
@@ -1069,7 +1069,7 @@ def test_state_that_is_weights_grows_as_the_weights_do(case: Case, key: str, cut
 
 def test_draws_of_state_that_is_weights_need_the_weights_statistics() -> None:
     axes = {"w": ParamAxes((Dim("h", Role.FAN_OUT),))}
-    plan = make_plan({"w": (2,)}, axes, {"h": 2}, {"h": 4}, Strategy(Init.RANDOM, Init.ZERO), stage=1)
+    plan = make_plan({"w": (2,)}, axes, {"h": 2}, {"h": 4}, Strategy(Init.RANDOM, Init.ZERO), number=1)
     with pytest.raises(PlanError, match="w: z is drawn as the weight is"):
         Widener(plan, "w").state("z", torch.ones(2), torch.empty(4))
 
@@ -1090,7 +1090,7 @@ def test_draws_of_state_that_is_weights_need_the_weights_statistics() -> None:
 )
 def test_sizes_that_contradict_the_plan_are_refused_by_name(old: Tensor, out: Tensor, start: int) -> None:
     axes = {"layer.w": ParamAxes((Dim("h", Role.FAN_OUT), FIXED)), "q": ParamAxes((FIXED, FIXED))}
-    plan = make_plan({"layer.w": (2, 2), "q": (2, 2)}, axes, {"h": 2}, {"h": 4}, Strategy(), stage=1)
+    plan = make_plan({"layer.w": (2, 2), "q": (2, 2)}, axes, {"h": 2}, {"h": 4}, Strategy(), number=1)
     with pytest.raises(PlanError, match=r"layer\.w"):
         Widener(plan, "layer.w").weight(old, out, start)
     with pytest.raises(PlanError, match=r"layer\.w"):
@@ -1099,7 +1099,7 @@ def test_sizes_that_contradict_the_plan_are_refused_by_name(old: Tensor, out: Te
 
 def test_only_stacked_experts_have_slices() -> None:
     axes = {"w": ParamAxes((Dim("h", Role.FAN_OUT), FIXED))}
-    plan = make_plan({"w": (2, 2)}, axes, {"h": 2}, {"h": 4}, Strategy(), stage=1)
+    plan = make_plan({"w": (2, 2)}, axes, {"h": 2}, {"h": 4}, Strategy(), number=1)
     with pytest.raises(PlanError, match="w isn't a tensor of stacked experts"):
         Widener(plan, "w", (0, 1))
     with pytest.raises(PlanError, match="'v'"):
@@ -1109,7 +1109,7 @@ def test_only_stacked_experts_have_slices() -> None:
 @pytest.mark.parametrize("experts", [(-1, 1), (1, 1), (0, 4), (3, 4)])
 def test_a_slice_outside_the_experts_is_refused(experts: tuple[int, int]) -> None:
     axes = {"w": ParamAxes((FIXED, Dim("h", Role.FAN_OUT), FIXED), stacked_experts=True)}
-    plan = make_plan({"w": (3, 2, 2)}, axes, {"h": 2}, {"h": 4}, Strategy(), stage=1)
+    plan = make_plan({"w": (3, 2, 2)}, axes, {"h": 2}, {"h": 4}, Strategy(), number=1)
     with pytest.raises(PlanError, match="w stacks 3 experts"):
         Widener(plan, "w", experts)
 
@@ -1146,7 +1146,7 @@ def test_tables_take_no_more_memory_for_1500_parameters_than_for_three(strategy:
     def held(layers: int) -> int:
         axes = {f"{layer}.{kind}": axes for layer in range(layers) for kind, axes in kinds.items()}
         shapes = {name: tuple(before[dim.axis or ""] for dim in axes[name].dims) for name in axes}
-        plan = make_plan(shapes, axes, before, after, strategy, stage=1)
+        plan = make_plan(shapes, axes, before, after, strategy, number=1)
         wideners = [Widener(plan, name) for name in axes]
         for widener, shape in zip(wideners, shapes.values(), strict=True):
             out = torch.empty(widener.numel)
@@ -1173,7 +1173,7 @@ def storages(root: object) -> dict[int, int]:
 
 def test_a_plan_is_sent_without_its_tables() -> None:
     plan = make_plan(
-        {"w": (2,)}, {"w": ParamAxes((Dim("h", Role.GAIN),), norm=Norm.RMS)}, {"h": 2}, {"h": 4}, Strategy(), stage=1
+        {"w": (2,)}, {"w": ParamAxes((Dim("h", Role.GAIN),), norm=Norm.RMS)}, {"h": 2}, {"h": 4}, Strategy(), number=1
     )
     empty = len(pickle.dumps(replace(plan)))
     Widener(plan, "w").weight(torch.ones(2), torch.empty(4))

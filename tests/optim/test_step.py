@@ -1,4 +1,4 @@
-"""The step of a tensor with elements of several birth stages equals that of one parameter per stage, within 2 ulp."""
+"""The step of a tensor with elements of several births equals that of one parameter per stage, within 2 ulp."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def interrupt(optimizer: torch.optim.Optimizer) -> None:
 
 
 def one_parameter_per_stage(grown: Grown, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """What the next step of ``grown`` gives if each birth stage is a parameter of its own, stepped by ``optimizer``."""
+    """What the next step of ``grown`` gives if each birth is a parameter of its own, stepped by ``optimizer``."""
     state = grown.optimizer.state.get(grown.param, {})
     rates = rates_by_birth(grown.scheduler.births, 0, grown.optimizer.param_groups[0]["lr"])
     stepped = {"param": grown.param.clone()}

@@ -24,13 +24,13 @@ def test_a_growth_keeps_the_validations_on_both_sides(tmp_path: Path) -> None:
     losses = run.curves["Validation/loss"]
     here = losses.samples == SAMPLES * GROWN_AT
     before, after = losses.values[here]
-    assert losses.stages[here].tolist() == [0, 1]
+    assert losses.growths[here].tolist() == [0, 1]
     assert after - before == pytest.approx(0.25)
     assert losses.samples.tolist() == sorted(losses.samples.tolist())
     (growth,) = run.growths
-    assert (growth.stage, growth.samples, growth.widths) == (1, SAMPLES * GROWN_AT, {"hidden_size": 16})
+    assert (growth.number, growth.samples, growth.widths) == (1, SAMPLES * GROWN_AT, {"hidden_size": 16})
     assert (growth.parameters, growth.active_parameters) == (9000, 3000)
-    assert growth.plan == "growth stage 1: <hidden_size> 8 -> 16"
+    assert growth.plan == "growth 1: <hidden_size> 8 -> 16"
 
 
 def test_every_point_of_a_long_run_is_read(tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ class Recorder:
                 self.checkpoint = self.before_growth = (step, stage)
                 stage += 1
                 self.open()
-                self.add("Growth/stage", step, stage)
+                self.add("Growth/number", step, stage)
                 self.add("Validation/loss", step, 10 * stage)
             before_growth = False
             step += 1
@@ -99,7 +99,7 @@ class Recorder:
 
 def as_lists(files: list[EventFile]) -> dict[str, list[tuple[float, float, float]]]:
     return {
-        tag: list(zip(curve.samples, curve.stages, curve.values, strict=True)) for tag, curve in merge(files).items()
+        tag: list(zip(curve.samples, curve.growths, curve.values, strict=True)) for tag, curve in merge(files).items()
     }
 
 

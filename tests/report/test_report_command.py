@@ -70,7 +70,7 @@ def test_the_page_has_everything_in_it(runs: list[str], tmp_path: Path, capsys: 
     for expected in (
         "grown ends lowest: validation loss 1.1427",
         "kept the function",
-        "growth stage 1: <hidden_size> 8 -> 16",  # escaped, so it arrives as text
+        "growth 1: <hidden_size> 8 -> 16",  # escaped, so it arrives as text
         "<b>bare: no twins/cosine",
         'twins/gradient_cosine: not recorded by <b>bare, scratch. To have it, set "diagnose_every"',
         "Nothing grew.",

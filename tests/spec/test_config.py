@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ds_sparkling.errors import ConfigError
-from ds_sparkling.spec.config import SparklingConfig, StageConfig, read_json, sparkling_config
+from ds_sparkling.spec.config import GrowthConfig, SparklingConfig, read_json, sparkling_config
 from ds_sparkling.spec.strategy import INIT_PAIRS, Init, NewIndex, OptimizerState, Scaling, Strategy
 
 FULL = {
@@ -47,7 +47,7 @@ def refusal(block: Any) -> str:
 
 def test_the_defaults_are_the_papers() -> None:
     expected = SparklingConfig(
-        stages=(),
+        growths=(),
         widths=None,
         strategy=Strategy(Init.COPY, Init.COPY, Init.COPY, Scaling.RMS, OptimizerState.ASYMMETRIC_RESET, seed=0),
         checkpoint_dir=None,
@@ -61,9 +61,9 @@ def test_the_defaults_are_the_papers() -> None:
 
 def test_every_key_reaches_its_field() -> None:
     assert sparkling_config({"sparkling": FULL}) == SparklingConfig(
-        stages=(
-            StageConfig(0, {"moe_intermediate_size": 64}),
-            StageConfig(1000, {"hidden_size": 128, "moe_intermediate_size": 96}),
+        growths=(
+            GrowthConfig(0, {"moe_intermediate_size": 64}),
+            GrowthConfig(1000, {"hidden_size": 128, "moe_intermediate_size": 96}),
         ),
         widths={"hidden_size": 64, "moe_intermediate_size": 32},
         strategy=Strategy(

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from ds_sparkling.errors import CheckpointError, SparklingError
 from ds_sparkling.growth import make_plan
 from ds_sparkling.spec.axes import FIXED, Dim, Norm, ParamAxes, Role
-from ds_sparkling.spec.record import FILE_NAME, GrowthRecord, StageRecord, find_checkpoint, read_record
+from ds_sparkling.spec.record import FILE_NAME, GrowthRecord, RecordedGrowth, find_checkpoint, read_record
 from ds_sparkling.spec.strategy import Init, NewIndex, OptimizerState, Scaling, Strategy
 
 AXES = {
@@ -40,9 +40,9 @@ RECORD = GrowthRecord(
     {"hidden": 4, "inner": 2, "heads": 3},
     AXES,
     (
-        StageRecord(100, 100, {"inner": 4}, Strategy()),
-        StageRecord(205, 200, {"hidden": 8, "inner": 6}, OTHER),
-        StageRecord(300, None, {"hidden": 12}, Strategy(seed=2)),
+        RecordedGrowth(100, 100, {"inner": 4}, Strategy()),
+        RecordedGrowth(205, 200, {"hidden": 8, "inner": 6}, OTHER),
+        RecordedGrowth(300, None, {"hidden": 12}, Strategy(seed=2)),
     ),
 )
 
@@ -56,41 +56,41 @@ def test_widths_in_force_are_those_of_the_last_stage_that_grew_the_axis() -> Non
 
 
 def test_the_history_has_an_entry_per_stage_for_every_axis() -> None:
-    """Also for axes that a stage left alone: birth stages are counted along it."""
+    """Also for axes that a stage left alone: births are counted along it."""
     assert RECORD.width_history == {"hidden": (4, 4, 8, 12), "inner": (2, 4, 6, 6), "heads": (3, 3, 3, 3)}
     assert GrowthRecord({"hidden": 4}, {}).width_history == {"hidden": (4,)}
 
 
 def test_asking_does_not_change_the_record() -> None:
-    record = GrowthRecord({"hidden": 4}, AXES, RECORD.stages)
+    record = GrowthRecord({"hidden": 4}, AXES, RECORD.growths)
     record.widths["hidden"] = 0
     record.width_history.clear()
     data = record.to_dict()
     data["initial_widths"]["hidden"] = 0
     data["stages"][0]["widths"]["inner"] = 0
-    assert record == GrowthRecord({"hidden": 4}, AXES, RECORD.stages)
-    assert RECORD.stages[0].widths == {"inner": 4}
+    assert record == GrowthRecord({"hidden": 4}, AXES, RECORD.growths)
+    assert RECORD.growths[0].widths == {"inner": 4}
 
 
 def test_a_growth_adds_its_stage_and_leaves_the_old_record_alone() -> None:
     record = GrowthRecord({"hidden": 4, "inner": 2}, {"embed.weight": AXES["embed.weight"]})
-    plan = make_plan({"embed.weight": (11, 4)}, record.axes, record.widths, {"hidden": 6}, OTHER, stage=1)
+    plan = make_plan({"embed.weight": (11, 4)}, record.axes, record.widths, {"hidden": 6}, OTHER, number=1)
     after = record.after(plan.grown_widths, plan.strategy, step=17, planned_step=15)
-    assert record.stages == ()
-    assert after.stages == (StageRecord(17, 15, {"hidden": 6}, OTHER),)
+    assert record.growths == ()
+    assert after.growths == (RecordedGrowth(17, 15, {"hidden": 6}, OTHER),)
     assert after.widths == {"hidden": 6, "inner": 2}
     assert (after.initial_widths, after.axes) == (record.initial_widths, record.axes)
-    again = make_plan({"embed.weight": (11, 6)}, after.axes, after.widths, {"hidden": 9}, Strategy(), stage=2)
+    again = make_plan({"embed.weight": (11, 6)}, after.axes, after.widths, {"hidden": 9}, Strategy(), number=2)
     twice = after.after(again.grown_widths, again.strategy, step=20, planned_step=None)
-    assert twice.stages == (*after.stages, StageRecord(20, None, {"hidden": 9}, Strategy()))
+    assert twice.growths == (*after.growths, RecordedGrowth(20, None, {"hidden": 9}, Strategy()))
     assert twice.width_history["hidden"] == (4, 6, 9)
 
 
 def test_a_record_is_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
-        RECORD.stages = ()  # type: ignore[misc]
+        RECORD.growths = ()  # type: ignore[misc]
     with pytest.raises(dataclasses.FrozenInstanceError):
-        RECORD.stages[0].step = 1  # type: ignore[misc]
+        RECORD.growths[0].step = 1  # type: ignore[misc]
 
 
 # -- to a file and back --------------------------------------------------------------------------------------------
@@ -124,7 +124,7 @@ param_axes = st.builds(
     st.sampled_from([0.0, 1.0]),
 ) | st.builds(ParamAxes, st.lists(dims.filter(lambda dim: dim.role is not Role.GAIN), max_size=3).map(tuple))
 widths = st.dictionaries(names, st.integers(1, 2**20), max_size=3)
-stages = st.builds(StageRecord, st.integers(0), st.none() | st.integers(0), widths, strategies)
+stages = st.builds(RecordedGrowth, st.integers(0), st.none() | st.integers(0), widths, strategies)
 records = st.builds(GrowthRecord, widths, st.dictionaries(names, param_axes, max_size=3), st.lists(stages).map(tuple))
 
 

@@ -5,12 +5,12 @@
     python tools/bench_step.py --diagnostics
 
 A flat fp32 tensor on the CPU, as ZeRO makes it, holds one matrix of --row entries per row. It is stepped through
-optimizer.step(), with the birth stages told apart, where
+optimizer.step(), with the births told apart, where
 
 - new columns: half of its elements are new, as every row's second half (its fan-in has doubled).
 - new rows: half of its elements are new, as its second half (its fan-out has doubled).
 - new columns, then rows: the fan-in doubled first and the fan-out one step later, so that three quarters are new, of
-  two birth stages.
+  two births.
 - curves met: the columns are new, but their learning rate has come back to the base rate and their bias correction is
   as good as 1.
 - by hand: what a birth-aware step takes the place of. The weights are cloned, everything is stepped with the base
@@ -161,13 +161,13 @@ _COLUMNS: Columns = (
     ("peak", "{:.2f}"),
 )
 _LEGEND = """\
-plain: the optimizer's own step. step: with the elements' birth stages told apart, or by hand (see --help). peak: memory
+plain: the optimizer's own step. step: with the elements' births told apart, or by hand (see --help). peak: memory
 that a step takes for itself.
 """
 
 
 def blocks_of(layout: str, elements: int, row: int) -> list[Block]:
-    """The birth stages of a matrix of ``elements`` in rows of ``row``, by a name in :data:`LAYOUTS`."""
+    """The births of a matrix of ``elements`` in rows of ``row``, by a name in :data:`LAYOUTS`."""
     shape = (elements // row, row)
     widths = {
         axis: tuple(half * size // 2 for half in halves)
@@ -177,7 +177,7 @@ def blocks_of(layout: str, elements: int, row: int) -> list[Block]:
 
 
 class _Grown:
-    """A flat tensor under an optimizer that tells birth stages apart.
+    """A flat tensor under an optimizer that tells births apart.
 
     Attributes:
         plain: the optimizer's own step.

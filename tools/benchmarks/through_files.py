@@ -53,7 +53,7 @@ def through_files(
     """
     run = engine.sparkling
     axes = engine_axes(engine, run.record.axes)
-    plan = make_plan(logical_shapes(engine), axes, narrow, wide, run.config.strategy, stage=1)
+    plan = make_plan(logical_shapes(engine), axes, narrow, wide, run.config.strategy, number=1)
     places: list[Any] = [None] * dist.get_world_size()
     torch.distributed.all_gather_object(places, _places(engine))
     engine.save_checkpoint(str(directory), tag="narrow")

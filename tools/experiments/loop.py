@@ -190,7 +190,7 @@ class Trainer:
         }
         self.growths += 1
         shapes = {name: tuple(weight.shape) for name, weight in old.items()}
-        plan = make_plan(shapes, self.axes, self.widths, widths, strategy, stage=self.growths)
+        plan = make_plan(shapes, self.axes, self.widths, widths, strategy, number=self.growths)
         self.widths.update(widths)
         self.history = {axis: (*sizes, self.widths[axis]) for axis, sizes in self.history.items()}
         self.strategy = strategy
@@ -316,7 +316,7 @@ def train(
     if run.stages and started.exists():
         trainer.load(started)
     config = run.config
-    stages = {stage.at_step: stage for stage in config.stages}
+    stages = {stage.at_step: stage for stage in config.growths}
     every = max(1, run.steps // CURVE_POINTS)
     progress = _Progress([])
     looks: set[int] = set()

@@ -64,8 +64,8 @@ class Diagnosis:
         every = run.config.diagnose_every
         if not every or not run.monitored:
             return False
-        before = any(stage.at_step == step for stage in run.config.stages) and run.due(step) is not None
-        after = bool(run.record.stages) and run.record.stages[-1].step == step - 1
+        before = any(growth.at_step == step for growth in run.config.growths) and run.due(step) is not None
+        after = bool(run.record.growths) and run.record.growths[-1].step == step - 1
         return step % every == 0 or before or after
 
     def before_step(self) -> None:
@@ -137,8 +137,8 @@ class Diagnosis:
         if weights is not None:
             events += [("twins/cosine", weights.mean, samples), ("twins/cosine_max", weights.largest, samples)]
             birth = self._engine.lr_scheduler.births[-1]
-            stage = len(run.record.stages)
-            self._warn(run.observations.twins.see(stage, birth.age, birth.rewarmup.steps, weights.by_parameter))
+            growth = len(run.record.growths)
+            self._warn(run.observations.twins.see(growth, birth.age, birth.rewarmup.steps, weights.by_parameter))
             writer = writer_of(self._engine)
             if writer is not None and weights.own.numel():
                 writer.add_histogram("twins/cosines", weights.own, samples)
@@ -156,9 +156,9 @@ class Diagnosis:
 
     def _twin_probe(self) -> TwinProbe:
         """Made anew when the growth record has changed, as it does when a checkpoint is loaded."""
-        stages = len(run_of(self._engine).record.stages)
-        if self._twins is None or self._twins[0] != stages:
-            self._twins = stages, TwinProbe(self._engine)
+        growths = len(run_of(self._engine).record.growths)
+        if self._twins is None or self._twins[0] != growths:
+            self._twins = growths, TwinProbe(self._engine)
         return self._twins[1]
 
     def _warn(self, message: str | None) -> None:

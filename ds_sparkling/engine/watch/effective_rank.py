@@ -28,8 +28,8 @@ class RankProbe:
 
     def __init__(self, engine: DeepSpeedEngine) -> None:
         run = run_of(engine)
-        stages = [stage.widths for stage in run.record.stages] + [stage.widths for stage in run.config.stages]
-        grown = {axis for widths in stages for axis in widths}
+        growths = [growth.widths for growth in run.record.growths] + [growth.widths for growth in run.config.growths]
+        grown = {axis for widths in growths for axis in widths}
         axes, shards = engine_axes(engine, run.record.axes), access.shards(engine)
         self._parameters = logical_parameters(engine)
         shapes = {name: shards[logical.like].shape for name, logical in self._parameters.items()}

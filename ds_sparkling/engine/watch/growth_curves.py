@@ -17,7 +17,7 @@ from ds_sparkling.optim.step import BirthStep
 
 
 class GrowthCurves:
-    """After a growth, every ``log_every`` steps: each birth stage's learning rate, old and new elements' update RMS.
+    """After a growth, every ``log_every`` steps: each birth's learning rate, old and new elements' update RMS.
 
     ``new`` are the elements of the latest growth. The update's RMS is that of the change which the optimizer step made,
     over a sample of the elements of all ranks; adding them up is the one collective in it.
@@ -55,7 +55,7 @@ class GrowthCurves:
             "update_rms/old": rms[0],
             "update_rms/new": rms[-1],
         }
-        values |= {f"lr/stage_{stage}": rate for stage, rate in enumerate(self._rates)}
+        values |= {f"lr/birth_{birth}": rate for birth, rate in enumerate(self._rates)}
         samples = self._engine.global_samples
         self._engine.monitor.write_events([(name, value, samples) for name, value in values.items()])
 
@@ -76,7 +76,7 @@ def mark_growth(engine: DeepSpeedEngine, plan: GrowthPlan, text: str) -> None:
     total, active = plan.parameters(), plan.parameters(active=True)
     engine.monitor.write_events(
         [
-            ("Growth/stage", plan.stage, samples),
+            ("Growth/number", plan.number, samples),
             ("Growth/parameters", total[1], samples),
             ("Growth/active_parameters", active[1], samples),
             *((f"Growth/{growth.axis}", growth.after, samples) for growth in plan.growths),

@@ -15,7 +15,7 @@ LAYOUT: dict[str, dict[str, list[Any]]] = {
     "Growth": {
         "loss": ["Multiline", ["^Train/loss$", "^Train/Samples/train_loss$", "^Validation/loss$"]],
         "loss by compute [GFLOPs]": ["Multiline", ["^By_compute/.*"]],
-        "learning rate by birth stage": ["Multiline", ["^lr/stage_.*"]],
+        "learning rate by birth": ["Multiline", ["^lr/birth_.*"]],
         "update RMS": ["Multiline", ["^update_rms/.*"]],
         "twins: cosine with the source unit": ["Multiline", ["^twins/(cosine|cosine_max|gradient_cosine)$"]],
         "blocks: RMS(out) / RMS(in) over that before the growth": ["Multiline", ["^activation_drift/.*"]],

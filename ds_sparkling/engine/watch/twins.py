@@ -50,19 +50,19 @@ class TwinProbe:
 
     def __init__(self, engine: DeepSpeedEngine) -> None:
         run = run_of(engine)
-        stages, history = run.record.stages, run.record.width_history
+        growths, history = run.record.growths, run.record.width_history
         self._engine = engine
         self._after = run.widths
-        self._before = {axis: widths[-2] for axis, widths in history.items()} if stages else {}
+        self._before = {axis: widths[-2] for axis, widths in history.items()} if growths else {}
         self._parameters: dict[str, Logical] = {}
         self._axes: dict[str, ParamAxes] = {}
         self._grids: dict[str, Grid] = {}
         self._gradients: dict[str, Tensor] | None = None
         self._seen: dict[str, Shard] | None = None
         self._grown: list[str] = []
-        if not stages or stages[-1].strategy.fan_out is not Init.COPY:
+        if not growths or growths[-1].strategy.fan_out is not Init.COPY:
             return
-        self._grown = sorted(stages[-1].widths)
+        self._grown = sorted(growths[-1].widths)
         axes, shards = engine_axes(engine, run.record.axes), access.shards(engine)
         parameters = logical_parameters(engine)
         alike = {name: shards[logical.like] for name, logical in parameters.items()}

@@ -43,7 +43,7 @@ def test_layouts(layout: str, rows: list[list[int]]) -> None:
     for block in blocks_of(layout, 16, 4):
         row: list[int] = []
         for run in block.runs:
-            row += [run.stage] * (run.stop - len(row))
+            row += [run.birth] * (run.stop - len(row))
         births += row * block.rows
     assert births == [stage for row in rows for stage in row]
 
@@ -73,7 +73,7 @@ def test_the_jobs_differ_in_how_new_elements_are_stepped_alone() -> None:
     aware, plain = (job_config(300, birth_aware=birth_aware) for birth_aware in (True, False))
     quickstart = read_json(Path(__file__).parents[3] / "configs" / "quickstart.json")
     assert sparkling_config(aware).strategy == sparkling_config(quickstart).strategy
-    assert sparkling_config(aware).stages[0].at_step == 100
+    assert sparkling_config(aware).growths[0].at_step == 100
     strategy = sparkling_config(plain).strategy
     assert (strategy.rewarmup.scope, strategy.bias_correction) == (Scope.NONE, BiasCorrection.INHERIT)
     aware.pop("sparkling")
