@@ -69,7 +69,7 @@ def plan(**changes: Any) -> GrowthPlan:
         "before": WIDTHS,
         "after": WIDE,
         "strategy": Strategy(),
-        "stage": 2,
+        "number": 2,
         "active_share": 0.25,
         **changes,
     }
@@ -295,7 +295,7 @@ def test_a_plan_survives_json(strategy: Strategy) -> None:
 def test_plans_that_differ_in_any_part_are_not_equal() -> None:
     variants = [
         plan(),
-        plan(stage=3),
+        plan(number=3),
         plan(active_share=0.5),
         plan(strategy=Strategy(seed=1)),
         plan(after={"hidden": 6}),
@@ -309,7 +309,7 @@ def test_a_plan_can_not_be_changed() -> None:
     made = plan()
     made.param("norm.weight")  # fills the plan's own look-up table, which must not count as a part of it
     for target, attribute in (
-        (made, "stage"),
+        (made, "number"),
         (made.growths[0], "after"),
         (made.params[0], "after"),
         (made.params[0].axes, "dims"),
@@ -348,7 +348,7 @@ def test_the_description_holds_the_widths_the_counts_and_the_strategy() -> None:
     text = made.describe(fraction=0.5)
     for counts in (made.parameters(), made.parameters(active=True)):
         assert all(f"{count:,}" in text for count in counts)
-    assert "stage 2: hidden 4 -> 6, inner 3 -> 7" in text
+    assert "growth 2: hidden 4 -> 6, inner 3 -> 7" in text
     assert f"{made.compute_saved(0.5):.1%}" in text
     assert "copy-copy; norm gains copy" in text
     assert "asymmetric_reset" in text

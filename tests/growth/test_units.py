@@ -192,12 +192,12 @@ def test_births_in_groups_are_those_of_growing_lists_of_groups(
 
 @pytest.mark.parametrize(("widths", "groups"), [((4, 8, 6), 1), ((4, 8, 4), 2), ((4, 8, 9), (2, 4, 3))])
 def test_groups_that_shrank_have_no_births(widths: tuple[int, ...], groups: int | tuple[int, ...]) -> None:
-    with pytest.raises(PlanError, match="stage 2"):
+    with pytest.raises(PlanError, match="growth 2"):
         birth_of_units(widths, groups)
 
 
 def test_an_axis_that_shrank_has_no_births() -> None:
-    with pytest.raises(PlanError, match=r"\(4, 8, 6\).*stage 2"):
+    with pytest.raises(PlanError, match=r"\(4, 8, 6\).*growth 2"):
         birth_of_units((4, 8, 6))
 
 

@@ -107,12 +107,12 @@ def test_quickstart_in_text() -> None:
     assert row(text, 49)[1:] == ["peak", "of", "the", "base", "schedule"]
     assert row(text, 799)[1:] == ["before", "growth", "1"]
     assert row(text, 800)[3:] == ["growth", "1"]
-    assert row(text, 830)[3:] == ["stage", "1", "re-warmed"]
+    assert row(text, 830)[3:] == ["growth", "1", "re-warmed"]
     ratios = {t: quickstart_new(t) / quickstart_base(t) for t in range(800, 1600)}
     highest = max(ratios, key=lambda t: ratios[t])
     met = max(t for t in ratios if ratios[t] > 1.01) + 1
     assert (
-        f"stage 1 at step 800: {quickstart_base(800):.3e} -> {quickstart_new(830):.3e} at step 830 (1.30x its start, "
+        f"growth 1 at step 800: {quickstart_base(800):.3e} -> {quickstart_new(830):.3e} at step 830 (1.30x its start, "
         f"{ratios[830]:.2f}x the base rate); own cosine, at most {ratios[highest]:.2f}x at step {highest}, "
         f"within 1% of the base rate from step {met} on"
     ) in text
@@ -151,11 +151,11 @@ def test_without_a_cosine_every_stage_gets_a_factor_on_the_base_rate() -> None:
         assert curves.rates[number, born:].tolist() == pytest.approx(expected)
     text = describe(curves)
     assert (
-        "stage 1 at step 20: 9.500e-04 -> 2.175e-03 at step 30 (2.29x its start, 1.50x the base rate); factor on"
+        "growth 1 at step 20: 9.500e-04 -> 2.175e-03 at step 30 (2.29x its start, 1.50x the base rate); factor on"
         in text
     )
     assert (
-        "stage 2 at step 60: 2.000e-03 -> 3.000e-03 at step 70 (1.50x its start, 1.50x the base rate); factor on"
+        "growth 2 at step 60: 2.000e-03 -> 3.000e-03 at step 70 (1.50x its start, 1.50x the base rate); factor on"
         in text
     )
     assert "1.50x the base rate at step 99\n" in text
@@ -193,20 +193,20 @@ def test_a_rewarmup_of_all_elements_is_one_curve() -> None:
     assert "base schedule   all elements" in " ".join(text.split("  "))
     assert row(text, 59) == ["1.000e-03", "1.500e-03", "1.50x", "before", "growth", "2"]
     assert row(text, 60) == ["1.000e-03", "1.000e-03", "1.00x", "growth", "2"]
-    assert "factor on the base rate, 1.50x the base rate at step 59" in text  # stage 1's, which ends there
+    assert "factor on the base rate, 1.50x the base rate at step 59" in text  # growth 1's, which ends there
 
 
 def test_without_a_rewarmup_new_elements_follow_the_base_schedule() -> None:
     text = describe(curves_of(config(scope="none")))
-    assert "stage 2 at step 60: new elements follow the base schedule" in text
+    assert "growth 2 at step 60: new elements follow the base schedule" in text
     assert "re-warmed" not in text
 
 
 def test_growths_that_do_not_happen_or_not_wholly_say_so() -> None:
     text = describe(curves_of(config(), 65))
-    assert "stage 2 at step 60: 1.000e-03, not re-warmed by step 64 (takes 10 steps)" in text
-    assert "stage 3 at step 100: doesn't happen within 65 steps" in text
-    assert "growth 3" not in text
+    assert "growth 2 at step 60: 1.000e-03, not re-warmed by step 64 (takes 10 steps)" in text
+    assert "growth 3 at step 100: doesn't happen within 65 steps" in text
+    assert text.count("growth 3") == 1  # and no row of it
 
 
 def test_a_growth_at_the_first_step_and_a_run_of_one() -> None:
@@ -271,7 +271,7 @@ def test_the_picture_has_all_curves_and_growths(scope: str) -> None:
     assert legend is not None
     names = [text.get_text() for text in legend.get_texts()]
     if scope == "new":
-        assert names == ["old elements (base schedule)", "new elements of stage 1", "new elements of stage 2"]
+        assert names == ["old elements (base schedule)", "new elements of growth 1", "new elements of growth 2"]
         expected = curves.rates
     else:
         assert names == ["base schedule", "all elements"]
@@ -337,7 +337,7 @@ def test_without_matplotlib_the_text_comes_and_the_picture_says_how(
     assert run_tool(QUICKSTART, "--output", path) == 2
     captured = capsys.readouterr()
     assert "error: drawing needs matplotlib: pip install 'ds-sparkling[plots]'" in captured.err
-    assert "stage 1 at step 800" in captured.out
+    assert "growth 1 at step 800" in captured.out
     assert not path.exists()
     assert run_tool(QUICKSTART, "--output", path, "--no-picture") == 0
 
