@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_sparkling.growth import GrowthPlan, Widener
+from ds_sparkling.growth import GrowthPlan, GrowthTables, Widener
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,12 @@ def tallies(narrow: nn.Module, wide: nn.Module, plan: GrowthPlan) -> list[Tally]
         if param.grows or not torch.equal(before[param.name], after[param.name]):
             pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", param.name)
             kinds.setdefault((pattern, param.before, param.after), []).append(param.name)
-    return [
-        _tally(kind, [(before[name].detach(), after[name].detach(), Widener(plan, name)) for name in names])
-        for kind, names in kinds.items()
-    ]
+    tables = GrowthTables(plan)
+
+    def member(name: str) -> tuple[Tensor, Tensor, Widener]:
+        return before[name].detach(), after[name].detach(), Widener(plan, name, tables=tables)
+
+    return [_tally(kind, list(map(member, names))) for kind, names in kinds.items()]
 
 
 def _tally(kind: tuple[str, tuple[int, ...], tuple[int, ...]], members: list[tuple[Tensor, Tensor, Widener]]) -> Tally:

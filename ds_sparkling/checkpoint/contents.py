@@ -13,7 +13,7 @@ from torch import Tensor
 from ds_sparkling.checkpoint.layout import Param
 from ds_sparkling.checkpoint.source import WEIGHT, Source
 from ds_sparkling.errors import CheckpointError
-from ds_sparkling.growth import GrowthPlan, Widener, grown_buffer
+from ds_sparkling.growth import GrowthPlan, GrowthTables, Widener, grown_buffer
 from ds_sparkling.growth.widen import Statistics
 from ds_sparkling.spec.partition import cut
 from ds_sparkling.spec.strategy import OptimizerState
@@ -36,7 +36,10 @@ class Contents:
     def __init__(self, source: Source, plan: GrowthPlan | None) -> None:
         self.source = source
         self.plan = plan
-        self._wideners = {} if plan is None else {name: Widener(plan, name) for name in source.layout.params}
+        self._wideners: dict[str, Widener] = {}
+        if plan is not None:
+            tables = GrowthTables(plan)
+            self._wideners = {name: Widener(plan, name, tables=tables) for name in source.layout.params}
         self._statistics: dict[tuple[str, str], Statistics] = {}
         self._threads = local()
         self._locks = {name: Lock() for name in self._wideners}

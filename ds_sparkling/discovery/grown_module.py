@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ds_sparkling.discovery.build import saved_buffers
 from ds_sparkling.errors import PlanError
-from ds_sparkling.growth import GrowthPlan, Widener, make_plan
+from ds_sparkling.growth import GrowthPlan, GrowthTables, Widener, make_plan
 from ds_sparkling.spec.axes import ParamAxes
 from ds_sparkling.spec.strategy import Strategy
 
@@ -91,7 +91,7 @@ def grow_into(
     Raises:
         PlanError: names a parameter whose shape isn't the planned one.
     """
-    kept = saved_buffers(narrow)
+    kept, tables = saved_buffers(narrow), GrowthTables(plan)
     old = {**dict(narrow.named_parameters()), **kept}
     growing = {buffer.name for buffer in plan.buffers}
     followers = {name: buffer for name, buffer in saved_buffers(wide).items() if name in growing}
@@ -104,7 +104,7 @@ def grow_into(
             )
         if not only(name):
             continue
-        widener = Widener(plan, name)
+        widener = Widener(plan, name, tables=tables)
         grown = torch.empty(math.prod(widener.after), dtype=param.dtype)
         widener.weight(old[name].detach(), grown)
         param.copy_(grown.view(widener.after))

@@ -16,7 +16,7 @@ from ds_sparkling.engine.growing_run import GrowingRun, run_of
 from ds_sparkling.engine.hugging_face_build import built_plainly
 from ds_sparkling.engine.logical_names import Logical, held_parameters
 from ds_sparkling.errors import GrowthError, PlanError
-from ds_sparkling.growth import GrowthPlan, Widener, grown_buffer
+from ds_sparkling.growth import GrowthPlan, GrowthTables, Widener, grown_buffer
 
 #: What averages like ``torch.optim.swa_utils.AveragedModel`` call the model that they hold.
 _INNER = "module."
@@ -61,7 +61,8 @@ def grow_averaged(
     if not _misfits({name: full_shape(param) for name, param in params.items()}, weights, held):
         return averaged
     missed = _missed(run, weights, held)
-    grown = {name: _grown(missed, held[name], weight) for name, weight in weights.items()}
+    tables = [GrowthTables(plan) for plan in missed]
+    grown = {name: _grown(tables, held[name], weight) for name, weight in weights.items()}
     if not isinstance(averaged, nn.Module):
         own = {key.removeprefix(prefix): value for key, value in averaged.items()}
         return _state(engine, averaged, prefix, {**_buffers(engine, own, missed), **grown})
@@ -114,13 +115,13 @@ def _missed(run: GrowingRun, weights: Mapping[str, Tensor], held: Mapping[str, L
     )
 
 
-def _grown(plans: Sequence[GrowthPlan], logical: Logical, weight: Tensor) -> Tensor:
+def _grown(growths: Sequence[GrowthTables], logical: Logical, weight: Tensor) -> Tensor:
     """One weight, grown as the engine's was; in float32 if its own type is narrower."""
     made = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    for plan in plans:
-        widener = Widener(plan, logical.name)
+    for tables in growths:
+        widener = Widener(tables.plan, logical.name, tables=tables)
         if tuple(made.shape) != widener.before:
-            widener = Widener(plan, logical.name, logical.stack)
+            widener = Widener(tables.plan, logical.name, logical.stack, tables=tables)
         old, made = made.reshape(-1), torch.empty(widener.after, dtype=made.dtype, device=made.device)
         widener.weight(old, made.view(-1))
     return made.to(weight.dtype)

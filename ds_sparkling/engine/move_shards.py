@@ -7,7 +7,6 @@ their expert-data-parallel group.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -19,7 +18,7 @@ from ds_sparkling.engine.access import Shard
 from ds_sparkling.engine.fail_together import FailTogether
 from ds_sparkling.engine.logical_names import Logical, held_parameters, logical_parameters
 from ds_sparkling.errors import GrowthError
-from ds_sparkling.growth import GrowthPlan, Widener
+from ds_sparkling.growth import GrowthPlan, GrowthTables, Widener
 from ds_sparkling.growth.widen import Statistics
 from ds_sparkling.progress import progress_bar
 from ds_sparkling.spec.strategy import OptimizerState
@@ -31,7 +30,6 @@ def make_room(plan: GrowthPlan, old: dict[str, Shard], engine: DeepSpeedEngine) 
     Raises:
         GrowthError: if it isn't what was planned.
     """
-    plan = replace(plan)  # the run keeps the plan, but not the tables that are made of it here
     access.release_memory()
     access.begin_writing(engine)
     access.make_states(engine, old, drop=plan.strategy.optimizer_state is OptimizerState.DROP)
@@ -44,15 +42,15 @@ def move(plan: GrowthPlan, old: dict[str, Shard], engine: DeepSpeedEngine, all_r
 
     Collective. A failure of one rank's own work is kept in ``all_ranks``, and its collectives go on.
     """
-    new, held = access.shards(engine), held_parameters(engine)
+    new, held, tables = access.shards(engine), held_parameters(engine), GrowthTables(plan)
     with progress_bar(list(old), desc="growing", unit="tensor", shown=engine.global_rank == 0) as names:
         for name in names:
-            _move_one(plan, held[name], old.pop(name), new.pop(name), engine.device, all_ranks)
+            _move_one(tables, held[name], old.pop(name), new.pop(name), engine.device, all_ranks)
     access.finish_writing(engine)
 
 
 def _move_one(
-    plan: GrowthPlan,
+    tables: GrowthTables,
     logical: Logical,
     source: Shard,
     target: Shard,
@@ -63,7 +61,7 @@ def _move_one(
     widener: Widener | None = None
     weights: Statistics | None = None
     with all_ranks:
-        widener = Widener(plan, logical.name, logical.stack)
+        widener = Widener(tables.plan, logical.name, logical.stack, tables=tables)
     gathers: list[tuple[str | None, Callable[[torch.device], Tensor]]] = [
         (None, partial(source.gather, source.weight)),
         *((key, partial(source.gather, part)) for key, part in source.states.items()),

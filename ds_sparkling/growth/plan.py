@@ -6,10 +6,11 @@ A plan is immutable, can be printed and saved as JSON, and covers every paramete
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Hashable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, TypeVar
+from functools import cached_property
+from typing import Any
 
 from ds_sparkling.errors import PlanError
 from ds_sparkling.growth.scaling import AxisGrowth, Factors, UnitScales, unit_scales
@@ -19,8 +20,6 @@ from ds_sparkling.spec.strategy import Strategy
 Shape = tuple[int, ...]
 #: Which share of its experts' parameters one token uses (top-k over experts): of all that are stacked, or by name.
 Shares = float | Mapping[str, float]
-
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -86,33 +85,17 @@ class GrowthPlan:
         except KeyError:
             raise PlanError(f"the plan has no parameter {name!r}") from None
 
-    @property
+    @cached_property
     def _by_name(self) -> dict[str, ParamPlan]:
-        return self.once("params", lambda: {param.name: param for param in (*self.params, *self.buffers)})
+        return {param.name: param for param in (*self.params, *self.buffers)}
 
     def scales(self) -> dict[str, UnitScales]:
-        """The :class:`UnitScales` of every grown axis; don't change them."""
-        return self.once(
-            "scales",
-            lambda: {growth.axis: unit_scales(growth, self.strategy, self.number) for growth in self.growths},
-        )
+        """The :class:`UnitScales` of every grown axis.
 
-    def once(self, key: Hashable, make: Callable[[], _T]) -> _T:
-        """What ``make`` gives, made once per plan and kept as long as it: tables that many parameters share.
-
-        Args:
-            key: of what is made; the same for all who want the same.
+        Raises:
+            PlanError: if the strategy's scaling can't hold on an axis.
         """
-        # Kept by hand: a frozen dataclass takes no cached_property, and its fields alone are the plan.
-        made: dict[Hashable, Any] = self.__dict__.setdefault("_made", {})
-        if key not in made:
-            made[key] = make()
-        found: _T = made[key]
-        return found
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What is copied and sent: the plan without its tables."""
-        return {key: value for key, value in self.__dict__.items() if key != "_made"}
+        return {growth.axis: unit_scales(growth, self.strategy, self.number) for growth in self.growths}
 
     def factors(self) -> Factors:
         """The :class:`Factors` of dimensions."""

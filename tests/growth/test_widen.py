@@ -11,9 +11,12 @@ import itertools
 import math
 import pickle
 import random
+import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import FunctionType, ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +27,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ds_sparkling.errors import PlanError
-from ds_sparkling.growth import GrowthPlan, Widener, make_plan
+from ds_sparkling.growth import GrowthPlan, GrowthTables, Widener, make_plan
 from ds_sparkling.growth.spread import Spread, spread
 from ds_sparkling.spec.axes import FIXED, Dim, Norm, ParamAxes, Role
 from ds_sparkling.spec.state_kinds import StateKind
@@ -1135,7 +1138,7 @@ def test_drawing_after_weights_that_are_not_finite_is_refused() -> None:
 
 @pytest.mark.parametrize("strategy", [Strategy(), Strategy(perturbation=0.1), Strategy(split=Split.parse("1:2"))])
 def test_tables_take_no_more_memory_for_1500_parameters_than_for_three(strategy: Strategy) -> None:
-    """Whatever a plan and its wideners hold on to, all of them used, by the tensors that can be reached from them."""
+    """Whatever wideners that share tables hold on to: the tensors that can be reached from them, once all are used."""
     kinds = {
         "up": ParamAxes((Dim("i", Role.FAN_OUT), Dim("h", Role.FAN_IN))),
         "down": ParamAxes((Dim("h", Role.FAN_OUT), Dim("i", Role.FAN_IN))),
@@ -1147,7 +1150,8 @@ def test_tables_take_no_more_memory_for_1500_parameters_than_for_three(strategy:
         axes = {f"{layer}.{kind}": axes for layer in range(layers) for kind, axes in kinds.items()}
         shapes = {name: tuple(before[dim.axis or ""] for dim in axes[name].dims) for name in axes}
         plan = make_plan(shapes, axes, before, after, strategy, number=1)
-        wideners = [Widener(plan, name) for name in axes]
+        tables = GrowthTables(plan)
+        wideners = [Widener(plan, name, tables=tables) for name in axes]
         for widener, shape in zip(wideners, shapes.values(), strict=True):
             out = torch.empty(widener.numel)
             widener.weight(torch.ones(shape), out)
@@ -1171,11 +1175,42 @@ def storages(root: object) -> dict[int, int]:
     return found
 
 
-def test_a_plan_is_sent_without_its_tables() -> None:
-    plan = make_plan(
-        {"w": (2,)}, {"w": ParamAxes((Dim("h", Role.GAIN),), norm=Norm.RMS)}, {"h": 2}, {"h": 4}, Strategy(), number=1
-    )
-    empty = len(pickle.dumps(replace(plan)))
-    Widener(plan, "w").weight(torch.ones(2), torch.empty(4))
-    assert len(pickle.dumps(plan)) == empty
+def test_tables_go_with_what_was_widened_and_not_with_the_plan() -> None:
+    axes = {"w": ParamAxes((Dim("h", Role.GAIN),), norm=Norm.RMS)}
+    plan = make_plan({"w": (2,)}, axes, {"h": 2}, {"h": 4}, Strategy(), number=1)
+    widener = Widener(plan, "w")
+    widener.weight(torch.ones(2), torch.empty(4))
+    assert storages(widener)
+    assert not storages(plan)
     assert pickle.loads(pickle.dumps(plan)) == plan
+
+
+def test_tables_are_made_once_for_all_parameters_of_one_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    axes = ParamAxes((Dim("h", Role.FAN_OUT), Dim("i", Role.FAN_IN)))
+    names = [f"{layer}.w" for layer in range(5)]
+    plan = make_plan(
+        dict.fromkeys(names, (2, 3)),
+        dict.fromkeys(names, axes),
+        {"h": 2, "i": 3},
+        {"h": 4, "i": 6},
+        Strategy(),
+        number=1,
+    )
+    made: Counter[str] = Counter()
+    for function in ("source_units", "unit_scales"):
+        module = sys.modules["ds_sparkling.growth.tables" if function == "source_units" else "ds_sparkling.growth.plan"]
+        monkeypatch.setattr(module, function, counted(getattr(module, function), made))
+    tables = GrowthTables(plan)
+    for name in names:
+        Widener(plan, name, tables=tables).weight(torch.ones(2, 3), torch.empty(24))
+    assert made == {"source_units": 2, "unit_scales": 2}  # once per axis
+
+
+def counted(function: Callable[..., Any], calls: Counter[str]) -> Callable[..., Any]:
+    """A function whose calls are counted under its name."""
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        calls[function.__name__] += 1
+        return function(*args, **kwargs)
+
+    return counting

@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
 from ds_sparkling.discovery.resolve import find_axes
 from ds_sparkling.files import whole_file
-from ds_sparkling.growth import Block, GrowthPlan, Widener, birth_blocks, make_plan
+from ds_sparkling.growth import Block, GrowthPlan, GrowthTables, Widener, birth_blocks, make_plan
 from ds_sparkling.models.olmoe import DecoderLayer, OlmoeConfig, OlmoeForCausalLM
 from ds_sparkling.models.text import Corpus
 from ds_sparkling.monitoring.twin_distance import twin_cosine
@@ -201,9 +201,10 @@ class Trainer:
         for optimizer, scheduler, rate in zip(self.optimizers, self.schedulers, rates, strict=True):
             optimizer.param_groups[0]["lr"] = rate
             scheduler.born(strategy)
+        tables = GrowthTables(plan)
         with torch.no_grad():
             for name, param in self.model.named_parameters():
-                widener = Widener(plan, name)
+                widener = Widener(plan, name, tables=tables)
                 widener.weight(old[name], param.data.view(-1))
                 if strategy.optimizer_state is not OptimizerState.DROP:
                     optimizer = next(o for o in self.optimizers if any(p is param for p in o.param_groups[0]["params"]))

@@ -1,0 +1,197 @@
+"""Tables of one growth: what every index along a dimension is after it, and what its entries are multiplied with.
+
+A dimension's table depends on its layout and its size alone, so a thousand parameters of one layout share one. The
+plan holds no tensor: tables are made when they are first asked for, and go with the :class:`GrowthTables`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from ds_sparkling.growth.noise import consumed_twins
+from ds_sparkling.growth.plan import GrowthPlan
+from ds_sparkling.growth.scaling import Scale
+from ds_sparkling.growth.units import old_units, paired_units, source_units
+from ds_sparkling.spec.axes import Dim, Role
+from ds_sparkling.spec.strategy import Init, NewIndex
+
+_T = TypeVar("_T")
+
+
+class Kind(IntEnum):
+    """What the entries of an index are. Of an element's indices, the one of the largest kind decides."""
+
+    OLD = 0
+    COPY = 1
+    MEAN = 2
+    RANDOM = 3
+    ZERO = 4
+
+
+_OF_INIT = {Init.COPY: Kind.COPY, Init.RANDOM: Kind.RANDOM, Init.ZERO: Kind.ZERO, Init.CANCEL: Kind.RANDOM}
+_OF_NEW_INDEX = {NewIndex.MEAN: Kind.MEAN, NewIndex.RANDOM: Kind.RANDOM}
+
+
+@dataclass(frozen=True)
+class IndexTable:
+    """What every index of a dimension is, by tensors of shape [size after].
+
+    Attributes:
+        source: the old index that it is or comes from, int64.
+        kind: its :class:`Kind`, uint8.
+        drawn_as: the index whose random entries it has, int64: its own, or that of the first of its pair.
+        sign: what random entries are multiplied with, float64; None for 1.
+    """
+
+    source: Tensor
+    kind: Tensor
+    drawn_as: Tensor
+    sign: Tensor | None = None
+
+    @property
+    def signs(self) -> Tensor:
+        """The signs, one per index."""
+        return torch.ones(len(self.source), dtype=torch.float64) if self.sign is None else self.sign
+
+
+@dataclass(frozen=True)
+class IndexRun:
+    """Indices ``start`` to ``stop`` of one kind, which come from consecutive old ones, from ``source`` on."""
+
+    start: int
+    stop: int
+    source: int
+    kind: Kind
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+class GrowthTables:
+    """The tables of one growth.
+
+    Args:
+        plan: the growth.
+    """
+
+    def __init__(self, plan: GrowthPlan) -> None:
+        self.plan = plan
+        self.factors = plan.factors()
+        self._made: dict[Hashable, Any] = {}
+
+    def indices(self, dim: Dim, size: int) -> IndexTable:
+        """What the indices of a dimension are.
+
+        Args:
+            dim: settled for this growth.
+            size: how many indices there are after it.
+        """
+        return self._once(("indices", dim, size), lambda: self._indices(dim, size))
+
+    def runs(self, dim: Dim, size: int) -> list[IndexRun]:
+        """The same indices as runs."""
+        table = self.indices(dim, size)
+        return self._once(("runs", dim, size), lambda: index_runs(table.source, table.kind))
+
+    def weight_scale(self, dim: Dim, head_gain: bool) -> Scale:
+        """The factor of a weight's entries: a float where it is the same for all, whatever piece is asked for."""
+        return self._once(("weight", dim, head_gain), lambda: self.factors.weight(dim, head_gain))
+
+    def gradient_scale(self, dim: Dim, head_gain: bool) -> Scale:
+        """The factor of its gradient's entries."""
+        return self._once(("gradient", dim, head_gain), lambda: self.factors.gradient(dim, head_gain))
+
+    def twins(self, dim: Dim) -> Tensor:
+        """The indices that are consumed alike, as :func:`~ds_sparkling.growth.noise.consumed_twins` gives them."""
+        return self._once(("twins", dim), lambda: consumed_twins(dim, self.factors.growths))
+
+    def noise_strength(self, dim: Dim) -> Tensor:
+        """RMS of the noise on each entry over that of the weights, times d/d'; float64."""
+        return self._once(("noise", dim), lambda: dim.laid(self._noise_strength))
+
+    def consumes_grown(self, leaf: Dim) -> bool:
+        """Whether a leaf consumes the units of an axis that grows."""
+        return leaf.role is Role.FAN_IN and leaf.axis in self.factors.growths
+
+    def _once(self, key: Hashable, make: Callable[[], _T]) -> _T:
+        if key not in self._made:
+            self._made[key] = make()
+        found: _T = self._made[key]
+        return found
+
+    def _indices(self, dim: Dim, size: int) -> IndexTable:
+        growths = self.factors.growths
+        if not dim.axes & growths.keys():
+            return _unmoved(size)
+        before = {axis: growth.before for axis, growth in growths.items()}
+        after = {axis: growth.after for axis, growth in growths.items()}
+        tables = {leaf: self._leaf_indices(leaf) for leaf in dim.leaves}
+        signed = any(table.sign is not None for table in tables.values())
+        return IndexTable(
+            source=dim.laid_indices(lambda leaf: tables[leaf].source, before),
+            kind=dim.laid(lambda leaf: tables[leaf].kind),
+            drawn_as=dim.laid_indices(lambda leaf: tables[leaf].drawn_as, after),
+            sign=dim.laid(lambda leaf: tables[leaf].signs) if signed else None,
+        )
+
+    def _leaf_indices(self, leaf: Dim) -> IndexTable:
+        if leaf.axis is None:
+            return _unmoved(leaf.fixed)
+        growth = self.factors.growths[leaf.axis]
+        sizes = growth.before, growth.after, growth.groups
+        new = torch.tensor([self._new_kind(leaf, segment) for segment in range(leaf.segments)], dtype=torch.uint8)
+        old = old_units(*sizes)[leaf.units(growth.after)]
+        kind = torch.where(old, int(Kind.OLD), new[leaf.segment(growth.after)])
+        if not self.plan.strategy.cancels:
+            own = torch.arange(leaf.size(growth.after))
+            return IndexTable(leaf.sources(source_units(*sizes), growth.before), kind, own)
+        # Copies that belong to a pair of units (biases of a convolution, say) must be the same for both.
+        first, sign = paired_units(*sizes)
+        source = leaf.sources(source_units(*sizes)[first], growth.before)
+        drawn_as = leaf.sources(first, growth.after)
+        return IndexTable(source, kind, drawn_as, sign[leaf.units(growth.after)] if leaf.role is Role.FAN_IN else None)
+
+    def _new_kind(self, leaf: Dim, segment: int) -> Kind:
+        """What new entries of a segment are."""
+        strategy = self.plan.strategy
+        if leaf.role is Role.GAIN:
+            return _OF_INIT[strategy.norm]
+        if leaf.role is Role.INDEX:
+            return _OF_NEW_INDEX[strategy.vocabulary]
+        if leaf.role is Role.PER_UNIT:
+            return Kind.COPY
+        init = strategy.fan_out if leaf.role is Role.FAN_OUT else strategy.fan_in
+        if init is Init.ZERO and segment in leaf.alive:
+            return Kind.COPY
+        return _OF_INIT[init]
+
+    def _noise_strength(self, leaf: Dim) -> Tensor:
+        if leaf.axis is None:
+            return torch.zeros(leaf.fixed, dtype=torch.float64)
+        growth = self.factors.growths[leaf.axis]
+        strength = self.plan.strategy.perturbation * growth.before / growth.after
+        return torch.full((leaf.size(growth.after),), strength, dtype=torch.float64)
+
+
+def _unmoved(size: int) -> IndexTable:
+    """What the indices of a dimension that doesn't grow are."""
+    own = torch.arange(size)
+    return IndexTable(own, torch.full((size,), int(Kind.OLD), dtype=torch.uint8), own)
+
+
+def index_runs(source: Tensor, kind: Tensor, first: int = 0) -> list[IndexRun]:
+    """Split indices ``first ..`` wherever the kind changes or the sources stop being consecutive."""
+    breaks = (source[1:] != source[:-1] + 1) | (kind[1:] != kind[:-1])
+    starts = [0, *(breaks.nonzero().flatten() + 1).tolist()]
+    stops = [*starts[1:], source.numel()]
+    heads = torch.tensor(starts)
+    return [
+        IndexRun(first + start, first + stop, old, Kind(of_kind))
+        for start, stop, old, of_kind in zip(starts, stops, source[heads].tolist(), kind[heads].tolist(), strict=True)
+    ]
