@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 import tiny
-from ds_sparkling.checkpoint.expand import Request, expand, prepare
+from ds_sparkling.checkpoint.expand import expand, prepare
 from ds_sparkling.checkpoint.opening import open_checkpoint
+from ds_sparkling.checkpoint.request import Request
 from ds_sparkling.checkpoint.source import WEIGHT, Source
 from ds_sparkling.checkpoint.team import Team
 from ds_sparkling.checkpoint.zero_source import ZeroSource, base_state, flat_tensors

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks import families
+from benchmarks import family_list
 
 _SIZES: dict[str, Any] = {
     "vocab_size": 64,
@@ -132,6 +132,6 @@ _OWN: dict[str, dict[str, Any]] = {
 
 #: model_type -> config: the families of the README's table, and others.
 FAMILIES: dict[str, dict[str, Any]] = {
-    **{family.config["model_type"]: dict(family.config) for family in families.FAMILIES},
+    **{family.config["model_type"]: dict(family.config) for family in family_list.FAMILIES},
     **{family: {"model_type": family, **_SIZES, **own} for family, own in _OWN.items()},
 }

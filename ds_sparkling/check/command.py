@@ -20,25 +20,25 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from ds_sparkling.check.picture import picture
-from ds_sparkling.check.report import GrowthReport, check_growth
-from ds_sparkling.discovery.factory import HuggingFaceFactory, find_factory, named_inputs
 from ds_sparkling.errors import SparklingError
 from ds_sparkling.figures import add_picture_options, check_picture_options, save_picture
-from ds_sparkling.spec.config import read_json, sparkling_config
 from ds_sparkling.spec.strategy import INIT_PAIRS, Init, Scaling, Strategy
 from ds_sparkling.spec.widths import parse_widths
 
+if TYPE_CHECKING:
+    from ds_sparkling.check.report import GrowthReport
+
+_DTYPES = ("float64", "float32")
 _PAIRS = {f"{fan_out.value}-{fan_in.value}": (fan_out, fan_in) for fan_out, fan_in in INIT_PAIRS}
-_DTYPES = {"float64": torch.float64, "float32": torch.float32}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point: write the report, then the picture."""
     options = _parse(argv)
+    from ds_sparkling.check.picture import picture  # here, so that --help doesn't wait for torch
+
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     try:
         report = _check(options)
@@ -57,6 +57,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _check(options: argparse.Namespace) -> GrowthReport:
+    import torch
+
+    from ds_sparkling.check.report import check_growth
+    from ds_sparkling.discovery.factory import HuggingFaceFactory, find_factory, named_inputs
+    from ds_sparkling.spec.config import read_json, sparkling_config
+
     fan_out, fan_in = _PAIRS[options.init]
     strategy = Strategy(fan_out, fan_in, Init(options.norm), Scaling(options.scaling), seed=options.seed)
     build_model = find_factory(options.model)
@@ -74,7 +80,7 @@ def _check(options: argparse.Namespace) -> GrowthReport:
         hints=block.axes,
         inputs=None if inputs is None else named_inputs(inputs),
         as_is=options.as_is,
-        dtype=_DTYPES[options.dtype],
+        dtype=getattr(torch, options.dtype),
         seed=options.seed,
     )
 
@@ -92,7 +98,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--norm", choices=("copy", "random"), default="copy", help="init of new norm gains")
     parser.add_argument("--scaling", choices=[s.value for s in Scaling], default="rms", help="(default: %(default)s)")
     parser.add_argument("--as-is", action="store_true", help="run the model itself instead of a small instance")
-    parser.add_argument("--dtype", choices=_DTYPES, default="float64", help="to run in (default: %(default)s)")
+    parser.add_argument("--dtype", choices=_DTYPES, default=_DTYPES[0], help="to run in (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of parameters, token ids and new random units")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument(

@@ -8,21 +8,26 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from ds_sparkling.checkpoint.expand import FORMATS, Request, expand, prepare
-from ds_sparkling.checkpoint.parameter_axes import UnknownAxesError
-from ds_sparkling.checkpoint.team import Team
+from ds_sparkling.checkpoint.request import FORMATS, Request
 from ds_sparkling.errors import SparklingError
 from ds_sparkling.files import beside
 from ds_sparkling.spec.widths import parse_widths
+
+if TYPE_CHECKING:
+    from ds_sparkling.checkpoint.team import Team
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     parser = _parser()
     options = parser.parse_args(argv)
+    import torch  # here, so that --help doesn't wait for it
+
+    from ds_sparkling.checkpoint.parameter_axes import UnknownAxesError
+    from ds_sparkling.checkpoint.team import Team
+
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     torch.set_num_threads(1)  # the workers are the threads
     team = Team()
@@ -38,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _run(request: Request, options: argparse.Namespace, team: Team) -> None:
+    from ds_sparkling.checkpoint.expand import expand, prepare
+
     leader = team.rank == 0
     expansion = prepare(request, team, progress=leader)
     if leader and not options.json:

@@ -7,8 +7,8 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +22,7 @@ from ds_sparkling.checkpoint.opening import check_files, find, open_checkpoint, 
 from ds_sparkling.checkpoint.output import Filler, OutputFile, OutputSummary
 from ds_sparkling.checkpoint.parameter_axes import ModelAxes, checkpoint_axes
 from ds_sparkling.checkpoint.publish import check_free, published, staging, writing
+from ds_sparkling.checkpoint.request import FORMATS, Request
 from ds_sparkling.checkpoint.source import Source
 from ds_sparkling.checkpoint.team import Team
 from ds_sparkling.checkpoint.universal import UniversalFiles
@@ -36,42 +37,7 @@ from ds_sparkling.spec.record import GrowthRecord
 
 logger = logging.getLogger(__name__)
 
-FORMATS = ("zero", "universal", "hf")
 _RECOVERY_SCRIPTS = ("zero_to_fp32.py", "zero_to_torch.py")
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is asked for.
-
-    Attributes:
-        checkpoint: the directory that ``save_checkpoint`` was given, one with a universal checkpoint, or that of a tag.
-        out: the directory to make; must not exist, or be empty.
-        widths: the axes that grow, and to what; empty to reshape or export only.
-        tag: of the checkpoint; the one named in ``latest`` by default.
-        config: where the axes come from (:func:`checkpoint_axes`); with format ``hf`` the model's ``config.json``.
-        deepspeed_config: a DeepSpeed config whose ``"sparkling"`` block says how to grow; that in the checkpoint
-            by default.
-        world_size: data-parallel ranks of the output; those of the checkpoint by default.
-        expert_parallel: its expert-parallel size.
-        format: ``zero``, ``universal`` or ``hf``.
-        workers: threads that fill files.
-        verify: check the inputs' checksums before, and read the output back after.
-        trust: unpickle classes that aren't known.
-    """
-
-    checkpoint: Path
-    out: Path
-    widths: Mapping[str, int] = field(default_factory=dict)
-    tag: str | None = None
-    config: str | None = None
-    deepspeed_config: Path | None = None
-    world_size: int | None = None
-    expert_parallel: int | None = None
-    format: str = "zero"
-    workers: int = min(os.cpu_count() or 1, 8)
-    verify: bool = False
-    trust: bool = False
 
 
 class Files(Protocol):

@@ -9,128 +9,12 @@ All three see the same tokens in the same order on the same schedule. Their dire
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from ds_sparkling.errors import CheckpointError, ConfigError, SparklingError
-from ds_sparkling.job.launcher import launcher_command
-from ds_sparkling.job.variants import Variant, as_variant
-from ds_sparkling.spec.config import read_json
-from ds_sparkling.spec.run_summary import RunSummary, read_summary
-
-
-def compare(args: argparse.Namespace, job: Sequence[str]) -> str:
-    """Run what isn't finished, and return the comparison as text.
-
-    Args:
-        args: the parsed command line.
-        job: further arguments of each job.
-
-    Raises:
-        ConfigError: if the config plans no growth, or sends all runs' curves to one place.
-        CheckpointError: if there are checkpoints and no ``--resume``, or the other way round.
-        SparklingError: if a run fails.
-    """
-    config = read_json(args.deepspeed_config)
-    for variant in Variant:
-        as_variant(config, variant)
-    if "tensorboard" in config:
-        raise ConfigError("the config's tensorboard block would mix the three runs' curves in one place; take it out")
-    output = _output_directory(args)
-    started = _started(output)
-    if started and not args.resume:
-        holders = ", ".join(str(output / variant.value) for variant in started)
-        raise CheckpointError(f"{holders}: checkpoints are there; pass --resume to go on, or another --output DIR")
-    if args.resume and not started:
-        raise CheckpointError(f"--resume: there is no checkpoint of a comparison in {output}")
-    for number, variant in enumerate(Variant, start=1):
-        _say(f"\n{number} of {len(Variant)}: {variant.value}")
-        _train(args, job, output, variant, resume=variant in started)
-    summaries = {variant: _summary(output / variant.value) for variant in Variant}
-    runs = " ".join(str(output / variant.value) for variant in Variant)
-    return "\n".join(
-        [
-            describe(summaries),
-            "",
-            f"watch them:  tensorboard --logdir {output}",
-            f"a report:    python tools/report.py {runs}",
-        ]
-    )
-
-
-def _train(args: argparse.Namespace, job: Sequence[str], output: Path, variant: Variant, *, resume: bool) -> None:
-    """One of the runs, from where it stands to its end."""
-    own = ["--deepspeed_config", args.deepspeed_config, "--output", str(output / variant.value)]
-    own += ["--variant", variant.value, *(["--resume"] if resume else [])]
-    status = subprocess.call(launcher_command(args.num_gpus, [*job, *own], args.master_port))
-    if status:
-        way_out = f"pass --resume --output {output}" if _started(output) else "start again"
-        raise SparklingError(f"the {variant.value} run ended with status {status}; to go on, {way_out}")
-
-
-def describe(summaries: Mapping[Variant, RunSummary]) -> str:
-    """The runs as a table, and what the grown one has cost and given against the others."""
-    header = ("", "validation loss", "parameters", "active", "tokens", "compute [FLOPs]", "time [s]")
-    body = [
-        (
-            variant.value,
-            f"{run.validation_loss:.4f}",
-            f"{run.parameters:,}",
-            f"{run.active_parameters:,}",
-            f"{run.tokens:,}",
-            f"{run.flops:.3e}",
-            f"{run.seconds:.0f}",
-        )
-        for variant, run in summaries.items()
-    ]
-    widths = [max(map(len, column)) for column in zip(header, *body, strict=True)]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
-        for row in (header, *body)
-    ]
-    grown = summaries[Variant.GROWN]
-    for variant in (Variant.FROM_SCRATCH, Variant.NEVER_GROWN):
-        other = summaries[variant]
-        lines.append(
-            f"grown against {variant.value}: loss {grown.validation_loss - other.validation_loss:+.4f}, "
-            f"{grown.flops / other.flops:.2f} of the compute, {grown.seconds / other.seconds:.2f} of the time"
-        )
-    return "\n".join([*lines, "one run each: other seeds give other differences, and a busy machine other times"])
-
-
-def _output_directory(args: argparse.Namespace) -> Path:
-    """Where the three runs lie: as asked for, else a new one; with ``--resume``, the latest."""
-    if args.output is not None:
-        return args.output
-    stem = f"{Path(args.deepspeed_config).stem}-compare"
-    if not args.resume:
-        return Path("runs") / f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-    earlier = sorted(path for path in Path("runs").glob(f"{stem}-*") if _started(path))
-    if not earlier:
-        raise CheckpointError(
-            f"--resume: found no comparison of {args.deepspeed_config} under runs/; pass --output DIR"
-        )
-    return earlier[-1]
-
-
-def _started(output: Path) -> list[Variant]:
-    """The runs that there are checkpoints of."""
-    return [variant for variant in Variant if (output / variant.value / "checkpoints" / "latest").is_file()]
-
-
-def _summary(directory: Path) -> RunSummary:
-    summary = read_summary(directory)
-    if summary is None:
-        raise SparklingError(f"the run in {directory} has ended without a summary; go on with --resume")
-    return summary
-
-
-def _say(text: str) -> None:
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
+from ds_sparkling.errors import SparklingError
+from ds_sparkling.job.launcher import add_launcher_options
 
 
 def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -145,10 +29,7 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--resume", action="store_true", help="go on with the comparison in --output, where each run has stopped"
     )
-    parser.add_argument(
-        "--num_gpus", default="2", help="processes to start on this machine (CPU processes without GPU)"
-    )
-    parser.add_argument("--master_port", metavar="PORT", help="of the launcher")
+    add_launcher_options(parser)
     parser.add_argument("--variant", help=argparse.SUPPRESS)
     args, job = parser.parse_known_args(argv)
     if args.variant is not None:
@@ -159,8 +40,10 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point: the three runs, then the table."""
     args, job = _parse(argv)
+    from ds_sparkling.job.side_by_side import compare, say  # here, so that --help doesn't wait for torch
+
     try:
-        _say("\n" + compare(args, job))
+        say("\n" + compare(args, job))
     except SparklingError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 
 
+def add_launcher_options(parser: argparse.ArgumentParser) -> None:
+    """``--num_gpus`` and ``--master_port``."""
+    parser.add_argument(
+        "--num_gpus", default="2", metavar="N", help="processes to start on this machine (CPU processes without GPU)"
+    )
+    parser.add_argument("--master_port", metavar="PORT", help="where the processes meet; the launcher's by default")
+
+
 def launcher_command(num_gpus: str, job: Sequence[str], port: str | None = None) -> list[str]:
-    """The command that starts ``ds_sparkling/train.py`` under DeepSpeed's launcher.
+    """The command that starts :mod:`ds_sparkling.train` under DeepSpeed's launcher.
 
     Args:
         num_gpus: processes to start on this machine.

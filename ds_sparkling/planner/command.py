@@ -21,14 +21,15 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ds_sparkling.errors import SparklingError
 from ds_sparkling.figures import add_picture_options, check_picture_options, save_picture
-from ds_sparkling.planner.costs import Assumptions
-from ds_sparkling.planner.picture import picture
-from ds_sparkling.planner.report import Planning
-from ds_sparkling.planner.subject import DEFAULT_RANKS, Options, read_subject
+from ds_sparkling.planner.assumptions import DEFAULT_RANKS, Assumptions
 from ds_sparkling.spec.widths import parse_widths
+
+if TYPE_CHECKING:
+    from ds_sparkling.planner.subject import Options
 
 _TWO_STAGE = (1 / 3, 2 / 3)
 
@@ -36,6 +37,11 @@ _TWO_STAGE = (1 / 3, 2 / 3)
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point: write the text or the JSON, then the picture."""
     args = _parse(argv)
+    # Here, so that --help doesn't wait for torch.
+    from ds_sparkling.planner.picture import picture
+    from ds_sparkling.planner.report import Planning
+    from ds_sparkling.planner.subject import read_subject
+
     try:
         subject = read_subject(args.config, _options(args))
         assumed = Assumptions(args.bandwidth, args.write_bandwidth, args.engine_start)
@@ -51,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _options(args: argparse.Namespace) -> Options:
+    from ds_sparkling.planner.subject import Options
+
     return Options(
         args.model,
         dict(args.widths),

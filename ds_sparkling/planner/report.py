@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from ds_sparkling.planner.assumptions import Assumptions
 from ds_sparkling.planner.compute import Recipe, sweep
-from ds_sparkling.planner.costs import Assumptions, Cost, cost
+from ds_sparkling.planner.costs import Cost, cost
 from ds_sparkling.planner.memory import Footprint, Memory
 from ds_sparkling.planner.recipes import alternatives, equal_share, planned
 from ds_sparkling.planner.subject import PlannedRun

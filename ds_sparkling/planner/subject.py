@@ -11,14 +11,12 @@ from ds_sparkling.discovery.build import BuildModel
 from ds_sparkling.discovery.factory import find_factory
 from ds_sparkling.errors import ConfigError, UnsupportedError
 from ds_sparkling.models.olmoe import OlmoeConfig, olmoe_factory
+from ds_sparkling.planner.assumptions import DEFAULT_RANKS
 from ds_sparkling.planner.memory import Setting
 from ds_sparkling.planner.model import Model, probe_model
 from ds_sparkling.spec.config import BLOCK, planned_steps, read_json, sparkling_config, typed_block, value_at
 from ds_sparkling.spec.strategy import Strategy
 from ds_sparkling.spec.unsupported import refuse_unsupported
-
-#: Ranks, where the command line doesn't say.
-DEFAULT_RANKS = 8
 
 #: fp32 tensors of state per parameter, by the optimizer's name in a DeepSpeed JSON.
 _STATES = {"adam": 2, "adamw": 2, "adagrad": 1, "lion": 1}

@@ -110,3 +110,14 @@ def _plans(run: ReadRun) -> str:
 
 def _widths(widths: dict[str, int]) -> str:
     return ", ".join(f"{axis} {width}" for axis, width in widths.items()) or "widths that are not recorded"
+
+
+def text(runs: Sequence[ReadRun], findings: Sequence[Finding]) -> str:
+    """The table and the verdict as plain text."""
+    table = [HEADER, *rows(runs)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        for row in table
+    ]
+    return "\n".join([*lines, "", *(finding.text for finding in findings)])

@@ -15,7 +15,7 @@ from torch import nn
 from ds_sparkling.check.command import main
 from ds_sparkling.check.picture import picture
 from ds_sparkling.check.report import check_growth
-from ds_sparkling.cli import COMMANDS
+from ds_sparkling.cli import main as ds_sparkling
 from ds_sparkling.models.olmoe import OlmoeConfig, OlmoeForCausalLM
 
 ROOT = Path(__file__).parents[2]
@@ -208,6 +208,6 @@ def test_the_tool_finds_models_in_the_working_directory(tmp_path: Path) -> None:
 
 def test_the_command_and_its_help(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        COMMANDS["check-growth"][0](["--help"])
+        ds_sparkling(["check-growth", "--help"])
     text = capsys.readouterr().out
     assert all(option in text for option in ("--model", "--widths", "--init", "--scaling", "--as-is", "--json"))

@@ -36,8 +36,9 @@ import tiny
 from benchmarks.synthetic_checkpoint import config_of, write_checkpoint
 from distributed import Workers
 from ds_sparkling.checkpoint import expand, pickles, publish
-from ds_sparkling.checkpoint.expand import Request, prepare
+from ds_sparkling.checkpoint.expand import prepare
 from ds_sparkling.checkpoint.opening import open_checkpoint
+from ds_sparkling.checkpoint.request import Request
 from ds_sparkling.checkpoint.team import Team
 from ds_sparkling.errors import CheckpointError, ConfigError, PlanError, SparklingError, UnsupportedError
 from tiny import Case

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.families import FAMILIES
+from benchmarks.family_list import FAMILIES
 from ds_sparkling.check.report import check_growth
 from ds_sparkling.discovery import patience
 from ds_sparkling.discovery.build import BuildModel, base_widths

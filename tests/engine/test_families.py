@@ -20,7 +20,7 @@ import torch
 import checkpoint_files
 import families
 import tiny
-from benchmarks.families import FAMILIES
+from benchmarks.family_list import FAMILIES
 from distributed import Workers
 from ds_sparkling.growth import GrowthPlan
 from ds_sparkling.spec.strategy import INIT_PAIRS, Init, NewIndex, OptimizerState, Strategy

@@ -13,6 +13,7 @@ import torch
 
 import tiny
 from distributed import Workers
+from ds_sparkling.job.command import job_parser
 
 Pool = Callable[[int], Workers]
 ROOT = Path(__file__).parents[2]
@@ -51,16 +52,17 @@ def initializing() -> list[str]:
 
 def starting_the_job(output: str) -> list[str]:
     import ds_sparkling
-    from ds_sparkling import train
+    from ds_sparkling.job import main_job
 
     def enough(*_: object, **__: object) -> None:
         raise InterruptedError
 
     config = ROOT / "configs" / "quickstart.json"
+    arguments = ["--deepspeed_config", str(config), "--data", sys.executable, "--output", output]
     with recorded() as events, pytest.MonkeyPatch.context() as patch:
         patch.setattr(ds_sparkling, "initialize", enough)
         with pytest.raises(InterruptedError):
-            train.run(train.parse(["--deepspeed_config", str(config), "--data", sys.executable, "--output", output]))
+            main_job.run(job_parser("train.py").parse_args(arguments))
     return events
 
 

@@ -14,7 +14,9 @@ import pytest
 from distributed import Workers
 from ds_sparkling.errors import ConfigError, SparklingError
 from ds_sparkling.job import compare
-from ds_sparkling.job.variants import Variant, as_variant
+from ds_sparkling.job.command import job_parser
+from ds_sparkling.job.variant_config import as_variant
+from ds_sparkling.job.variants import Variant
 from ds_sparkling.report.command import main as report
 from ds_sparkling.spec.config import read_json
 from ds_sparkling.spec.run_summary import RunSummary, read_summary
@@ -36,9 +38,9 @@ def config(tmp_path: Path) -> Path:
 
 
 def run_job(arguments: list[str]) -> None:
-    from ds_sparkling.train import parse, run
+    from ds_sparkling.job.main_job import run
 
-    run(parse(arguments))
+    run(job_parser("train.py").parse_args(arguments))
 
 
 def job_of(command: Sequence[str]) -> list[str]:

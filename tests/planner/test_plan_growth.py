@@ -14,9 +14,9 @@ import pytest
 from torch import nn
 
 import tiny
-from ds_sparkling.cli import COMMANDS
+from ds_sparkling.cli import main as ds_sparkling
+from ds_sparkling.planner.assumptions import Assumptions
 from ds_sparkling.planner.command import main
-from ds_sparkling.planner.costs import Assumptions
 from ds_sparkling.planner.picture import picture
 from ds_sparkling.planner.recipes import splits
 from ds_sparkling.planner.report import Planning
@@ -361,7 +361,7 @@ def test_the_picture_goes_to_a_name_of_its_own(
 
 def test_the_command_and_its_help(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        COMMANDS["plan-growth"][0](["--help"])
+        ds_sparkling(["plan-growth", "--help"])
     text = capsys.readouterr().out
     assert all(option in text for option in ("--config", "--tokens", "--world-size", "--zero", "--bandwidth", "--json"))
 

@@ -18,11 +18,13 @@ import torch
 
 import tiny
 from distributed import Workers
-from ds_sparkling.cli import COMMANDS
+from ds_sparkling.cli import main as ds_sparkling
 from ds_sparkling.engine.base_scheduler import scheduler_from_json
 from ds_sparkling.errors import ConfigError
 from ds_sparkling.growth.schedule import warmup_cosine
-from ds_sparkling.planner.plot_schedule import curves_of, main, picture
+from ds_sparkling.planner.config_curves import curves_of
+from ds_sparkling.planner.curves_picture import picture
+from ds_sparkling.planner.plot_schedule import main
 from ds_sparkling.planner.rate_curves import describe
 
 ROOT = Path(__file__).parents[2]
@@ -354,10 +356,10 @@ def test_standard_output_is_the_text_alone() -> None:
 
 def test_the_command_and_its_help(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        COMMANDS["plot-schedule"][0](["--help"])
+        ds_sparkling(["plot-schedule", "--help"])
     text = capsys.readouterr().out
     assert all(option in text for option in ("CONFIG", "--steps", "--output", "--force", "--no-picture"))
     assert "lr_scheduler=" in text
     with pytest.raises(SystemExit):
-        COMMANDS["plot-schedule"][0]([str(QUICKSTART), "--steps", "0"])
+        ds_sparkling(["plot-schedule", str(QUICKSTART), "--steps", "0"])
     assert "--steps must be positive" in capsys.readouterr().err

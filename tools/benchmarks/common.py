@@ -1,13 +1,18 @@
-"""What the benchmarks share: their table, and a port for their processes to meet at."""
+"""What the benchmarks share: their table, a port for their processes to meet at, and how experts are spread."""
 
 from __future__ import annotations
 
 import socket
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
+
+QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.json"
+#: Ranks that share one set of experts, where there is more than one rank.
+EXPERT_PARALLEL = 2
 
 #: (header, format) of every field of a row.
 Columns = Sequence[tuple[str, str]]

@@ -18,7 +18,8 @@ from deepspeed.utils import groups
 from torch import Tensor
 
 import ds_sparkling
-from ds_sparkling.checkpoint.expand import Request, expand, prepare
+from ds_sparkling.checkpoint.expand import expand, prepare
+from ds_sparkling.checkpoint.request import Request
 from ds_sparkling.checkpoint.team import Team
 from ds_sparkling.discovery.factory import HuggingFaceFactory
 

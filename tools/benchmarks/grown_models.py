@@ -9,9 +9,6 @@ from functools import cached_property
 from ds_sparkling.discovery.build import build_on_meta
 from ds_sparkling.models.olmoe import OlmoeConfig, OlmoeForCausalLM
 
-#: Ranks that share one set of experts, where there is more than one rank.
-EXPERT_PARALLEL = 2
-
 _LAYERS = 4
 _EXPERTS = 8
 #: Parameters of all experts (gate, up, down) per unit of hidden x inner width.

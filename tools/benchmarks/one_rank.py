@@ -22,7 +22,8 @@ from deepspeed import comm as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 import ds_sparkling
-from benchmarks.grown_models import EXPERT_PARALLEL, GrowthCase, Sample
+from benchmarks.common import EXPERT_PARALLEL
+from benchmarks.grown_models import GrowthCase, Sample
 from benchmarks.through_files import through_files
 from ds_sparkling.engine import access
 

@@ -1,46 +1,7 @@
-"""What an optimizer step costs once a tensor has grown, against the same optimizer's plain step.
-
-    python tools/bench_step.py --elements 20e6 200e6 --threads 1 2
-    python tools/bench_step.py --quickstart
-    python tools/bench_step.py --diagnostics
-
-A flat fp32 tensor on the CPU, as ZeRO makes it, holds one matrix of --row entries per row. It is stepped through
-optimizer.step(), with the births told apart, where
-
-- new columns: half of its elements are new, as every row's second half (its fan-in has doubled).
-- new rows: half of its elements are new, as its second half (its fan-out has doubled).
-- new columns, then rows: the fan-in doubled first and the fan-out one step later, so that three quarters are new, of
-  two births.
-- curves met: the columns are new, but their learning rate has come back to the base rate and their bias correction is
-  as good as 1.
-- by hand: what a birth-aware step takes the place of. The weights are cloned, everything is stepped with the base
-  rate, and where a bool mask says so the step is stretched to ratio times its length:
-  torch.where(new, before.lerp(after, ratio), after). It has one ratio and no bias correction of the new elements' own.
-- by hand, buffer kept: the same in place, where the clone's memory is never given back.
-
-New elements re-warm up towards 1.3 times the base rate and count Adam's steps from their birth. The gradient stays
-the same. Every (optimizer, size, threads) has a process of its own, with that many threads for PyTorch and for OpenMP.
-It takes up to 35 bytes of memory per element. Linux only.
-
-- plain, step: ms of the optimizer's own step and of the step in question, by turns on the same tensor.
-- ratio: of the minima, and of the medians.
-- peak: bytes per element by which resident memory grows during a step (VmHWM, reset through /proc/self/clear_refs).
-
-With --quickstart, the main job is run instead: configs/quickstart.json, shortened, on two CPU processes with one thread
-each; the growth comes after a third of the steps. It is run as it is (birth-aware), and with rewarmup.scope "none" and
-bias_correction "inherit" (plain). Times are those between optimizer steps as TensorBoard has them, from 20 steps after
-the growth to the end, everything included: forward, backward, communication, step.
-
-With --diagnostics, the quickstart's model is trained on two CPU processes after its growth, with TensorBoard on. Every
-other step is taken with diagnose_every 0, the others with 50. Times are medians: of a step without diagnoses, of an
-ordinary step with them, and of a diagnosed step, which every 50th is. The ratio is that of 49 ordinary steps and a
-diagnosed one to 50 without. --hidden and --inner make the model larger: the widths before the growth, which
-doubles them.
-"""
+"""An optimizer step after a growth, a whole step of the main job and a diagnosis, each timed against going without."""
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import itertools
 import json
@@ -50,10 +11,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,8 +24,8 @@ from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import tqdm
 
-from benchmarks.common import Columns, free_port, table
-from benchmarks.diagnosis_cost import prices
+from benchmarks.common import QUICKSTART, Columns, free_port
+from benchmarks.optimizers import OPTIMIZERS
 from ds_sparkling.growth import Block, birth_blocks
 from ds_sparkling.optim.scheduler import RewarmupScheduler
 from ds_sparkling.optim.step import BirthStep
@@ -74,35 +35,10 @@ from ds_sparkling.spec.config import read_json
 from ds_sparkling.spec.strategy import Rewarmup, Strategy
 
 if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
+    pass
 
 # -- the step of one tensor -------------------------------------------------------------------------------------
 
-
-def _cpu_adam(params: list[Tensor]) -> torch.optim.Optimizer:
-    from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-    return DeepSpeedCPUAdam(params, **_ADAM)
-
-
-def _cpu_lion(params: list[Tensor]) -> torch.optim.Optimizer:
-    from deepspeed.ops.lion import DeepSpeedCPULion
-
-    return DeepSpeedCPULion(params, lr=1e-4, weight_decay=0.1)
-
-
-_ADAM: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.1}
-OPTIMIZERS: dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]] = {
-    "adamw-fused": lambda params: torch.optim.AdamW(params, fused=True, **_ADAM),
-    "adamw-foreach": lambda params: torch.optim.AdamW(params, foreach=True, **_ADAM),
-    "adamw-amsgrad": lambda params: torch.optim.AdamW(params, fused=True, amsgrad=True, **_ADAM),
-    "deepspeed-cpu-adam": _cpu_adam,
-    "deepspeed-cpu-lion": _cpu_lion,
-    "sgd": lambda params: torch.optim.SGD(params, lr=0.01, momentum=0.9, weight_decay=0.1),
-    "rmsprop": lambda params: torch.optim.RMSprop(params, lr=1e-3),
-    "adagrad": lambda params: torch.optim.Adagrad(params, lr=0.01),
-}
-_DEFAULT = ("adamw-fused", "deepspeed-cpu-adam")
 
 #: By name, the halves of fan-out and of fan-in that were there at the start and after each growth.
 LAYOUTS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
@@ -146,7 +82,7 @@ class StepRow:
     peak: float
 
 
-_COLUMNS: Columns = (
+COLUMNS: Columns = (
     ("optimizer", "{}"),
     ("threads", "{:d}"),
     ("elements", "{:,d}"),
@@ -160,7 +96,7 @@ _COLUMNS: Columns = (
     ("plain peak [B/element]", "{:.2f}"),
     ("peak", "{:.2f}"),
 )
-_LEGEND = """\
+LEGEND = """\
 plain: the optimizer's own step. step: with the elements' births told apart, or by hand (see --help). peak: memory
 that a step takes for itself.
 """
@@ -323,10 +259,9 @@ def _environment(**variables: str) -> Iterator[None]:
 
 # -- the main job -----------------------------------------------------------------------------------------------
 
-_QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.json"
 _BIRTH_AWARE, _PLAIN = "birth-aware", "plain"
-#: Steps after the growth that don't count, and steps of a job in which enough are left that do.
-_SKIP, _FEWEST = 20, 60
+#: Steps after the growth that don't count.
+_SKIP = 20
 
 
 @dataclass(frozen=True)
@@ -341,7 +276,7 @@ class JobRow:
     ratio_of_medians: float
 
 
-_JOB_COLUMNS: Columns = (
+JOB_COLUMNS: Columns = (
     ("step", "{}"),
     ("steps", "{:d}"),
     ("mean [ms]", "{:.2f}"),
@@ -349,12 +284,12 @@ _JOB_COLUMNS: Columns = (
     ("ratio", "{:.3f}"),
     ("of medians", "{:.3f}"),
 )
-_JOB_LEGEND = "Time per step of the whole main job after its growth, two CPU processes; the run with the least mean.\n"
+JOB_LEGEND = "Time per step of the whole main job after its growth, two CPU processes; the run with the least mean.\n"
 
 
 def job_config(steps: int, *, birth_aware: bool) -> dict[str, Any]:
     """The quickstart's config, shortened to ``steps``, with nothing but training after the growth."""
-    config = read_json(_QUICKSTART)
+    config = read_json(QUICKSTART)
     config["training"] |= {"steps": steps, "evaluate_every": steps, "save_every": 0, "log_every": 1}
     config["scheduler"]["params"] |= {"total_num_steps": steps, "warmup_num_steps": round(0.03 * steps)}
     block = config["sparkling"]
@@ -426,135 +361,21 @@ def _job(steps: int, *, birth_aware: bool) -> list[float]:
 
 # -- the diagnosis ----------------------------------------------------------------------------------------------
 
-_PRICE_COLUMNS: Columns = (
+PRICE_COLUMNS: Columns = (
     ("steps", "{:d}"),
     ("without [ms]", "{:.2f}"),
     ("ordinary [ms]", "{:.2f}"),
     ("diagnosed [ms]", "{:.2f}"),
     ("ratio", "{:.4f}"),
 )
-_PRICE_LEGEND = "Times of a step without and with a diagnosis every 50, two CPU processes; see --help.\n"
+PRICE_LEGEND = "Times of a step without and with a diagnosis every 50, two CPU processes; see --help.\n"
 
 
 def diagnosed_config(hidden: int | None, inner: int | None) -> dict[str, Any]:
     """The quickstart's config, if need be with other widths before the growth and twice those after it."""
-    config = read_json(_QUICKSTART)
+    config = read_json(QUICKSTART)
     widths = config["sparkling"]["stages"][0]["widths"]
     for axis, width in (("hidden_size", hidden), ("moe_intermediate_size", inner)):
         if width is not None:
             config["model"][axis], widths[axis] = width, 2 * width
     return config
-
-
-# -- command line -----------------------------------------------------------------------------------------------
-
-
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="bench_step.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--optimizer",
-        choices=OPTIMIZERS,
-        nargs="+",
-        default=list(_DEFAULT),
-        metavar="NAME",
-        help=f"of {', '.join(OPTIMIZERS)} (default: {' '.join(_DEFAULT)})",
-    )
-    parser.add_argument(
-        "--elements",
-        type=lambda text: int(float(text)),
-        nargs="+",
-        default=[20_000_000, 200_000_000],
-        metavar="N",
-        help="elements of the tensor, cut to an even number of rows (default: 20e6 200e6)",
-    )
-    parser.add_argument("--row", type=int, default=1024, metavar="N", help="entries of a row, even (default: 1024)")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], metavar="N", help="threads (default: 1 2)")
-    parser.add_argument("--repeat", type=int, default=20, metavar="N", help="steps of each kind (default: 20)")
-    parser.add_argument(
-        "--quickstart",
-        type=int,
-        nargs="?",
-        const=300,
-        metavar="STEPS",
-        help="measure the main job instead, in runs of STEPS steps (300 if not given)",
-    )
-    parser.add_argument(
-        "--diagnostics",
-        type=int,
-        nargs="?",
-        const=20,
-        metavar="N",
-        help="measure the diagnosis instead, N times in 50 N steps (20 if not given)",
-    )
-    parser.add_argument("--hidden", type=int, metavar="N", help="hidden_size with --diagnostics (default: 64)")
-    parser.add_argument("--inner", type=int, metavar="N", help="moe_intermediate_size with --diagnostics (default: 32)")
-    parser.add_argument("--runs", type=int, default=1, metavar="N", help="runs of the main job each way (default: 1)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here too, as objects")
-    args = parser.parse_args(argv)
-    _check(parser, args)
-    return args
-
-
-def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    if args.row < 2 or args.row % 2:
-        parser.error(f"--row {args.row}: must be even, as half of a row is new")
-    if min(args.elements) < 2 * args.row:
-        parser.error(f"--elements {min(args.elements)}: must be two rows at least, {2 * args.row}")
-    for name in ("repeat", "runs"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} {getattr(args, name)}: must be 1 at least")
-    if min(args.threads) < 1:
-        parser.error(f"--threads {min(args.threads)}: must be 1 at least")
-    if args.quickstart is not None and args.quickstart < _FEWEST:
-        parser.error(f"--quickstart {args.quickstart}: must be {_FEWEST} steps at least")
-    for name in ("diagnostics", "hidden", "inner"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name} {value}: must be 1 at least")
-    for name in ("quickstart", "diagnostics"):
-        if getattr(args, name) is not None and not _QUICKSTART.is_file():
-            parser.error(f"--{name}: needs {_QUICKSTART}, which only a checkout of the repository has")
-
-
-def _measure_steps(args: argparse.Namespace) -> list[StepRow]:
-    cases = [
-        StepCase(optimizer, elements // (2 * args.row) * 2 * args.row, args.row, threads, args.repeat)
-        for optimizer in args.optimizer
-        for elements in args.elements
-        for threads in args.threads
-    ]
-    rows: list[StepRow] = []
-    with progress_bar(cases, desc="benchmark", unit="case", leave=True) as bar:
-        for case in bar:
-            rows += measure(case)
-            _write(args.json, rows)
-    return rows
-
-
-def _write(path: Path | None, rows: Sequence[DataclassInstance]) -> None:
-    if path is not None:
-        path.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point: measure what was asked for and write the table."""
-    args = _parse(argv)
-    if args.diagnostics is not None:
-        found = prices(diagnosed_config(args.hidden, args.inner), args.diagnostics)
-        _write(args.json, [found])
-        sys.stdout.write(f"{table(_PRICE_COLUMNS, [found])}\n\n{_PRICE_LEGEND}")
-        return
-    if args.quickstart is None:
-        sys.stdout.write(f"{table(_COLUMNS, _measure_steps(args))}\n\n{_LEGEND}")
-        return
-    rows = measure_job(args.quickstart, args.runs)
-    _write(args.json, rows)
-    sys.stdout.write(f"{table(_JOB_COLUMNS, rows)}\n\n{_JOB_LEGEND}")
-
-
-if __name__ == "__main__":
-    main()

@@ -17,7 +17,6 @@ from typing import Any
 
 from ds_sparkling.errors import SparklingError
 from ds_sparkling.spec.strategy import INIT_PAIRS, OptimizerState, Rewarmup
-from experiments.loop import active_parameters
 from experiments.runs import HIDDEN, INNER, Outcome, Stage, TrainingRun, block_text, widths_of
 from experiments.scales import Scale
 
@@ -100,6 +99,8 @@ class Lab:
 
     def shortened(self, run: TrainingRun, grown: TrainingRun) -> TrainingRun:
         """A run over as many steps as take the compute that ``grown`` takes in all."""
+        from experiments.loop import active_parameters  # here, so that the list of experiments needs no torch
+
         widths, begin, spent = dict(grown.widths), 0, 0
         for stage in (*grown.stages, Stage(grown.steps, ())):
             spent += (stage.at_step - begin) * active_parameters(grown.shape, widths)

@@ -17,17 +17,10 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import torch
-
 from ds_sparkling.errors import SparklingError
 from experiments.catalogue import EXPERIMENTS, Experiment, Lab
-from experiments.loop import VOCABULARY, corpus_of
-from experiments.page import write_page
-from experiments.queue import Queue
-from experiments.results import fullest_table
 from experiments.runs import Outcome, TrainingRun
 from experiments.scales import SCALES
-from experiments.store import Store
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -85,12 +78,21 @@ def wanted_runs(experiments: Sequence[Experiment], lab: Lab) -> Iterator[Trainin
 
 
 def _default_jobs() -> int:
+    import torch
+
     return 1 if torch.cuda.is_available() else os.cpu_count() or 1
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     args = _parse(argv)
+    # Here, so that --help doesn't wait for torch.
+    from experiments.loop import VOCABULARY, corpus_of
+    from experiments.page import write_page
+    from experiments.queue import Queue
+    from experiments.results import fullest_table
+    from experiments.store import Store
+
     scale = SCALES[args.scale]
     seeds = args.seeds or scale.seeds
     chosen = [EXPERIMENTS[name] for name in args.experiments] or list(EXPERIMENTS.values())

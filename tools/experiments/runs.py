@@ -8,11 +8,12 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ds_sparkling.growth.schedule import warmup_cosine
-from ds_sparkling.spec.config import SparklingConfig
 from ds_sparkling.spec.strategy import Rewarmup, Scope, Strategy
+
+if TYPE_CHECKING:
+    from ds_sparkling.spec.config import SparklingConfig
 
 #: Of the learning-rate schedule, as in the paper's App. D.
 WARMUP_SHARE, FINAL_RATIO = 0.03, 0.01
@@ -118,6 +119,8 @@ class TrainingRun:
 
     def rate_at(self, step: float) -> float:
         """The base learning rate after ``step`` steps, over its peak."""
+        from ds_sparkling.growth.schedule import warmup_cosine  # here, so that what a run is needs no torch
+
         return warmup_cosine(step, warmup=self.warmup, total=self.steps, start=0.0, peak=1.0, end=FINAL_RATIO)
 
     def at_rate(self, factor: float) -> TrainingRun:
@@ -132,6 +135,8 @@ class TrainingRun:
         Raises:
             ConfigError: as for the ``"sparkling"`` block.
         """
+        from ds_sparkling.spec.config import SparklingConfig
+
         stages = [{"at_step": stage.at_step, "widths": dict(stage.widths)} for stage in self.stages]
         return SparklingConfig.from_dict({**json.loads(self.block), "seed": self.seed, "stages": stages})
 

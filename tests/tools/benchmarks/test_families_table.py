@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks import families
-from benchmarks.families import BEGIN, COLUMNS, END, FAMILIES, KEPT, Family, grow_module, main, write_into
+from benchmarks.families import BEGIN, COLUMNS, END, KEPT, grow_module, write_into
+from benchmarks.family_list import FAMILIES, Family
+from check_families import main
 from ds_sparkling.errors import ConfigError
 
 README = Path(__file__).parents[3] / "README.md"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.live_growth import main
+from bench_regrow import main
 
 
 def test_one_small_case(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.offline_growth import main
+from bench_expand import main
 from benchmarks.synthetic_checkpoint import config_of, write_checkpoint
 from ds_sparkling.checkpoint.opening import open_checkpoint
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
+from bench_step import main
 from benchmarks.diagnosis_cost import summary
-from benchmarks.step_cost import LAYOUTS, blocks_of, diagnosed_config, job_config, main, step_times
+from benchmarks.step_cost import LAYOUTS, blocks_of, diagnosed_config, job_config, step_times
 from ds_sparkling.spec.config import read_json, sparkling_config
 from ds_sparkling.spec.strategy import BiasCorrection, Scope
 
