@@ -18,7 +18,8 @@ class Command(NamedTuple):
 COMMANDS = {
     "train": Command("ds_sparkling.job.command", "train a mixture-of-experts language model and widen it mid-way"),
     "compare": Command(
-        "ds_sparkling.job.compare", "train a config three ways: grown, the wide model from scratch, and never grown"
+        "ds_sparkling.job.compare",
+        "train a config grown, wide from scratch, and narrow by tokens and by compute",
     ),
     "report": Command("ds_sparkling.report.command", "compare runs on one page: curves, figures and a verdict"),
     "expand-zero-ckpt": Command(

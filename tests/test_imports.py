@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "planner": FOUNDATION | GROUND | {"engine"},
     "report": {"errors", "progress", "spec", "monitoring"},
     "integrations": {"errors", "discovery", "engine"},
-    "job": FOUNDATION | GROUND | {"engine"},
+    "job": FOUNDATION | GROUND | {"engine", "planner"},
     "train": {"job"},
     "cli": {"job", "check", "checkpoint", "planner", "report"},  # by the table of commands
     "": {"check", "discovery", "engine", "spec"},  # the package's public names

@@ -42,7 +42,8 @@ def job_parser(prog: str, launcher: argparse.ArgumentParser | None = None) -> ar
         "--variant",
         choices=[variant.value for variant in Variant],
         default=Variant.GROWN.value,
-        help="grown as planned, the final widths from scratch, or never grown (default: %(default)s)",
+        help="grown as planned, the final widths from scratch, the first ones as long, or the first ones for as much "
+        "compute (default: %(default)s)",
     )
     parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
     return parser

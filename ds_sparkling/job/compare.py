@@ -1,9 +1,14 @@
-"""Train a config three ways, one after the other: grown as planned, the wide model from scratch, and never grown.
+"""Train a config four ways, one after the other: grown as planned, and three controls.
 
     bash tools/quickstart.sh --compare
 
-All three see the same tokens in the same order on the same schedule. Their directories lie side by side under
---output; a table compares what came out. All other arguments go to the three jobs (ds_sparkling/train.py --help).
+- from-scratch: the final widths from the start, over the same steps.
+- never-grown: the first widths to the end, over the same steps.
+- narrow-longer: the first widths over as many steps as take the compute that grown takes in all (6 x active parameters
+  x tokens). Its learning-rate schedule is stretched by the same factor, warm-up and decay alike, to its own end.
+
+All see the same tokens in the same order. Their directories lie side by side under --output; a table and a picture
+compare what came out. All other arguments go to the four jobs (ds_sparkling/train.py --help).
 """
 
 from __future__ import annotations
@@ -25,7 +30,7 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
         allow_abbrev=False,
     )
     parser.add_argument("--deepspeed_config", required=True, metavar="FILE", help="the runs' JSON, with a growth")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="where the three runs lie; default: runs/...")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="where the runs lie; default: runs/...")
     parser.add_argument(
         "--resume", action="store_true", help="go on with the comparison in --output, where each run has stopped"
     )
@@ -38,7 +43,7 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point: the three runs, then the table."""
+    """Entry point: the runs, then the table and the picture."""
     args, job = _parse(argv)
     from ds_sparkling.job.side_by_side import compare, say  # here, so that --help doesn't wait for torch
 

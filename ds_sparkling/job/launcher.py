@@ -16,14 +16,14 @@ def add_launcher_options(parser: argparse.ArgumentParser) -> None:
 
 
 def launcher_command(num_gpus: str, job: Sequence[str], port: str | None = None) -> list[str]:
-    """The command that starts :mod:`ds_sparkling.train` under DeepSpeed's launcher.
+    """The command that starts :mod:`ds_sparkling.train` under DeepSpeed's launcher, which tells errors alone.
 
     Args:
         num_gpus: processes to start on this machine.
         job: arguments of the job.
         port: where the processes meet; the launcher's default if left out.
     """
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", num_gpus]
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "error", "--num_gpus", num_gpus]
     if port is not None:
         launcher += ["--master_port", port]
     return [*launcher, "--module", "ds_sparkling.train", *job]

@@ -31,6 +31,7 @@ from ds_sparkling.engine.start import meet
 from ds_sparkling.engine.watch.tensorboard import write_by_compute
 from ds_sparkling.engine.watch.token_meter import spent_events
 from ds_sparkling.errors import CheckpointError, SparklingError
+from ds_sparkling.job.loss_picture import draw_losses
 from ds_sparkling.job.variant_config import as_variant
 from ds_sparkling.job.variants import Variant
 from ds_sparkling.models.olmoe import OlmoeConfig, olmoe_factory
@@ -71,10 +72,12 @@ class Progress:
     Attributes:
         seconds: time from the first step on, while it ran.
         milestones: (name, step, validation loss).
+        validations: (tokens, FLOPs, validation loss) of all of them.
     """
 
     seconds: float = 0.0
     milestones: list[tuple[str, int, float]] = field(default_factory=list)
+    validations: list[tuple[int, float, float]] = field(default_factory=list)
 
     @property
     def client_state(self) -> dict[str, Any]:
@@ -177,6 +180,7 @@ class Job:
         losses = [self.engine(**self._on_device(batch)) for batch in batches]
         self.engine.train()
         loss = self._mean(torch.stack(losses).mean())
+        self.progress.validations.append((self._spent.tokens, self._spent.flops, loss))
         self._log({"Validation/loss": loss})
         write_by_compute(self.engine, "validation_loss", loss)
         return loss
@@ -204,7 +208,15 @@ class Job:
         (loss,) = (loss for name, _, loss in self.progress.milestones if name == "end")
         spent, seconds = self._spent, self.progress.seconds
         return RunSummary(
-            variant.value, loss, self.engine.global_steps, spent.tokens, spent.flops, seconds, total, active
+            variant=variant.value,
+            validation_loss=loss,
+            steps=self.engine.global_steps,
+            tokens=spent.tokens,
+            flops=spent.flops,
+            seconds=seconds,
+            parameters=total,
+            active_parameters=active,
+            validations=self.progress.validations,
         )
 
     @property
@@ -221,7 +233,9 @@ class Job:
         compute = f"compute     {spent.flops:.3e} FLOPs"
         if any(name == "after growth" for name, *_ in self.progress.milestones):
             scratch = 6.0 * active * spent.tokens
-            compute += f"; the wide model from scratch: {scratch:.3e} ({1 - spent.flops / scratch:.1%} saved)"
+            compute += (
+                f"; the wide model from scratch takes {scratch:.3e} for as many tokens, and ends at a loss of its own"
+            )
         return "\n".join(
             [
                 *lines,
@@ -262,9 +276,12 @@ def run(args: argparse.Namespace) -> None:
     del engine
     with logging_redirect_tqdm():
         job.train()
+    drawn = ""
     if job.rank == 0:
-        job.outcome(variant).write(output)
-    _say(f"\n{job.summary()}\ncheckpoints {checkpoints}\n\nwatch it:   tensorboard --logdir {output}")
+        outcome = job.outcome(variant)
+        outcome.write(output)
+        drawn = draw_losses({variant: outcome}, output / "loss.png")
+    _say(f"\n{job.summary()}\ncheckpoints {checkpoints}\n\n{drawn}\nwatch it:   tensorboard --logdir {output}")
 
 
 def _output_directory(args: argparse.Namespace) -> Path:

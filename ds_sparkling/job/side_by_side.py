@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ds_sparkling.errors import CheckpointError, ConfigError, SparklingError
 from ds_sparkling.job.launcher import launcher_command
+from ds_sparkling.job.loss_picture import draw_losses
 from ds_sparkling.job.variant_config import as_variant
 from ds_sparkling.job.variants import Variant
 from ds_sparkling.spec.config import read_json
@@ -30,10 +31,10 @@ def compare(args: argparse.Namespace, job: Sequence[str]) -> str:
         SparklingError: if a run fails.
     """
     config = read_json(args.deepspeed_config)
-    for variant in Variant:
+    for variant in Variant:  # what can't be is told before anything is trained
         as_variant(config, variant)
     if "tensorboard" in config:
-        raise ConfigError("the config's tensorboard block would mix the three runs' curves in one place; take it out")
+        raise ConfigError("the config's tensorboard block would mix the runs' curves in one place; take it out")
     output = _output_directory(args)
     started = _started(output)
     if started and not args.resume:
@@ -50,6 +51,7 @@ def compare(args: argparse.Namespace, job: Sequence[str]) -> str:
         [
             describe(summaries),
             "",
+            draw_losses(summaries, output / "loss.png"),
             f"watch them:  tensorboard --logdir {output}",
             f"a report:    python tools/report.py {runs}",
         ]
@@ -87,17 +89,18 @@ def describe(summaries: Mapping[Variant, RunSummary]) -> str:
         for row in (header, *body)
     ]
     grown = summaries[Variant.GROWN]
-    for variant in (Variant.FROM_SCRATCH, Variant.NEVER_GROWN):
-        other = summaries[variant]
-        lines.append(
-            f"grown against {variant.value}: loss {grown.validation_loss - other.validation_loss:+.4f}, "
-            f"{grown.flops / other.flops:.2f} of the compute, {grown.seconds / other.seconds:.2f} of the time"
-        )
+    for variant, other in summaries.items():
+        if variant is not Variant.GROWN:
+            lines.append(
+                f"grown against {variant.value}: loss {grown.validation_loss - other.validation_loss:+.4f}, with "
+                f"{grown.tokens / other.tokens:.2f} of its tokens, {grown.flops / other.flops:.2f} of its compute and "
+                f"{grown.seconds / other.seconds:.2f} of its time"
+            )
     return "\n".join([*lines, "one run each: other seeds give other differences, and a busy machine other times"])
 
 
 def _output_directory(args: argparse.Namespace) -> Path:
-    """Where the three runs lie: as asked for, else a new one; with ``--resume``, the latest."""
+    """Where the runs lie: as asked for, else a new one; with ``--resume``, the latest."""
     if args.output is not None:
         return args.output
     stem = f"{Path(args.deepspeed_config).stem}-compare"

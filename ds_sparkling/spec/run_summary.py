@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from ds_sparkling.errors import SparklingError
@@ -25,6 +25,8 @@ class RunSummary:
         seconds: training time, with validations, growths and checkpoints, without starting and stopped times.
         parameters: at the end.
         active_parameters: of them, those a token passes through.
+        validations: (tokens, FLOPs, validation loss) of every validation; two at the same tokens stand before and after
+            a growth. Summaries of version 0.1 have none.
     """
 
     variant: str
@@ -35,6 +37,7 @@ class RunSummary:
     seconds: float
     parameters: int
     active_parameters: int
+    validations: list[tuple[int, float, float]] = field(default_factory=list)
 
     def write(self, directory: Path) -> None:
         """Write the file into the run's directory, by a rename.
@@ -59,11 +62,13 @@ def read_summary(directory: Path) -> RunSummary | None:
         return None
     except (OSError, ValueError) as error:
         raise SparklingError(f"{path} can't be read: {error}") from None
-    wanted = {entry.name: entry.type for entry in fields(RunSummary)}
+    if isinstance(found, dict):
+        found = {"validations": [], **found}
+    wanted = {entry.name: str(entry.type) for entry in fields(RunSummary)}
     kinds: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,)}
     fits = isinstance(found, dict) and found.keys() == wanted.keys()
-    if not fits or not all(isinstance(found[name], kinds[str(kind)]) for name, kind in wanted.items()):
+    if not fits or not all(isinstance(found[name], kinds.get(kind, (list,))) for name, kind in wanted.items()):
         raise SparklingError(
             f"{path} isn't a run's summary: it must hold {', '.join(wanted)}; finish the run anew, or remove the file"
         )
-    return RunSummary(**found)
+    return RunSummary(**{**found, "validations": [tuple(point) for point in found["validations"]]})

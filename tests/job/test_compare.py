@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from distributed import Workers
 from ds_sparkling.errors import ConfigError, SparklingError
 from ds_sparkling.job import compare
 from ds_sparkling.job.command import job_parser
-from ds_sparkling.job.variant_config import as_variant
+from ds_sparkling.job.loss_picture import loss_picture
+from ds_sparkling.job.variant_config import as_variant, equal_steps
 from ds_sparkling.job.variants import Variant
 from ds_sparkling.report.command import main as report
 from ds_sparkling.spec.config import read_json
@@ -23,6 +25,7 @@ from ds_sparkling.spec.run_summary import RunSummary, read_summary
 
 ROOT = Path(__file__).parents[2]
 NAMES = [variant.value for variant in Variant]
+PNG = b"\x89PNG"
 
 
 @pytest.fixture
@@ -74,18 +77,28 @@ def test_three_runs_and_their_comparison(
     compare.main(arguments)
     printed = capsys.readouterr().out
     runs = {name: read_summary(output / name) for name in NAMES}
-    grown, scratch, narrow = (run for run in runs.values() if run is not None)
-    assert [run.variant for run in (grown, scratch, narrow)] == NAMES
+    grown, scratch, narrow, longer = (run for run in runs.values() if run is not None)
+    assert [run.variant for run in (grown, scratch, narrow, longer)] == NAMES
     assert (grown.parameters, grown.active_parameters) == (scratch.parameters, scratch.active_parameters)
     assert narrow.parameters < grown.parameters
     assert grown.tokens == scratch.tokens == narrow.tokens == 4 * 16 * 32
     assert grown.flops == pytest.approx((scratch.flops + narrow.flops) / 2)
     assert all(run.seconds > 0 and run.steps == 4 for run in (grown, scratch, narrow))
-    assert len({run.validation_loss for run in (grown, scratch, narrow)}) == 3
+    # The third control: narrow to the end, and as close to the grown run's compute as whole steps come.
+    assert (longer.parameters, longer.active_parameters) == (narrow.parameters, narrow.active_parameters)
+    assert abs(longer.flops - grown.flops) <= 0.5 * narrow.flops / narrow.steps
+    assert longer.tokens == longer.steps * 16 * 32 > grown.tokens
+    everything = (grown, scratch, narrow, longer)
+    assert len({run.validation_loss for run in everything}) == 4
     table = rows(printed)
-    assert [row[:3] for row in table] == [
-        [run.variant, f"{run.validation_loss:.4f}", f"{run.parameters:,}"] for run in (grown, scratch, narrow)
+    assert [(row[0], row[1], row[2], row[4], row[5]) for row in table] == [
+        (run.variant, f"{run.validation_loss:.4f}", f"{run.parameters:,}", f"{run.tokens:,}", f"{run.flops:.3e}")
+        for run in everything
     ]
+    assert (output / "loss.png").read_bytes().startswith(PNG)
+    assert (output / "grown" / "loss.png").read_bytes().startswith(PNG)
+    assert [point[0] for point in grown.validations].count(2 * 16 * 32) == 2  # before the growth and after it
+    assert (grown.validations[-1][0], grown.validations[-1][2]) == (grown.tokens, grown.validation_loss)
     assert f"tensorboard --logdir {output}" in printed
     command = next(line for line in printed.splitlines() if "tools/report.py" in line).split("tools/report.py ")[1]
 
@@ -142,11 +155,11 @@ def test_a_failed_run_stops_the_rest_and_resume_goes_on(
         in capsys.readouterr().err
     )
     assert len(jobs) == 2
-    assert jobs[0][3:9] == ["--num_gpus", "2", "--master_port", "1234", "--module", "ds_sparkling.train"]
+    assert jobs[0][5:11] == ["--num_gpus", "2", "--master_port", "1234", "--module", "ds_sparkling.train"]
     assert not any("--resume" in job for job in jobs)
     jobs.clear()
     compare.main([*arguments, "--data", "good", "--resume"])
-    assert ["--resume" in job for job in jobs] == [True, True, False]
+    assert ["--resume" in job for job in jobs] == [True, True, False, False]
     assert all(job_of(job)[:2] == ["--data", "good"] for job in jobs)
 
 
@@ -170,15 +183,20 @@ def test_the_directory_is_found_again(
     assert made.name.startswith("short-compare-")
     compare.main(["--deepspeed_config", str(config), "--resume"])
     assert list((tmp_path / "runs").iterdir()) == [made]
-    assert len(jobs) == 6
+    assert len(jobs) == 8
 
 
 @pytest.mark.parametrize(
     ("change", "text"),
     [
         ({"sparkling": {}}, "plans no growth"),
-        ({"tensorboard": {"enabled": True}}, "would mix the three runs' curves"),
+        ({"tensorboard": {"enabled": True}}, "would mix the runs' curves"),
         ({"sparkling": {"stages": [{"at_step": 1}]}}, "lacks 'widths'"),
+        ({"scheduler": {"type": "StepLR", "params": {"step_size": 2}}}, "scheduler.type is 'StepLR', whose length"),
+        (
+            {"scheduler": {"type": "WarmupCosineLR", "params": {"total_num_steps": 4}}},
+            "scheduler.params.warmup_num_steps must be given",
+        ),
     ],
 )
 def test_configs_that_cannot_be_compared(
@@ -209,14 +227,51 @@ def test_variants_of_a_config() -> None:
         as_variant({}, Variant.FROM_SCRATCH)
 
 
+def test_the_narrow_model_trained_longer_has_a_schedule_of_its_own(config: Path) -> None:
+    """Twice the steps, as a model of three times the active parameters takes in half of them and half of another."""
+    data = read_json(config)
+    before = data["scheduler"]["params"] | {"total_num_steps": 4, "warmup_num_steps": 2}
+    data["scheduler"]["params"] = before
+    longer = as_variant(data, Variant.NARROW_LONGER)
+    steps = longer["training"]["steps"]
+    assert steps == equal_steps(data) > 4
+    after = longer["scheduler"]["params"]
+    assert (after["total_num_steps"], after["warmup_num_steps"]) == (steps, round(2 * steps / 4))
+    assert {**after, "total_num_steps": 4, "warmup_num_steps": 2} == before
+    assert longer["sparkling"]["stages"] == []
+    assert (data["training"]["steps"], before["total_num_steps"]) == (4, 4)  # the config itself stays
+    constant = as_variant({key: value for key, value in data.items() if key != "scheduler"}, Variant.NARROW_LONGER)
+    assert "scheduler" not in constant
+    assert constant["training"]["steps"] == steps
+
+
+def test_the_losses_are_drawn_with_their_growth_and_their_names() -> None:
+    points = [(0, 0.0, 5.0), (50, 3.0, 2.0), (50, 3.0, 2.1), (100, 9.0, 1.5)]
+    grown = RunSummary("grown", 1.5, 4, 100, 9.0, 0.5, 10, 5, points)
+    narrow = RunSummary("never-grown", 1.8, 4, 100, 6.0, 0.5, 10, 5, [(50, 3.0, 2.0), (100, 6.0, 1.8)])
+    by_tokens, by_compute = loss_picture({Variant.GROWN: grown, Variant.NEVER_GROWN: narrow}).axes
+    legend = by_tokens.get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == ["grown: 1.5000", "never-grown: 1.8000"]
+    assert (by_tokens.get_xlabel(), by_compute.get_xlabel()) == ("tokens [M]", "training compute [TFLOPs]")
+    for axes in (by_tokens, by_compute):
+        (note,) = (text.get_text() for text in axes.texts)
+        assert note == "growth\nbefore 2.0000\nafter 2.1000"
+    assert by_tokens.get_ylim()[1] < 3  # the beginning isn't shown
+
+
 def test_a_summary_is_whole_or_not_there(tmp_path: Path) -> None:
     summary = RunSummary("grown", 1.25, 4, 100, 6e6, 0.5, 10, 5)
+    whole = replace(summary, validations=[(0, 0.0, 5.5), (100, 6e6, 1.25)])
     assert read_summary(tmp_path) is None
-    summary.write(tmp_path)
-    assert read_summary(tmp_path) == summary
+    whole.write(tmp_path)
+    assert read_summary(tmp_path) == whole
     assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
     with pytest.raises(SparklingError, match="can't be written"):
         summary.write(tmp_path / "absent")
+    first_version = {key: value for key, value in asdict(summary).items() if key != "validations"}
+    (tmp_path / "summary.json").write_text(json.dumps(first_version))
+    assert read_summary(tmp_path) == summary
     for damaged in ("{", "[]", '{"variant": 1}'):
         (tmp_path / "summary.json").write_text(damaged)
         with pytest.raises(SparklingError, match=r"summary\.json"):
@@ -226,9 +281,9 @@ def test_a_summary_is_whole_or_not_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "program"),
     [
-        ([], "deepspeed --num_gpus 2 ds_sparkling/train.py"),
-        (["--output", "a b"], "deepspeed --num_gpus 2 ds_sparkling/train.py"),
-        (["--data", "x", "--compare", "--output", "a b"], "python -m ds_sparkling.job.compare"),
+        ([], "python -m ds_sparkling.cli train"),
+        (["--output", "a b"], "python -m ds_sparkling.cli train"),
+        (["--data", "x", "--compare", "--output", "a b"], "python -m ds_sparkling.cli compare"),
     ],
 )
 def test_what_the_quickstart_starts(tmp_path: Path, given: list[str], program: str) -> None:
