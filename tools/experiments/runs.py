@@ -147,6 +147,8 @@ def block_text(block: Mapping[str, Any]) -> str:
     Raises:
         ConfigError: as for the block of a DeepSpeed config.
     """
+    from ds_sparkling.spec.config import SparklingConfig
+
     strategy = SparklingConfig.from_dict(block).strategy
     if strategy.rewarmup.scope is Scope.NONE:
         strategy = replace(strategy, rewarmup=Rewarmup(scope=Scope.NONE))
