@@ -268,7 +268,7 @@ def _record(source: Source, model: ModelAxes, plan: GrowthPlan, block: Sparkling
     # Axes of a hints file are in the checkpoint's names; the engine then finds out those of the model as built.
     same = started.keys() == before.initial_widths.keys()
     axes, tried = (model.built, model.tried) if model.built else (before.axes, before.tried) if same else ({}, ())
-    record = GrowthRecord(started, dict(axes), before.growths, tried, spent=before.spent)
+    record = replace(before, initial_widths=started, axes=dict(axes), tried=tried)
     widths, step = plan.grown_widths, source.model_states(0)["global_steps"]
     happened = {growth.planned_step for growth in record.growths}
     planned = (growth.at_step for growth in block.growths if growth.widths == widths and growth.at_step not in happened)

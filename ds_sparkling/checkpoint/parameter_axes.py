@@ -162,8 +162,8 @@ def _probed(
     except UnreadableError as error:
         raise UnknownAxesError(str(error), hints(source.layout.params.values(), before)) from error
     check_wide(build_model, found.axes, before, widths)
-    if found.doubt:
-        logger.warning("%s", found.doubt)
+    if found.proof.doubt:
+        logger.warning("%s", found.proof.doubt)
     return _renamed(ModelAxes(before, _in_checkpoint(source, before, found.axes), found.axes, found.tried))
 
 

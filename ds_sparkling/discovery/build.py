@@ -146,6 +146,22 @@ def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(held.shape) for name, held in (*model.named_parameters(), *saved_buffers(model).items())}
 
 
+def described_tensors(model: nn.Module) -> dict[str, tuple[str, int]]:
+    """What ranks have to agree on: every parameter and buffer, in words, and its place in the order they come in.
+
+    A tensor that has two names has one place. Where places differ, one rank's collectives meet those of other tensors.
+    """
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    places: dict[int, int] = {}
+    return {
+        name: (
+            f"{'trained' if tensor.requires_grad else 'fixed'} {tensor.dtype} {tuple(tensor.shape)}",
+            places.setdefault(id(tensor), len(places) + 1),
+        )
+        for name, tensor in tensors
+    }
+
+
 def _refuse_partitioned(model: nn.Module) -> None:
     """Raise UnsupportedError for parameters that are spread over ranks already, by what that has left on them."""
     for name, param in model.named_parameters():

@@ -44,6 +44,11 @@ class Proof:
     def __bool__(self) -> bool:
         return not self.reason
 
+    @property
+    def doubt(self) -> str:
+        """What to warn of; empty if growing keeps the function."""
+        return "" if self else f"whether growing keeps the model's function is not known: {self.reason}"
+
 
 def prove_function(
     build_model: BuildModel,
@@ -73,8 +78,19 @@ def prove_function(
     Raises:
         PlanError: if the function changes; names the first module that takes or gives something else.
     """
-    patience = Patience()
     growth = TrialGrowth(widths, tuple(after), after if strategy is not None else None, strategy or Strategy())
+    return prove_growth(build_model, axes, growth, inputs)
+
+
+def prove_growth(
+    build_model: BuildModel, axes: Mapping[str, ParamAxes], growth: TrialGrowth, inputs: Inputs | None
+) -> Proof:
+    """The same of a growth.
+
+    Raises:
+        PlanError: as :func:`prove_function`.
+    """
+    patience = Patience()
     try:
         trials = trials_of(build_model, growth, axes, inputs, patience)
         worst = kept((*trials.copies, *trials.planned), axes, patience)

@@ -36,11 +36,6 @@ class Found:
     proof: Proof
     tried: tuple[str, ...]
 
-    @property
-    def doubt(self) -> str:
-        """What to warn of; empty if growing keeps the function."""
-        return "" if self.proof else f"whether growing keeps the model's function is not known: {self.proof.reason}"
-
 
 def axes_to_grow(
     build_model: BuildModel,

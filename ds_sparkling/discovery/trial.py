@@ -66,6 +66,12 @@ class TrialGrowth:
     after: Mapping[str, int] | None = None
     strategy: Strategy = field(default_factory=Strategy)
 
+    @property
+    def words(self) -> str:
+        """What grows, in words."""
+        after = self.after or {}
+        return ", ".join(f"{axis} {self.widths[axis]} -> {after.get(axis, 'wider')}" for axis in sorted(self.axes))
+
 
 class Wide:
     """A wide model that is filled anew for each reading; what two readings share is left as it is."""

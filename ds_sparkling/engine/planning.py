@@ -10,13 +10,21 @@ from typing import Any
 
 from deepspeed import comm as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
-from torch import nn
 
-from ds_sparkling.discovery.build import BuildModel, base_widths, build_on_meta, check_wide, saved_buffers
+from ds_sparkling.discovery.build import (
+    BuildModel,
+    base_widths,
+    build_on_meta,
+    check_wide,
+    described_tensors,
+    saved_buffers,
+)
 from ds_sparkling.discovery.factory import named_inputs
+from ds_sparkling.discovery.fingerprint import fingerprint
 from ds_sparkling.discovery.forward import Inputs
-from ds_sparkling.discovery.proof import prove_function
-from ds_sparkling.discovery.resolve import Found, axes_to_grow
+from ds_sparkling.discovery.proof import Proof, prove_growth
+from ds_sparkling.discovery.resolve import axes_to_grow, planned
+from ds_sparkling.discovery.trial import TrialGrowth
 from ds_sparkling.engine.carry_over import preserved_rng
 from ds_sparkling.engine.fail_together import FailTogether, of_first_rank
 from ds_sparkling.engine.growing_run import GrowingRun
@@ -78,6 +86,8 @@ def knowing(
 ) -> GrowthRecord:
     """``record`` with the axes of the growths to come, each tried on a small instance of the model.
 
+    What the record has a proof of, for this very model, isn't tried again.
+
     Args:
         growths: the axes that will grow together, and their new widths.
         inputs: of the model's forward; by default those that ``config`` names, or random token ids.
@@ -86,12 +96,14 @@ def knowing(
         ConfigError: if the function that ``config`` names gives no inputs.
         PlanError: names the parameter that can't be told, or the module that a growth would change.
     """
+    tried_on = config.inputs if inputs is None else "given"
     if inputs is None and config.inputs is not None and config.check:
         inputs = named_inputs(config.inputs)
     wanted = [axis for growth in growths for axis in growth]
     widths = base_widths(build_model, [*record.widths, *wanted], record.widths)
     known = record.axes and widths.keys() == record.widths.keys() and set(wanted) <= set(record.tried)
-    doubts = []
+    coming = list(planned(widths, growths, config.strategy))
+    proofs: list[tuple[TrialGrowth, Proof]] = []
     if not known:
         grown = [growth.widths for growth in record.growths]
         found = axes_to_grow(
@@ -99,15 +111,19 @@ def knowing(
         )
         started = {axis: record.initial_widths.get(axis, width) for axis, width in widths.items()}
         record = replace(record, initial_widths=started, axes=found.axes, tried=found.tried)
-        doubts += [found.doubt] if growths and config.check else []
+        proofs = [(growth, found.proof) for growth in coming]
     elif config.check:
         proofs = [
-            prove_function(build_model, record.axes, widths, growth, config.strategy, inputs) for growth in growths
+            (growth, prove_growth(build_model, record.axes, growth, inputs))
+            for growth in coming
+            if record.proved.get(growth.words) != fingerprint(build_model, record.axes, growth, tried_on)
         ]
-        doubts += [Found(record.axes, proof, record.tried).doubt for proof in proofs]
-    for doubt in filter(None, doubts):
+    for doubt in dict.fromkeys(proof.doubt for _, proof in proofs if config.check and proof.doubt):
         logger.warning("%s", doubt)
-    return record
+    proved = {
+        growth.words: fingerprint(build_model, record.axes, growth, tried_on) for growth, proof in proofs if proof
+    }
+    return replace(record, proved={**record.proved, **proved})
 
 
 def agreed(find: Callable[[], GrowthRecord], all_ranks: FailTogether) -> GrowthRecord:
@@ -177,7 +193,7 @@ def check_same_model(
         refuse_parallelism()  # build_model may have asked for it
         if partitioned:
             refuse_compiled(model)
-        own = _described(model)
+        own = described_tensors(model)
     all_ranks.settle()
     first = of_first_rank(own, all_ranks)
     with all_ranks:
@@ -185,22 +201,6 @@ def check_same_model(
         if difference is not None:
             raise PlanError(f"build_model(**{dict(widths)}) doesn't make the same model on all ranks: {difference}")
     all_ranks.settle()
-
-
-def _described(model: nn.Module) -> dict[str, tuple[str, int]]:
-    """What ranks have to agree on: every parameter and buffer, in words, and its place in the order they come in.
-
-    A tensor that has two names has one place. Where places differ, one rank's collectives meet those of other tensors.
-    """
-    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    places: dict[int, int] = {}
-    return {
-        name: (
-            f"{'trained' if tensor.requires_grad else 'fixed'} {tensor.dtype} {tuple(tensor.shape)}",
-            places.setdefault(id(tensor), len(places) + 1),
-        )
-        for name, tensor in tensors
-    }
 
 
 def _difference(own: Mapping[str, tuple[str, int]], first: Mapping[str, tuple[str, int]]) -> str | None:

@@ -73,6 +73,8 @@ class GrowthRecord:
         growths: in order.
         tried: the axes of which ``axes`` is known to be right.
         spent: by the time of the checkpoint that the record is in; None if nobody knows.
+        proved: growths, in words, that were shown to keep the model's function, and the fingerprint of what that holds
+            for: the growth, the axes and the model.
     """
 
     initial_widths: dict[str, int]
@@ -80,6 +82,7 @@ class GrowthRecord:
     growths: tuple[RecordedGrowth, ...] = ()
     tried: tuple[str, ...] = ()
     spent: Spent | None = field(default=None, compare=False)
+    proved: dict[str, str] = field(default_factory=dict, compare=False)
 
     @property
     def widths(self) -> dict[str, int]:
@@ -113,6 +116,7 @@ class GrowthRecord:
             "stages": [growth.to_dict() for growth in self.growths],
             "tried": list(self.tried),
             "spent": None if self.spent is None else asdict(self.spent),
+            "proved": dict(self.proved),
             "axes": {name: axes.to_dict() for name, axes in self.axes.items()},
         }
 
@@ -129,6 +133,7 @@ class GrowthRecord:
             ),
             tuple(data["tried"]),
             Spent(**data["spent"]) if data.get("spent") else None,
+            dict(data.get("proved") or {}),
         )
 
     def write(self, checkpoint: Path) -> None:

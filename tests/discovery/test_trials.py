@@ -388,7 +388,7 @@ def test_trying_ends_and_says_how_to_go_without(
     monkeypatch.setattr(patience, "LIMIT", -1.0)
     with pytest.raises(PlanError, match=r'join\.weight .*0 s of trying weren\'t enough .*"check": false'):
         found(WithLabels, {"hidden": 16})
-    assert "weren't enough" in found(Cut, {"inner": 24}).doubt
+    assert "weren't enough" in found(Cut, {"inner": 24}).proof.doubt
 
 
 def test_a_reading_costs_little_once_a_model_is_built() -> None:

@@ -28,7 +28,7 @@ STRATEGY = Strategy(optimizer_state=OptimizerState.COPY_SCALED, perturbation=0.1
 def test_what_is_shared_is_read_and_proven(how: str) -> None:
     build = partial(shared_factory.build, how)
     found = axes_to_grow(build, WIDTHS, [WIDE], [], Strategy(), {}, check=True)
-    assert not found.doubt
+    assert not found.proof.doubt
     assert list(found.axes) == [name for name, _ in build().named_parameters()]
 
 
