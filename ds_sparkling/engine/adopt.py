@@ -19,7 +19,9 @@ from ds_sparkling.engine.fail_together import FailTogether
 from ds_sparkling.engine.grow import check_factories, fit_out
 from ds_sparkling.engine.growing_run import GrowingRun
 from ds_sparkling.engine.hugging_face_build import built_plainly
+from ds_sparkling.engine.internals import check_version
 from ds_sparkling.engine.notices import notice_plans
+from ds_sparkling.engine.optimizers import adapter_of
 from ds_sparkling.engine.parallelism import refuse_engine, refuse_parallelism
 from ds_sparkling.engine.planning import agreed, check_same_model, plan_growth, starting_record
 from ds_sparkling.engine.stepping import check_optimizer
@@ -73,7 +75,7 @@ def adopt(
     """
     all_ranks = FailTogether("adopting the engine")
     with all_ranks:
-        access.check_version()
+        check_version()
         warn_of_left_locks()  # a growth may load another op
         require_factory(build_model)
         check_factories(optimizer=optimizer, lr_scheduler=lr_scheduler, model_parameters=model_parameters)
@@ -131,7 +133,7 @@ def _check_remade(engine: DeepSpeedEngine, optimizer: object, lr_scheduler: obje
         raise UnsupportedError("mpu: model parallelism beyond expert parallelism can't be combined with growth yet")
     if engine.optimizer is None:
         raise ConfigError("the engine has no optimizer, so there is no training to grow in the middle of")
-    groups = [group for group in access.base_optimizer(engine).param_groups if not group.get("moe")]
+    groups = [group for group in adapter_of(engine).base.param_groups if not group.get("moe")]
     trained = {name for name, param in engine.module.named_parameters() if param.requires_grad}
     stepped = {name for names in access.group_names(engine) for name in names}
     if model_parameters is None and stepped != trained:

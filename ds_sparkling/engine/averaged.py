@@ -10,11 +10,11 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
 
 from ds_sparkling.discovery.build import build_alone
-from ds_sparkling.engine.access import full_shape
 from ds_sparkling.engine.carry_over import preserved_rng
 from ds_sparkling.engine.growing_run import GrowingRun, run_of
 from ds_sparkling.engine.hugging_face_build import built_plainly
 from ds_sparkling.engine.logical_names import Logical, held_parameters
+from ds_sparkling.engine.optimizers import adapter_of
 from ds_sparkling.errors import GrowthError, PlanError
 from ds_sparkling.growth import GrowthPlan, GrowthTables, Widener, grown_buffer
 
@@ -58,7 +58,8 @@ def grow_averaged(
     entries = dict(averaged.named_parameters()) if isinstance(averaged, nn.Module) else averaged
     prefix = _prefix(params, entries)
     weights = {name: entries[prefix + name].detach() for name in params}
-    if not _misfits({name: full_shape(param) for name, param in params.items()}, weights, held):
+    adapter = adapter_of(engine)
+    if not _misfits({name: adapter.full_shape(param) for name, param in params.items()}, weights, held):
         return averaged
     missed = _missed(run, weights, held)
     tables = [GrowthTables(plan) for plan in missed]

@@ -13,38 +13,12 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from ds_sparkling.discovery.build import saved_buffers
-from ds_sparkling.engine.access import base_optimizer, group_names
+from ds_sparkling.engine.access import group_names
+from ds_sparkling.engine.internals import COUNTERS
+from ds_sparkling.engine.optimizers import adapter_of
 from ds_sparkling.errors import GrowthError
 from ds_sparkling.growth import GrowthPlan, grown_buffer
 from ds_sparkling.optim.scheduler import regrouped_state
-
-_COUNTERS = (
-    "global_steps",
-    "global_samples",
-    "micro_steps",
-    "skipped_steps",
-    "_unmanaged_backward_count",
-    "_is_gradient_accumulation_boundary",
-    "_step_applied",
-    "_global_grad_norm",
-    "warn_unscaled_loss",
-    "enable_backward_allreduce",
-    "loaded_checkpoint_mp_world_size",
-    "loaded_checkpoint_dp_world_size",
-    "training_dataloader",
-    "tput_timer",
-    "torch_autocast_z0_gradscaler",
-)
-_LOSS_SCALE = (
-    "loss_scaler",
-    "dynamic_loss_scale",
-    "loss_scale_config",
-    "custom_loss_scaler",
-    "external_loss_scale",
-    "overflow",
-    "torch_autocast_gradscaler",
-    "_global_grad_norm",
-)
 
 
 class Carried:
@@ -52,12 +26,11 @@ class Carried:
 
     def __init__(self, engine: DeepSpeedEngine) -> None:
         self.step: int = engine.global_steps
-        self._counters = {name: getattr(engine, name) for name in _COUNTERS if hasattr(engine, name)}
-        optimizer = engine.optimizer
-        self._loss_scale = {name: getattr(optimizer, name) for name in _LOSS_SCALE if hasattr(optimizer, name)}
+        self._counters = {name: getattr(engine, name) for name in COUNTERS if hasattr(engine, name)}
+        self._step_state = adapter_of(engine).step_state()
         self._groups = [
             {key: value for key, value in group.items() if key != "params"}
-            for group in base_optimizer(engine).param_groups
+            for group in adapter_of(engine).base.param_groups
         ]
         self._group_names = group_names(engine)
         self._schedule = None if engine.lr_scheduler is None else engine.lr_scheduler.state_dict()
@@ -84,10 +57,9 @@ class Carried:
         """
         for name, value in self._counters.items():
             setattr(engine, name, value)
-        for name, value in self._loss_scale.items():
-            setattr(engine.optimizer, name, value)
+        adapter_of(engine).set_step_state(self._step_state)
         origins = self._origins(engine)
-        for group, origin in zip(base_optimizer(engine).param_groups, origins, strict=True):
+        for group, origin in zip(adapter_of(engine).base.param_groups, origins, strict=True):
             group.update(self._groups[origin])
         if self._schedule is not None:
             engine.lr_scheduler.load_state_dict(regrouped_state(self._schedule, origins))

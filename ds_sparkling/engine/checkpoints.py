@@ -11,9 +11,9 @@ from typing import Any
 
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from ds_sparkling.engine.access import clients_own
 from ds_sparkling.engine.fail_together import FailTogether
 from ds_sparkling.engine.growing_run import run_of
+from ds_sparkling.engine.internals import clients_own
 from ds_sparkling.errors import CheckpointError
 from ds_sparkling.files import whole_file
 from ds_sparkling.optim.step import BirthStep

@@ -6,10 +6,11 @@ there after a step. So what is looked at is whether a backward pass has reached 
 
 from __future__ import annotations
 
-from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
+from ds_sparkling.engine.internals import boundary_by_hand, unmanaged_backwards
+from ds_sparkling.engine.optimizers import adapter_of
 from ds_sparkling.errors import GrowthError
 
 
@@ -37,8 +38,8 @@ class GradientWatch:
         """Whether there are gradients that the next optimizer step would use."""
         if any(param.grad is not None and _any(param.grad) for param in self._trained):
             return True
-        # Without ZeRO all gradients are in param.grad, which a loop may have emptied to skip a batch.
-        return isinstance(self._engine.optimizer, ZeROOptimizer) and self._step == self._engine.global_steps
+        # Where all gradients are in param.grad, a loop may have emptied it to skip a batch.
+        return adapter_of(self._engine).gradients_elsewhere and self._step == self._engine.global_steps
 
     @property
     def unstepped(self) -> bool:
@@ -48,7 +49,7 @@ class GradientWatch:
     @property
     def waiting(self) -> bool:
         """Whether gradients are held for the micro-batches still to come, in a place where a growth may be due."""
-        by_hand = self._engine._is_gradient_accumulation_boundary  # set by accelerate, which calls step() at it only
+        by_hand = boundary_by_hand(self._engine)  # set by accelerate, which calls step() at it only
         if by_hand is None:
             between_passes = self._engine.managed_gradient_accumulation() and not self.unstepped
         else:
@@ -73,7 +74,7 @@ def _any(gradient: Tensor) -> bool:
 def _in_mid_step(engine: DeepSpeedEngine) -> bool:
     """Whether an engine has had backward passes that no optimizer step followed, by its own counters."""
     if not engine.managed_gradient_accumulation():
-        return bool(engine._unmanaged_backward_count)
-    if engine._is_gradient_accumulation_boundary is not None:
+        return bool(unmanaged_backwards(engine))
+    if boundary_by_hand(engine) is not None:
         return False  # it tells of the passes to come
     return bool(engine.micro_steps % engine.gradient_accumulation_steps())

@@ -17,7 +17,6 @@ from typing import Any
 
 import deepspeed
 from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.utils import groups
 from torch import nn
 
 from ds_sparkling.discovery.build import BuildModel, check_wide, require_factory
@@ -31,9 +30,11 @@ from ds_sparkling.engine.gradients import GradientWatch
 from ds_sparkling.engine.growing_run import GrowingRun, run_of
 from ds_sparkling.engine.hugging_face_build import built_plainly, weights_initialized
 from ds_sparkling.engine.in_place import Held
+from ds_sparkling.engine.internals import check_version, data_parallel_group
 from ds_sparkling.engine.logical_names import held_parameters
 from ds_sparkling.engine.move_shards import make_room, move
 from ds_sparkling.engine.notices import notice_growth, notice_plans
+from ds_sparkling.engine.optimizers import adapter_of
 from ds_sparkling.engine.parallelism import refuse_engine, refuse_parallelism
 from ds_sparkling.engine.planning import (
     agreed,
@@ -45,6 +46,7 @@ from ds_sparkling.engine.planning import (
     starting_record,
     warn_of_uncounted_experts,
 )
+from ds_sparkling.engine.shard import Shard
 from ds_sparkling.engine.start import meet
 from ds_sparkling.engine.stepping import check_optimizer, hook_step
 from ds_sparkling.engine.watch.diagnosis import Diagnosis
@@ -113,7 +115,7 @@ def initialize(
     """
     all_ranks = FailTogether("starting")
     with all_ranks:
-        access.check_version()
+        check_version()
         warn_of_left_locks()
         require_factory(build_model)
         check_factories(optimizer=optimizer, lr_scheduler=lr_scheduler, model_parameters=model_parameters)
@@ -250,7 +252,7 @@ class _Transition:
 
     run: GrowingRun
     plan: GrowthPlan
-    old: dict[str, access.Shard]
+    old: dict[str, Shard]
     carried: Carried
     group: Any
     held: Held
@@ -334,7 +336,7 @@ def _prepared(engine: DeepSpeedEngine, widths: dict[str, int], planned_step: int
             )
             run = replace(run, record=grown_record, plans=(*run.plans, plan))
         experts = {name for name, held in held_parameters(engine).items() if held.experts}
-        group = access.ordinary_group(engine, experts)
+        group = adapter_of(engine).partition_group(experts)
         growth = _Transition(
             run, plan, access.shards(engine), Carried(engine), group, Held(engine), bool(engine.is_compiled)
         )
@@ -387,7 +389,7 @@ def _engine(run: GrowingRun, group: Any = None) -> DeepSpeedEngine:
     # checkpoints have the layout that DeepSpeed gives a model built outside zero.Init. A grown engine stays with the
     # group of the first one, which may have been built otherwise, so that checkpoints can be loaded into one built so.
     partitioned = deepspeed.zero.Init(
-        data_parallel_group=group or groups._get_data_parallel_group(),
+        data_parallel_group=group or data_parallel_group(),
         config_dict_or_path=copy.deepcopy(config),
         enabled=zero_stage(config) == 3,
     )

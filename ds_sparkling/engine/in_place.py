@@ -11,7 +11,7 @@ from typing import Any
 
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from ds_sparkling.engine.access import base_optimizer
+from ds_sparkling.engine.optimizers import adapter_of
 from ds_sparkling.engine.stale_references import leave_word
 
 
@@ -25,7 +25,7 @@ class Held:
     def __init__(self, engine: DeepSpeedEngine) -> None:
         self._engine = engine
         self._module = engine.module
-        self._optimizer, self._base_optimizer = engine.optimizer, base_optimizer(engine)
+        self._optimizer, self._base_optimizer = engine.optimizer, adapter_of(engine).base
         self._scheduler, self._base_scheduler = engine.lr_scheduler, engine.lr_scheduler.base
 
     def become(self, grown: DeepSpeedEngine) -> DeepSpeedEngine:
@@ -37,7 +37,7 @@ class Held:
         """
         _become(self._base_scheduler, grown.lr_scheduler.base)
         _become(self._scheduler, grown.lr_scheduler)
-        _become(self._base_optimizer, base_optimizer(grown))
+        _become(self._base_optimizer, adapter_of(grown).base)
         _become(self._optimizer, grown.optimizer)
         _become(self._module, grown.module)
         grown.module, grown.optimizer, grown.lr_scheduler = self._module, self._optimizer, self._scheduler

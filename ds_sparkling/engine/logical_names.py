@@ -15,7 +15,8 @@ from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.moe.sharded_moe import MOELayer
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from ds_sparkling.engine.access import Shard, full_shape
+from ds_sparkling.engine.optimizers import adapter_of
+from ds_sparkling.engine.shard import Shard
 from ds_sparkling.errors import PlanError
 from ds_sparkling.spec.autoep import BlockNames, block_axes
 from ds_sparkling.spec.axes import ParamAxes
@@ -23,7 +24,7 @@ from ds_sparkling.spec.axes import ParamAxes
 Shape = tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Logical:
     """A parameter of the whole model, and what this rank holds of it before it is partitioned.
 
@@ -76,7 +77,7 @@ def _logical(engine: DeepSpeedEngine) -> Iterator[Logical]:
         if name in modules:
             yield from modules[name]
         elif name not in own:
-            yield experts.get(name, Logical(name, name))
+            yield experts.get(name, Logical(name=name, like=name))
 
 
 def _stacked(engine: DeepSpeedEngine) -> Iterator[Logical]:
@@ -86,7 +87,14 @@ def _stacked(engine: DeepSpeedEngine) -> Iterator[Logical]:
         stack = (layer.ep_rank * here, (layer.ep_rank + 1) * here)
         for leaf, _ in layer.experts.named_parameters():
             name = f"{block}.experts.{leaf}"
-            yield Logical(name, name, True, experts, experts // here, layer.top_k / experts, stack)
+            yield Logical(
+                name=name,
+                like=name,
+                experts=experts,
+                ranks=experts // here,
+                share=layer.top_k / experts,
+                stack=stack,
+            )
 
 
 def _modules(engine: DeepSpeedEngine) -> Iterator[tuple[str, Logical]]:
@@ -102,12 +110,14 @@ def _modules(engine: DeepSpeedEngine) -> Iterator[tuple[str, Logical]]:
             for leaf in leaves:
                 like = f"{prefix}.{expert - before if held else 0}.{leaf}"
                 name = f"{prefix}.{expert}.{leaf}"
-                yield f"{prefix}.0.{leaves[0]}", Logical(name, like, held, experts, layer.ep_size, share)
+                logical = Logical(name=name, like=like, here=held, experts=experts, ranks=layer.ep_size, share=share)
+                yield f"{prefix}.0.{leaves[0]}", logical
 
 
 def logical_shapes(engine: DeepSpeedEngine) -> dict[str, Shape]:
     """Shape of every parameter of the whole model, with all experts counted."""
-    local = {name: full_shape(param) for name, param in engine.module.named_parameters()}
+    adapter = adapter_of(engine)
+    local = {name: adapter.full_shape(param) for name, param in engine.module.named_parameters()}
     return {name: logical.whole(local[logical.like]) for name, logical in logical_parameters(engine).items()}
 
 

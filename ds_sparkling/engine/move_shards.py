@@ -14,9 +14,10 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
 from ds_sparkling.engine import access
-from ds_sparkling.engine.access import Shard
 from ds_sparkling.engine.fail_together import FailTogether
 from ds_sparkling.engine.logical_names import Logical, held_parameters, logical_parameters
+from ds_sparkling.engine.optimizers import adapter_of
+from ds_sparkling.engine.shard import Shard
 from ds_sparkling.errors import GrowthError
 from ds_sparkling.growth import GrowthPlan, GrowthTables, Widener
 from ds_sparkling.growth.widen import Statistics
@@ -31,7 +32,7 @@ def make_room(plan: GrowthPlan, old: dict[str, Shard], engine: DeepSpeedEngine) 
         GrowthError: if it isn't what was planned.
     """
     access.release_memory()
-    access.begin_writing(engine)
+    adapter_of(engine).begin_writing()
     access.make_states(engine, old, drop=plan.strategy.optimizer_state is OptimizerState.DROP)
     _check_shapes(plan, access.shards(engine), logical_parameters(engine))
 
@@ -46,7 +47,7 @@ def move(plan: GrowthPlan, old: dict[str, Shard], engine: DeepSpeedEngine, all_r
     with progress_bar(list(old), desc="growing", unit="tensor", shown=engine.global_rank == 0) as names:
         for name in names:
             _move_one(tables, held[name], old.pop(name), new.pop(name), engine.device, all_ranks)
-    access.finish_writing(engine)
+    adapter_of(engine).finish_writing()
 
 
 def _move_one(

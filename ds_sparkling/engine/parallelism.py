@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.runtime.sequence_parallel import parallel_state_sp
-from deepspeed.runtime.tensor_parallel import init_utils as tensor_parallel
 from deepspeed.utils import groups
 
+from ds_sparkling.engine.internals import sequence_parallel_ranks, tensor_parallel_ranks
 from ds_sparkling.errors import UnsupportedError
 
 
@@ -53,11 +52,8 @@ def _made() -> str:
     for kind in ("sequence", "model"):
         size = getattr(groups.mpu, f"get_{kind}_parallel_world_size", None)
         sizes[f"deepspeed.utils.groups.mpu, {kind} parallelism"] = size() if size is not None else 1
-    if parallel_state_sp._SEQUENCE_PARALLEL_GROUP is not None:
-        sizes["DeepSpeed's initialize_sequence_parallel"] = parallel_state_sp.get_sequence_parallel_world_size()
-    recorded = tensor_parallel._TP_MODEL_INIT_ARGS
-    if recorded is not None:
-        sizes["deepspeed.tp_model_init, tensor parallelism"] = recorded["tp_size"]
+    sizes["DeepSpeed's initialize_sequence_parallel"] = sequence_parallel_ranks()
+    sizes["deepspeed.tp_model_init, tensor parallelism"] = tensor_parallel_ranks()
     return next((f"{what} of {size} ranks" for what, size in sizes.items() if size > 1), "")
 
 

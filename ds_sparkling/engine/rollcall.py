@@ -27,6 +27,7 @@ import torch
 import torch.distributed
 from torch.distributed import DistError, distributed_c10d
 
+from ds_sparkling.engine.internals import abort_collectives, default_store
 from ds_sparkling.errors import GrowthError
 
 logger = logging.getLogger(__name__)
@@ -79,7 +80,7 @@ def roll_call(alike: str, patience: float | None = None) -> RollCall:
         GrowthError: after a failure that has left ranks in different places, or if the store is gone.
     """
     global _attendance
-    store: Any = distributed_c10d._get_default_store()
+    store: Any = default_store()
     if _attendance is None or _attendance.default() is not store:
         _attendance = _Attendance(store, 1 if _attendance is None else _attendance.generation + 1)
     if not _attendance.in_step:
@@ -396,7 +397,7 @@ class _Together:
         if self._failed_since is None:
             self._failed_since = time.monotonic()
             if not _on_cpu():
-                distributed_c10d._abort_process_group()
+                abort_collectives()
         elif time.monotonic() - self._failed_since > _STUCK and self._in_torch():
             self._call.end_stuck()
 

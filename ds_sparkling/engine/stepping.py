@@ -11,6 +11,7 @@ from torch import Tensor
 from ds_sparkling.engine import access
 from ds_sparkling.engine.growing_run import run_of
 from ds_sparkling.engine.logical_names import engine_axes, logical_parameters
+from ds_sparkling.engine.optimizers import adapter_of
 from ds_sparkling.errors import UnsupportedError
 from ds_sparkling.growth import Block, birth_blocks
 from ds_sparkling.growth.births import join, stretch
@@ -28,7 +29,7 @@ def hook_step(engine: DeepSpeedEngine) -> BirthStep:
     Returns:
         The step.
     """
-    optimizer = access.base_optimizer(engine)
+    optimizer = adapter_of(engine).base
     engine.lr_scheduler = RewarmupScheduler(engine.lr_scheduler, optimizer)
     norms = NormRatios(lambda: _parts_of(engine), lambda squares: _add_up(engine, squares))
     return BirthStep(optimizer, engine.lr_scheduler, access.master_groups(engine), lambda: blocks_of(engine), norms)
@@ -42,7 +43,7 @@ def check_optimizer(engine: DeepSpeedEngine, strategy: Strategy) -> None:
             others, or keeps more numbers per tensor than a step count; names what to change.
         PlanError: if the kind of a state isn't known.
     """
-    optimizer = access.base_optimizer(engine)
+    optimizer = adapter_of(engine).base
     name = type(optimizer).__name__
     for shard in access.shards(engine).values():
         for key in (*shard.states, *shard.wholes):

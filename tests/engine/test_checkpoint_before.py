@@ -31,7 +31,7 @@ def run_of_its_own(
     import torch
 
     import ds_sparkling
-    from ds_sparkling.engine.access import clients_own
+    from ds_sparkling.engine.internals import clients_own
 
     passed = on_all or torch.distributed.get_rank() == 0
     engine = tiny.initialize(case, checkpoint=directory)
@@ -89,7 +89,7 @@ def test_ranks_that_pass_no_state_follow_the_first(workers: Callable[[int], Work
 def resumed(case: Case, directory: str) -> tuple[dict[str, Any], str, dict[str, Any]]:
     """A client state over a resume, a growth, and another resume."""
     import ds_sparkling
-    from ds_sparkling.engine.access import clients_own
+    from ds_sparkling.engine.internals import clients_own
 
     engine = tiny.initialize(case, checkpoint=directory)
     tiny.train(engine, 2)

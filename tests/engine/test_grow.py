@@ -458,7 +458,7 @@ def test_an_optimizer_instance_is_refused(workers: Pool) -> None:
 def unknown_version() -> str:
     import deepspeed
 
-    from ds_sparkling.engine.access import check_version
+    from ds_sparkling.engine.internals import check_version
 
     version, deepspeed.__version__ = deepspeed.__version__, "9.9.9"
     try:

@@ -37,17 +37,18 @@ def engine_with(case: Case, optimizer: Callable[[Any], torch.optim.Optimizer]) -
 def averaged_loss(engine: Any) -> float:
     """The loss of the model with the optimizer's averaged weights."""
     from ds_sparkling.engine import access
+    from ds_sparkling.engine.optimizers import adapter_of
 
-    base: Any = access.base_optimizer(engine)
+    base: Any = adapter_of(engine).base
     masters = {master: base.param_groups[group] for master, group in access.master_groups(engine).items()}
     trained = {master: master.detach().clone() for master in masters}
     averages = {master: base.averaged(group, master) for master, group in masters.items()}
     losses = []
     for values in (averages, trained):
-        access.begin_writing(engine)
+        adapter_of(engine).begin_writing()
         for master, value in values.items():
             master.data.copy_(value)
-        access.finish_writing(engine)
+        adapter_of(engine).finish_writing()
         losses.append(tiny.evaluate(engine))
     return losses[0]
 

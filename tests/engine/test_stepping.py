@@ -81,9 +81,9 @@ class Recorder:
     """What goes into the base optimizer's step and what comes out, tensor by tensor."""
 
     def __init__(self, engine: Any) -> None:
-        from ds_sparkling.engine import access
+        from ds_sparkling.engine.optimizers import adapter_of
 
-        self.base = access.base_optimizer(engine)
+        self.base = adapter_of(engine).base
         self.before: dict[Tensor, tuple[dict[str, Any], Tensor, Tensor, dict[str, Any]]] = {}
         step = self.base.step
 
@@ -288,9 +288,9 @@ def fused_adam_matches_torch(top: dict[str, Any], bf16: bool) -> tuple[list[floa
     """Losses after a growth without ZeRO, where DeepSpeed's FusedAdam counts steps in one tensor of a group."""
     engine = grown(Case(1, 0, bf16=bf16, top=top))
     losses = tiny.train(engine, 11)
-    from ds_sparkling.engine import access
+    from ds_sparkling.engine.optimizers import adapter_of
 
-    steps = [int(state["step"]) for state in access.base_optimizer(engine).state.values() if "step" in state]
+    steps = [int(state["step"]) for state in adapter_of(engine).base.state.values() if "step" in state]
     return losses, steps
 
 

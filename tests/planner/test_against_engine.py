@@ -64,7 +64,7 @@ def master_bytes(engine: Any) -> tuple[int, int]:
 def measure(case: tiny.Case) -> dict[str, Any]:
     """Bytes of weights, masters and state before and after a growth, and bytes that it gathered on this rank."""
     import ds_sparkling
-    from ds_sparkling.engine.access import Shard
+    from ds_sparkling.engine.shard import Shard
 
     engine = tiny.initialize(case)
     tiny.train(engine, 1)

@@ -17,8 +17,9 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
 from ds_sparkling.engine import access
-from ds_sparkling.engine.access import Shard
 from ds_sparkling.engine.logical_names import engine_axes, held_parameters, logical_shapes
+from ds_sparkling.engine.optimizers import adapter_of
+from ds_sparkling.engine.shard import Shard
 from ds_sparkling.growth import GrowthPlan, Widener, make_plan
 from ds_sparkling.spec.partition import Piece
 
@@ -121,14 +122,14 @@ def _load(engine: DeepSpeedEngine, path: Path) -> None:
     """Copy this rank's pieces out of the file that :func:`_convert` wrote."""
     saved = torch.load(path, mmap=True)
     held = held_parameters(engine)
-    access.begin_writing(engine)
+    adapter_of(engine).begin_writing()
     access.make_states(engine, _templates(saved), drop=False)
     for name, shard in access.shards(engine).items():
         piece = shard.piece
         for key, part in {_WEIGHT: shard.weight, **shard.states}.items():
             whole = _of_slice(saved["tensors"][name][key], held[name].stack)
             part[: piece.numel].copy_(whole[piece.start : piece.stop])
-    access.finish_writing(engine)
+    adapter_of(engine).finish_writing()
 
 
 def _templates(saved: Mapping[str, Any]) -> dict[str, Shard]:
@@ -137,8 +138,8 @@ def _templates(saved: Mapping[str, Any]) -> dict[str, Shard]:
     states = dict.fromkeys(_STATES, nothing)
     return {
         name: Shard(
-            name,
-            tuple(tensors[_WEIGHT].shape),
+            name=name,
+            shape=tuple(tensors[_WEIGHT].shape),
             pieces=[],
             rank=0,
             group=None,

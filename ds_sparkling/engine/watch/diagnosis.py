@@ -15,8 +15,8 @@ from deepspeed import comm as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
 
-from ds_sparkling.engine import access
 from ds_sparkling.engine.growing_run import run_of
+from ds_sparkling.engine.optimizers import adapter_of
 from ds_sparkling.engine.watch.effective_rank import RankProbe
 from ds_sparkling.engine.watch.step_callbacks import ForwardHook, MonitorEvent
 from ds_sparkling.engine.watch.tensorboard import write_by_compute, writer_of
@@ -223,11 +223,11 @@ def _write_loads(writer: Any, tag: str, loads: Sequence[float], samples: int) ->
 
 def _routers(engine: DeepSpeedEngine) -> dict[str, Router]:
     """The routers of the engine's module and how many experts they choose from and for a token."""
-    found = {}
+    found, adapter = {}, adapter_of(engine)
     for name, module in routers(engine.module, BlockNames.from_config(engine.config)).items():
         linear = router_map(module)
         assert linear is not None
-        experts = access.full_shape(_weight(linear))[0]
+        experts = adapter.full_shape(_weight(linear))[0]
         top_k = getattr(module, "top_k", None)
         top_k = top_k if isinstance(top_k, int) else chosen_experts(engine.module)
         found[name] = Router(module, experts, top_k, _scoring(module, engine.module))

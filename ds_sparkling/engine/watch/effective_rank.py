@@ -7,9 +7,9 @@ from deepspeed import comm as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from ds_sparkling.engine import access
-from ds_sparkling.engine.access import Shard
 from ds_sparkling.engine.growing_run import run_of
 from ds_sparkling.engine.logical_names import Logical, engine_axes, logical_parameters, replicas
+from ds_sparkling.engine.shard import Shard
 from ds_sparkling.monitoring.sampling import Grid, chosen
 from ds_sparkling.monitoring.spectrum import effective_rank
 from ds_sparkling.monitoring.twin_distance import twin_dimension

@@ -11,9 +11,9 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
 from ds_sparkling.engine import access
-from ds_sparkling.engine.access import Shard
 from ds_sparkling.engine.growing_run import run_of
 from ds_sparkling.engine.logical_names import Logical, engine_axes, logical_parameters, replicas
+from ds_sparkling.engine.shard import Shard
 from ds_sparkling.monitoring.sampling import Grid, chosen, thinned
 from ds_sparkling.monitoring.twin_distance import twin_cosine, twin_dimension
 from ds_sparkling.spec.axes import ParamAxes
