@@ -7,11 +7,15 @@ from collections.abc import Callable, Iterator
 import pytest
 from hypothesis import HealthCheck, settings
 
+import launching
 from distributed import Workers
 
 # A busy machine is no failure.
 settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("unhurried")
+
+#: Fixtures that start ranks: tests that use one of them, or a fixture that does, are marked ``ranks``.
+RANKS = frozenset({"workers", "ranks", "launch"})
 
 
 @pytest.fixture(scope="session")
@@ -24,3 +28,14 @@ def workers() -> Iterator[Callable[[int], Workers]]:
     yield pool
     for started in pools.values():
         started.stop()
+
+
+@pytest.fixture(scope="session")
+def launch() -> launching.Launch:
+    return launching.launch
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if not RANKS.isdisjoint(getattr(item, "fixturenames", ())):
+            item.add_marker("ranks")

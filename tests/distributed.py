@@ -2,38 +2,68 @@
 
     results = workers(2).run(job, argument)     # job(argument) on both ranks; one result per rank
 
-A job is a function at the top of a test module. If it raises on any rank the test fails with that rank's traceback.
+A job is a function at the top of a test module. If it raises on any rank the test fails with that rank's traceback. If
+ranks hang, it fails with the stack of every thread of every rank.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import multiprocessing
 import os
-import socket
+import signal
+import sys
+import tempfile
+import time
 import traceback
-from collections.abc import Callable
-from multiprocessing.connection import Connection
+from collections.abc import Callable, Mapping
+from multiprocessing.connection import Connection, wait
+from multiprocessing.forkserver import ensure_running
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
-#: A rank that takes longer hangs; DeepSpeed compiles an op of its own the first time, for a minute or two.
-_TIMEOUT = 300.0
+from benchmarks.common import free_port
+from patience import QUIET, Patience
+
+#: Seconds that the others have once a rank has failed.
+AFTER_A_FAILURE = 10.0
+
+
+def forking() -> Any:
+    """The context of processes that start with what every rank needs imported.
+
+    They have one seed for hashes, unlike ranks that a launcher starts.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["rank_imports"])
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):  # the server has no other way to tests/
+        ensure_running()
+    return context
 
 
 class Workers:
-    """``ranks`` processes that form one gloo world."""
+    """``ranks`` processes that form one gloo world.
 
-    def __init__(self, ranks: int) -> None:
+    Args:
+        quiet: seconds in which no rank has computed anything, after which they hang.
+        environment: variables that every rank has besides.
+    """
+
+    def __init__(self, ranks: int, quiet: float = QUIET, environment: Mapping[str, str] | None = None) -> None:
         self.ranks = ranks
+        self.quiet = quiet
+        self.environment = dict(environment or {})
         self._connections: list[Connection] = []
         self._processes: list[Any] = []
+        self._stacks: list[Path] = []
 
     def run(self, job: Callable[..., Any], *args: Any) -> list[Any]:
         """Run ``job(*args)`` on every rank and return the results by rank."""
         answers = self.attempt(job, *args)
         failures = [f"--- rank {rank} ---\n{text}" for rank, (ok, text) in enumerate(answers) if not ok]
         if failures:
-            self.stop()
             raise AssertionError("\n".join(failures))
         return [result for _, result in answers]
 
@@ -43,38 +73,68 @@ class Workers:
             self._start()
         for connection in self._connections:
             connection.send((job, args))
-        answers: list[tuple[bool, Any]] = []
-        for rank, connection in enumerate(self._connections):
-            patience = 10.0 if any(not ok for ok, _ in answers) else _TIMEOUT
-            try:
-                answers.append(connection.recv() if connection.poll(patience) else (False, f"rank {rank} hangs"))
-            except EOFError:
-                answers.append((False, f"rank {rank} died"))
-        if any(not ok for ok, _ in answers):
+        answers = self._collect()
+        if missing := [rank for rank in range(self.ranks) if rank not in answers]:
+            stacks = self._dump_stacks()
+            answers |= {rank: (False, f"rank {rank} hangs\n{stacks[rank]}") for rank in missing}
+        if any(not ok for ok, _ in answers.values()):
             self.stop()
-        return answers
+        return [answers[rank] for rank in range(self.ranks)]
 
     def stop(self) -> None:
         for process in self._processes:
             process.kill()
         for process in self._processes:
             process.join()
-        self._connections, self._processes = [], []
+        for file in self._stacks:
+            file.unlink()
+        self._connections, self._processes, self._stacks = [], [], []
+
+    def _collect(self) -> dict[int, tuple[bool, Any]]:
+        """The answers by rank, without those of ranks that hang."""
+        answers: dict[int, tuple[bool, Any]] = {}
+        patience = Patience([process.pid for process in self._processes], self.quiet)
+        failed: float | None = None
+        while len(answers) < self.ranks and not patience.is_over():
+            if failed is not None and time.monotonic() - failed > AFTER_A_FAILURE:
+                break
+            missing = [rank for rank in range(self.ranks) if rank not in answers]
+            ready = wait([self._connections[rank] for rank in missing], timeout=1.0)
+            for rank in (rank for rank in missing if self._connections[rank] in ready):
+                try:
+                    answers[rank] = self._connections[rank].recv()
+                except EOFError:
+                    answers[rank] = (False, f"rank {rank} died")
+                if failed is None and not answers[rank][0]:
+                    failed = time.monotonic()
+        return answers
+
+    def _dump_stacks(self) -> list[str]:
+        """Of every rank the stacks of its threads, the one that runs the job last."""
+        for process in self._processes:
+            if process.is_alive():
+                os.kill(process.pid, signal.SIGUSR1)
+        time.sleep(1)
+        return [file.read_text() for file in self._stacks]
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        context, port = forking(), free_port()
         for rank in range(self.ranks):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self.ranks, port, theirs))
+            descriptor, stacks = tempfile.mkstemp(prefix=f"stacks-of-rank-{rank}-")
+            os.close(descriptor)
+            process = context.Process(target=_serve, args=(rank, self.ranks, port, theirs, stacks, self.environment))
             process.start()
+            theirs.close()
             self._connections.append(ours)
             self._processes.append(process)
+            self._stacks.append(Path(stacks))
 
 
-def _serve(rank: int, ranks: int, port: int, connection: Connection) -> None:
+def _serve(
+    rank: int, ranks: int, port: int, connection: Connection, stacks: str, environment: Mapping[str, str]
+) -> None:
+    faulthandler.register(signal.SIGUSR1, file=open(stacks, "w"), all_threads=True)  # noqa: SIM115 - for good
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -82,19 +142,11 @@ def _serve(rank: int, ranks: int, port: int, connection: Connection) -> None:
         LOCAL_WORLD_SIZE=str(ranks),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
-        OMP_NUM_THREADS="1",
-        DS_ACCELERATOR="cpu",  # several ranks, wherever the tests run
-        TORCHDYNAMO_DISABLE="1",  # Muon would compile its kernels on every rank
+        **environment,
     )
-    import logging
-    import warnings
-
     import deepspeed
     import torch
-    import torch._dynamo  # DeepSpeed's first engine would import it
 
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    deepspeed.utils.logger.setLevel(logging.ERROR)
     torch.set_num_threads(1)
     deepspeed.init_distributed(verbose=False)
     while True:

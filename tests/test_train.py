@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import subprocess
@@ -20,14 +21,15 @@ from ds_sparkling.growth import make_plan
 from ds_sparkling.models.olmoe import OlmoeConfig, OlmoeForCausalLM
 from ds_sparkling.models.text import Corpus
 from ds_sparkling.spec.config import read_json, sparkling_config, typed_block
-from launching import launch
+from launching import Launch
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.json"))
 
 
-def train(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return launch("ds_sparkling/train.py", *arguments)
+@pytest.fixture(scope="session")
+def train(launch: Launch) -> Launch:
+    return functools.partial(launch, "ds_sparkling/train.py")
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +47,9 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def finished(config: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+def finished(
+    config: Path, train: Launch, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, subprocess.CompletedProcess[str]]:
     output = tmp_path_factory.mktemp("run")
     return output, train("--deepspeed_config", str(config), "--output", str(output))
 
@@ -99,7 +103,7 @@ def test_tensorboard_shows_the_run(finished: tuple[Path, subprocess.CompletedPro
 
 
 def test_resume_ends_like_the_run_that_never_stopped(
-    config: Path, finished: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
+    config: Path, train: Launch, finished: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
     output, run = finished
     for tag in ("global_step2", "global_step6"):
@@ -112,7 +116,7 @@ def test_resume_ends_like_the_run_that_never_stopped(
 
 
 def test_a_finished_run_that_is_given_more_steps_ends_anew(
-    config: Path, finished: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
+    config: Path, train: Launch, finished: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
     output, run = finished
     more = read_json(config)
@@ -133,7 +137,7 @@ def test_a_finished_run_that_is_given_more_steps_ends_anew(
 
 
 def test_a_finished_run_is_not_overwritten(
-    config: Path, finished: tuple[Path, subprocess.CompletedProcess[str]]
+    config: Path, train: Launch, finished: tuple[Path, subprocess.CompletedProcess[str]]
 ) -> None:
     output, _ = finished
     again = train("--deepspeed_config", str(config), "--output", str(output))

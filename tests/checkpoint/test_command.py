@@ -206,6 +206,7 @@ def test_mistakes_in_a_hints_file_are_named(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.ranks
 def test_several_processes_write_the_same_files(saved: Path, tmp_path: Path) -> None:
     arguments = [*WIDTHS, *FACTORY, "--world-size", "4", "--expert-parallel", "4"]
     main([str(saved), str(tmp_path / "one"), *arguments])

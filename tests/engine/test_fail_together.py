@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+
+from benchmarks.common import free_port
+from distributed import forking
+
+pytestmark = pytest.mark.ranks
 
 #: What one rank of three does while the others are on their way to settle, and what all hear of it.
 PRIVATE = {
@@ -46,13 +49,9 @@ def serve(rank: int, ranks: int, port: int, answer: Connection, job: Callable[..
 def run(ranks: int, job: Callable[..., Any], *args: Any) -> list[Any]:
     """What ``job(*args)`` gives on every rank, in processes of their own; None from those that end before.
 
-    Nothing in there needs DeepSpeed, so a server that has imported torch once starts them fast.
+    Nothing in there needs DeepSpeed's process group.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "pytest", "ds_sparkling.engine.fail_together"])
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    context, port = forking(), free_port()
     pipes = [context.Pipe(duplex=False) for _ in range(ranks)]
     processes = [
         context.Process(target=serve, args=(rank, ranks, port, pipe[1], job, args)) for rank, pipe in enumerate(pipes)
@@ -263,13 +262,13 @@ def test_process_groups_are_destroyed_and_made_anew() -> None:
 
 QUIET_EXIT = """
 import time, torch
-from ds_sparkling.zero import rollcall
-from ds_sparkling.zero.all_ranks import Consensus
+from ds_sparkling.engine import rollcall
+from ds_sparkling.engine.fail_together import FailTogether
 torch.distributed.init_process_group("gloo")
 rollcall._BEAT = 0.0
 for _ in range(20):
-    Consensus("working").settle()
-all_ranks = Consensus("ending")
+    FailTogether("working").settle()
+all_ranks = FailTogether("ending")
 with all_ranks:
     time.sleep(0.05)
 all_ranks.settle()
@@ -277,9 +276,7 @@ all_ranks.settle()
 
 
 def test_a_script_ends_without_a_word_while_signs_of_life_are_given() -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     places = [
         {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} for rank in (0, 1)
     ]

@@ -146,10 +146,7 @@ def grown_after_an_early_import() -> tuple[float, float]:
     return before, float(engine(input_ids=tokens, labels=tokens, use_cache=False).loss)
 
 
-def test_a_mixture_that_only_the_first_rank_has_tried_grows_on_all() -> None:
-    fresh = Workers(2)  # no rank has seen the family's code
-    try:
-        for before, after in fresh.run(grown_after_an_early_import):
-            assert after == pytest.approx(before, rel=1e-5)
-    finally:
-        fresh.stop()
+def test_a_mixture_that_only_the_first_rank_has_tried_grows_on_all(workers: Callable[[int], Workers]) -> None:
+    workers(2).stop()  # ranks that are started anew haven't seen the family's code
+    for before, after in workers(2).run(grown_after_an_early_import):
+        assert after == pytest.approx(before, rel=1e-5)

@@ -128,6 +128,7 @@ engine = ds_sparkling.grow(engine, {{"hidden_size": 12}})
 """
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize(
     ("logging", "deepspeed"),
     [("", "WARNING"), ("logging.basicConfig(level=logging.INFO)", "INFO"), ("logging.basicConfig()", "ERROR")],

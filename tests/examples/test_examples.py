@@ -17,7 +17,7 @@ import torch
 
 from distributed import Workers
 from ds_sparkling.checkpoint.command import main as expand
-from launching import ROOT, launch
+from launching import ROOT, Launch
 
 EXAMPLES = ROOT / "docs" / "examples"
 STEPS, GROWTH, EVERY = 8, 4, 2
@@ -99,10 +99,8 @@ def losses(output: Path) -> list[tuple[int, float]]:
 @pytest.fixture(scope="module")
 def ranks() -> Iterator[Workers]:
     """Processes of their own: the libraries keep global state."""
-    pool = Workers(2)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MKL_CBWR", SAME_ROUNDING["MKL_CBWR"])
-        yield pool
+    pool = Workers(2, environment=SAME_ROUNDING)
+    yield pool
     pool.stop()
 
 
@@ -110,7 +108,7 @@ def ranks() -> Iterator[Workers]:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(launch: Launch, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("trainer")
     run = launch(
         "docs/examples/trainer.py", *arguments(short("trainer.json", output / "config"), output), **SAME_ROUNDING
@@ -174,7 +172,7 @@ def test_the_trainers_checkpoint_exports_to_what_it_saves(trained: Path, tmp_pat
 # -- accelerate -------------------------------------------------------------------------------------------------
 
 
-def test_accelerate_grows_and_resumes(ranks: Workers, tmp_path: Path) -> None:
+def test_accelerate_grows_and_resumes(ranks: Workers, launch: Launch, tmp_path: Path) -> None:
     script, config = "docs/examples/accelerate_loop.py", short("zero3.json", tmp_path)
     run = launch(script, *arguments(config, tmp_path / "whole"), **SAME_ROUNDING)
     assert run.returncode == 0, run.stderr[-3000:]
@@ -206,7 +204,7 @@ def engine_logits(config: str, directory: str) -> torch.Tensor:
         return engine(input_ids=IDS).logits.float()
 
 
-def test_the_plain_loop_grows_resumes_and_exports(ranks: Workers, tmp_path: Path) -> None:
+def test_the_plain_loop_grows_resumes_and_exports(ranks: Workers, launch: Launch, tmp_path: Path) -> None:
     config = short("zero3.json", tmp_path, expert_parallel=AUTOEP)
     run = launch("docs/examples/training_loop.py", *arguments(config, tmp_path / "run"), **SAME_ROUNDING)
     assert run.returncode == 0, run.stderr[-3000:]
