@@ -250,8 +250,10 @@ def start_anew() -> list[int]:
     for number in range(3):
         all_ranks = FailTogether(f"working {number}")
         found.append(of_first_rank(number + torch.distributed.get_rank(), all_ranks))
-        torch.distributed.barrier()
+        port = [str(free_port())]  # a rank might find the old store at the old one, about to end
+        torch.distributed.broadcast_object_list(port)
         torch.distributed.destroy_process_group()
+        os.environ["MASTER_PORT"] = port[0]
         torch.distributed.init_process_group("gloo")
     return found
 
