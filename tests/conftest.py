@@ -14,6 +14,8 @@ from distributed import Workers
 settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("unhurried")
 
+pytest_plugins = ["damage"]
+
 #: Fixtures that start ranks: tests that use one of them, or a fixture that does, are marked ``ranks``.
 RANKS = frozenset({"workers", "ranks", "launch"})
 
