@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from ds_sparkling.errors import ConfigError, PlanError
 from ds_sparkling.models.olmoe import OlmoeConfig, OlmoeForCausalLM
 from ds_sparkling.spec.config import sparkling_config
 from ds_sparkling.spec.strategy import INIT_PAIRS, Init, Scaling, Split, Strategy
+from pairwise import pairwise
 
 H, I = "hidden_size", "moe_intermediate_size"  # noqa: E741 - the paper's letters
 
@@ -47,38 +47,55 @@ def grown(axes: tuple[str, ...], ratio: float) -> dict[str, int]:
 AXES = ((I,), (H,), (H, I))
 
 
-@pytest.mark.parametrize("scaling", list(Scaling), ids=lambda s: s.value)
-@pytest.mark.parametrize("pair", INIT_PAIRS, ids=lambda p: f"{p[0].value}-{p[1].value}")
-def test_the_reference_model_keeps_what_every_strategy_promises(pair: tuple[Init, Init], scaling: Scaling) -> None:
+def named(case: Mapping[str, Any]) -> str:
+    return "-".join(str(getattr(value, "value", value)) for value in case.values())
+
+
+def is_strategy(pair: tuple[Init, Init], scaling: Scaling, **_: Any) -> bool:
+    """Random units change the function, which the strategy itself refuses to keep then."""
     try:
-        strategy = Strategy(*pair, scaling=scaling)
+        Strategy(*pair, scaling=scaling)
     except ConfigError:
-        assert scaling is Scaling.FUNCTION  # random units change the function, which the strategy itself refuses
+        assert scaling is Scaling.FUNCTION
+        return False
+    return True
+
+
+STRATEGIES = pairwise({"pair": INIT_PAIRS, "scaling": list(Scaling), "axes": AXES, "ratio": (1.5, 2, 3)}, is_strategy)
+
+
+@pytest.mark.parametrize("case", STRATEGIES, ids=named)
+def test_the_reference_model_keeps_what_every_strategy_promises(case: Mapping[str, Any]) -> None:
+    pair: tuple[Init, Init] = case["pair"]
+    scaling, axes, ratio = case["scaling"], case["axes"], case["ratio"]
+    strategy = Strategy(*pair, scaling=scaling)
+    if pair[0] is Init.RANDOM and scaling is Scaling.FUNCTION and H in axes:
+        with pytest.raises(PlanError, match=strategy.pair):
+            ds_sparkling.check_growth(build, None, grown(axes, ratio), strategy)
         return
-    for axes, ratio in itertools.product(AXES, (1.5, 2, 3)):
-        if pair[0] is Init.RANDOM and scaling is Scaling.FUNCTION and H in axes:
-            with pytest.raises(PlanError, match=strategy.pair):
-                ds_sparkling.check_growth(build, None, grown(axes, ratio), strategy)
-            continue
-        report = ds_sparkling.check_growth(build, None, grown(axes, ratio), strategy)
-        assert report.kept, report.describe()
-        exact = scaling is Scaling.FUNCTION or (
-            scaling is Scaling.RMS and pair == (Init.COPY, Init.COPY) and ratio == int(ratio)
-        )
-        assert (report.promise.difference is not None) == exact
-        assert (report.promise.bands == {}) == (exact or scaling is Scaling.NONE)
-        if exact:
-            assert report.difference < 1e-5
+    report = ds_sparkling.check_growth(build, None, grown(axes, ratio), strategy)
+    assert report.kept, report.describe()
+    exact = scaling is Scaling.FUNCTION or (
+        scaling is Scaling.RMS and pair == (Init.COPY, Init.COPY) and ratio == int(ratio)
+    )
+    assert (report.promise.difference is not None) == exact
+    assert (report.promise.bands == {}) == (exact or scaling is Scaling.NONE)
+    if exact:
+        assert report.difference < 1e-5
 
 
-@pytest.mark.parametrize(
-    "twins", [{"split": Split.parse("1:2")}, {"split": Split.parse("random")}, {"perturbation": 0.5}]
+TREATMENTS = pairwise(
+    {
+        "twins": [{"split": Split.parse("1:2")}, {"split": Split.parse("random")}, {"perturbation": 0.5}],
+        "scaled": [(Scaling.RMS, 2), (Scaling.RMS, 3), (Scaling.FUNCTION, 1.5)],
+        "axes": AXES,
+    }
 )
-@pytest.mark.parametrize(("scaling", "ratio"), [(Scaling.RMS, 2), (Scaling.RMS, 3), (Scaling.FUNCTION, 1.5)])
-@pytest.mark.parametrize("axes", AXES, ids="-".join)
-def test_what_is_done_to_the_consumers_of_twins_keeps_the_function(
-    axes: tuple[str, ...], scaling: Scaling, ratio: float, twins: dict[str, Any]
-) -> None:
+
+
+@pytest.mark.parametrize("case", TREATMENTS, ids=named)
+def test_what_is_done_to_the_consumers_of_twins_keeps_the_function(case: Mapping[str, Any]) -> None:
+    twins, (scaling, ratio), axes = case.values()
     report = ds_sparkling.check_growth(build, None, grown(axes, ratio), Strategy(scaling=scaling, **twins))
     assert report.kept, report.describe()
     assert report.promise.difference is not None
