@@ -21,7 +21,7 @@ class ModuleLevel(str, Enum):
     OUTSIDE = "outside"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModuleRms:
     """A module's output in the narrow and in the wide model.
 
@@ -55,12 +55,12 @@ def rows(model: nn.Module, changes: Iterable[Change]) -> list[ModuleRms]:
             found.setdefault(change.module, []).append(change)
     return [
         ModuleRms(
-            name,
-            type(model.get_submodule(name)).__name__,
-            places[name],
-            _root_mean_square([change.before for change in calls]),
-            _root_mean_square([change.after for change in calls]),
-            calls[0].expected,
+            module=name,
+            kind=type(model.get_submodule(name)).__name__,
+            place=places[name],
+            before=_root_mean_square([change.before for change in calls]),
+            after=_root_mean_square([change.after for change in calls]),
+            expected=calls[0].expected,
         )
         for name, calls in found.items()
     ]

@@ -24,7 +24,7 @@ from ds_sparkling.spec.axes import ParamAxes
 from ds_sparkling.spec.strategy import Strategy
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GrowthReport:
     """What a growth does to a model.
 
@@ -196,15 +196,15 @@ def _report(
     promise = promise_of(comparison.plan, runnable.dtype)
     broken = list(promise.broken(comparison.difference, shown))
     return GrowthReport(
-        plan,
-        comparison.plan,
-        runnable.instance.note,
-        runnable.dtype,
-        tuple(shown),
-        comparison.difference,
-        tuple(tallies(comparison.narrow, comparison.wide, comparison.plan)),
-        promise,
-        tuple(broken + ([refusal] if refusal else [])),
+        plan=plan,
+        small=comparison.plan,
+        note=runnable.instance.note,
+        dtype=runnable.dtype,
+        rows=tuple(shown),
+        difference=comparison.difference,
+        tallies=tuple(tallies(comparison.narrow, comparison.wide, comparison.plan)),
+        promise=promise,
+        broken=tuple(broken + ([refusal] if refusal else [])),
     )
 
 

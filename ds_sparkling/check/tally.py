@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ds_sparkling.growth import GrowthPlan, GrowthTables, Widener
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Tally:
     """All tensors of one kind together.
 
@@ -64,9 +64,10 @@ def _tally(kind: tuple[str, tuple[int, ...], tuple[int, ...]], members: list[tup
     old = len(members) * math.prod(kind[1])
     kept, drawn, zero = (sum(counts) for counts in zip(*(_counts(*member) for member in members), strict=True))
     return Tally(
-        kind[0],
-        len(members),
-        *kind[1:],
+        name=kind[0],
+        tensors=len(members),
+        before=kind[1],
+        after=kind[2],
         old=old,
         copied=kept - old,
         random=drawn,

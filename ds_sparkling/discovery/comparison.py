@@ -79,7 +79,7 @@ class Runnable:
         return _dtype(self.model)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Change:
     """One module's tensor in the narrow model and in the wide one.
 
@@ -100,7 +100,7 @@ class Change:
     same: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Comparison:
     """A grown model against the one it came from.
 
@@ -304,7 +304,14 @@ def compared(runnable: Runnable, plan: GrowthPlan, wide: nn.Module) -> Compariso
         largest = max(largest, found)
     (seen, _), (seen_wide, _) = watch(narrow, chosen.call), watch(wide, chosen.call)
     what = "outputs in training" if chosen.call.training else "logits"
-    return Comparison(plan, tuple(_changes(seen, seen_wide, plan)), largest, narrow, wide, what)
+    return Comparison(
+        plan=plan,
+        changes=tuple(_changes(seen, seen_wide, plan)),
+        difference=largest,
+        narrow=narrow,
+        wide=wide,
+        what=what,
+    )
 
 
 def grown(runnable: Runnable, axes: Mapping[str, ParamAxes], strategy: Strategy) -> tuple[GrowthPlan, nn.Module]:
@@ -371,7 +378,15 @@ def _changes(seen: list[Seen], seen_wide: list[Seen], plan: GrowthPlan) -> Itera
         wide = found.get(entry.key)
         if wide is not None:
             same = _holds_copies(entry.value * factor, wide)
-            yield Change(entry.module, entry.call, entry.side, _rms(entry.value), _rms(wide), factor, same)
+            yield Change(
+                module=entry.module,
+                call=entry.call,
+                side=entry.side,
+                before=_rms(entry.value),
+                after=_rms(wide),
+                expected=factor,
+                same=same,
+            )
 
 
 def _expected_factors(plan: GrowthPlan) -> dict[str, float]:

@@ -24,7 +24,7 @@ from ds_sparkling.spec.axes import Dim, Role
 _CHUNK = 1 << 16
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ZeroSumNoise:
     """The noise on one grown weight; an element's depends on the old weight's RMS and on its own index alone.
 

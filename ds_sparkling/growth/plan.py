@@ -278,7 +278,7 @@ def axis_growths(
             rigid = "it isn't only the width that a norm divides by the RMS of"
         elif norms and silent:
             rigid = f"{silent[0]} grows with it"
-        growths.append(AxisGrowth(axis, before[axis], width, bool(norms), groups.pop(), rigid))
+        growths.append(AxisGrowth(axis, before[axis], width, normed=bool(norms), groups=groups.pop(), rigid=rigid))
     for param_axes in axes.values():
         for leaf in param_axes.leaves:
             if leaf.groups in after and leaf.axis not in after:

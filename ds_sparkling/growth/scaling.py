@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 from torch import Tensor
@@ -37,6 +37,7 @@ class AxisGrowth:
     axis: str
     before: int
     after: int
+    _: KW_ONLY
     normed: bool
     groups: tuple[int, int] = (1, 1)
     rigid: str = ""
@@ -60,7 +61,7 @@ def rms_factor(before: int, after: int, both_copied: bool) -> float:
     return 1 / math.sqrt(1 + 3 * c) if c <= 1 else before / after
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class UnitScales:
     """Factors of the weights and of the gradients of an axis's units, float64 of shape [d'] each.
 

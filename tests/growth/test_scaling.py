@@ -35,7 +35,7 @@ integer_widenings = st.tuples(st.integers(1, 12), st.integers(2, 4)).map(lambda 
 
 
 def scales(pair: Pair, before: int, after: int, scaling: Scaling = Scaling.RMS, *, normed: bool = False) -> UnitScales:
-    return unit_scales(AxisGrowth("hidden", before, after, normed), Strategy(*pair, scaling=scaling))
+    return unit_scales(AxisGrowth("hidden", before, after, normed=normed), Strategy(*pair, scaling=scaling))
 
 
 # -- the table (method, Sec. 3.2) -----------------------------------------------------------------------------------
