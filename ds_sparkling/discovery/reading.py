@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
 
 from ds_sparkling.discovery.build import BuildModel, build_on_meta, saved_buffers, shapes_of
-from ds_sparkling.discovery.moves import HEADS, KEY_VALUE_HEADS, Move, find_moves, pair
+from ds_sparkling.discovery.moves import HEADS, KEY_VALUE_HEADS, Moves, find_moves, pair
 from ds_sparkling.discovery.roles import Candidates, OwnedParameter, candidates
 from ds_sparkling.errors import PlanError
 from ds_sparkling.spec.axes import Dim, ParamAxes, Role
@@ -52,15 +52,13 @@ class Reading:
     """What a model's parameters may be.
 
     Attributes:
-        kinds: parameters, and buffers of the state that move, which differ in numbers of their names alone, by pattern.
-        candidates: what each kind may be.
+        kinds: what the parameters, and the buffers of the state that move, may be; together for those of one kind.
         heads: per axis that embeddings carry, where multipliers and a tied head's factor can go.
         descriptions: per parameter, in the model's order, what is known of it, for an error.
         hinted: parameters of which a hint says all.
     """
 
-    kinds: Mapping[str, tuple[str, ...]]
-    candidates: Mapping[str, Candidates]
+    kinds: Sequence[Candidates]
     heads: Mapping[str, Head]
     descriptions: Mapping[str, str]
     hinted: frozenset[str] = frozenset()
@@ -72,7 +70,7 @@ class Reading:
     @property
     def uncertain(self) -> list[str]:
         """A parameter of every kind that nobody can be sure of without trying."""
-        return [names[0] for kind, names in self.kinds.items() if not self.candidates[kind].certain]
+        return [kind.names[0] for kind in self.kinds if not kind.certain]
 
     @property
     def likeliest(self) -> dict[str, ParamAxes]:
@@ -82,7 +80,7 @@ class Reading:
     def readings(self) -> Iterator[dict[str, ParamAxes]]:
         """Every way to read the model, the likeliest first."""
         powers = tuple(dict.fromkeys(_POWERS)) if self.heads else _POWERS[:1]
-        for rank, *ranks in _by_sum([len(powers), *self._choices().values()]):
+        for rank, *ranks in _by_sum([len(powers), *self._choices()]):
             yield from self._with_heads(self._chosen(ranks), *powers[rank])
 
     def alike(self) -> Iterator[dict[str, ParamAxes]]:
@@ -90,24 +88,22 @@ class Reading:
 
         Options are listed by orientation and then by layout, so equal shares of the way through the lists are alike.
         """
-        choices = self._choices().values()
+        choices = self._choices()
         parts = max(choices, default=1)
         ranks = ([part * count // parts for count in choices] for part in range(1, parts))
         for chosen in dict.fromkeys(map(tuple, ranks)):
             yield from self._with_heads(self._chosen(chosen), 0.0, 0.0)
 
-    def _choices(self) -> dict[str, int]:
+    def _choices(self) -> list[int]:
         """How many options every kind has that has more than one."""
-        return {kind: len(found.options) for kind, found in self.candidates.items() if len(found.options) > 1}
+        return [len(kind.options) for kind in self.kinds if len(kind.options) > 1]
 
     def _chosen(self, ranks: Sequence[int]) -> dict[str, ParamAxes]:
         """The axes by the rank of what is chosen for every kind that has a choice."""
-        chosen = dict(zip(self._choices(), ranks, strict=True))
-        axes = {
-            name: found.options[chosen.get(kind, 0)]
-            for kind, found in self.candidates.items()
-            for name in self.kinds[kind]
-        }
+        rank = iter(ranks)
+        axes: dict[str, ParamAxes] = {}
+        for kind in self.kinds:
+            axes |= dict.fromkeys(kind.names, kind.options[next(rank) if len(kind.options) > 1 else 0])
         return {name: axes[name] for name in self.descriptions}
 
     def _with_heads(
@@ -166,52 +162,50 @@ def read(build_model: BuildModel, widths: Mapping[str, int], hints: Mapping[str,
     Args, Raises: as :func:`probe`, but what can be told by trying is no error.
     """
     model = build_on_meta(build_model, widths)
-    kinds: dict[str, tuple[str, ...]] = {}
-    found: dict[str, Candidates] = {}
+    kinds: dict[str, Candidates] = {}
     descriptions: dict[str, str] = {}
     shapes = shapes_of(model)
     buffers = saved_buffers(model).keys()
     hinted = match_hints(hints or {}, hintable(shapes, buffers, hints or {}), "axes")
     moves = find_moves(build_model, widths, hinted.keys())
     for name in shapes:
-        place = _place(model, name)
-        moving = {position: moves[name, position] for position in range(len(place.shape)) if (name, position) in moves}
+        place = _place(model, name, moves)
         given = hinted.get(name)
-        if name in buffers and not moving:
+        if name in buffers and not place.moves:
             continue
-        options = candidates(place, moving) if given is None else Candidates((given,), True)
-        descriptions[name] = _description(place, moving)
-        if not options.options:
+        found = candidates(place) if given is None else Candidates((name,), (given,), True)
+        descriptions[name] = _description(place)
+        if not found.options:
             raise UnreadableError(descriptions[name])
         # Layers may have parameters of one name that aren't alike.
-        kind = f"{name_pattern(name)} {options}"
-        kinds[kind] = (*kinds.get(kind, ()), name)
-        found[kind] = options
-    axes = _likeliest(kinds, found)
+        kind = f"{name_pattern(name)} {found.options} {found.certain}"
+        kinds[kind] = replace(found, names=(*kinds[kind].names, name)) if kind in kinds else found
+    axes = _likeliest(kinds.values())
     groups, indices = _groups(build_model, widths, axes), _indices(axes)
-    found = {
+    settled = [
         # A buffer's entries may be of any type, so new ones are copies even of what is looked up.
-        kind: _settled(options, groups, set() if kinds[kind][0] in buffers else indices)
-        for kind, options in found.items()
-    }
-    heads = _heads(model, _likeliest(kinds, found))
-    return Reading(kinds, found, heads, descriptions, frozenset(hinted))
+        _settled(kind, groups, set() if kind.names[0] in buffers else indices)
+        for kind in kinds.values()
+    ]
+    return Reading(settled, _heads(model, _likeliest(settled)), descriptions, frozenset(hinted))
 
 
-def _likeliest(kinds: Mapping[str, tuple[str, ...]], found: Mapping[str, Candidates]) -> dict[str, ParamAxes]:
-    return {name: found[kind].options[0] for kind, names in kinds.items() for name in names}
+def _likeliest(kinds: Iterable[Candidates]) -> dict[str, ParamAxes]:
+    return {name: kind.options[0] for kind in kinds for name in kind.names}
 
 
-def _place(model: nn.Module, name: str) -> OwnedParameter:
+def _place(model: nn.Module, name: str, moves: Moves) -> OwnedParameter:
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
-    return OwnedParameter(name, module, tuple(getattr(module, leaf).shape))
+    shape = tuple(getattr(module, leaf).shape)
+    moving = {position: moves[name, position] for position in range(len(shape)) if (name, position) in moves}
+    return OwnedParameter(name, module, shape, moving)
 
 
-def _description(place: OwnedParameter, moves: Mapping[int, Move]) -> str:
-    dims = [TO_FILL if position in moves else {} for position in range(len(place.shape))]
+def _description(place: OwnedParameter) -> str:
+    dims = [TO_FILL if position in place.moves else {} for position in range(len(place.shape))]
     entry = json.dumps({name_pattern(place.name): {"dims": dims}})
-    moving = ", ".join(f"dimension {position} is {move}" for position, move in moves.items())
+    moving = ", ".join(f"dimension {position} is {move}" for position, move in place.moves.items())
     return (
         f"{place.name} ({type(place.owner).__name__}, shape {place.shape}): {moving}, and what that means can't be "
         f'told. Say it in "sparkling": {{"axes": {entry}}}, each "{TO_FILL}" replaced by something like '
@@ -258,7 +252,7 @@ def _settled(found: Candidates, groups: Mapping[str, str | int], indices: set[st
         return leaf
 
     options = [option.mapped(settle) for option in found.options]
-    return Candidates(tuple(dict.fromkeys(options)), found.certain)
+    return replace(found, options=tuple(dict.fromkeys(options)))
 
 
 def _heads(model: nn.Module, axes: Mapping[str, ParamAxes]) -> dict[str, Head]:

@@ -174,8 +174,9 @@ def _refuse_untold(
     It doesn't matter what a parameter is that has a part in the outputs and no say in them, as the bias of attention's
     keys, which is the same for all of them.
     """
-    for kind, names in reading.kinds.items():
-        for option in reading.candidates[kind].options:
+    for kind in reading.kinds:
+        names = kind.names
+        for option in kind.options:
             other = {name: _told_apart(axes[name], option, tried) for name in names}
             if all(other[name] == axes[name] for name in names):
                 continue

@@ -30,24 +30,34 @@ _FACTORS = ("gate_proj", "w1", *_QUERIES)
 
 @dataclass(frozen=True)
 class Candidates:
-    """What a parameter's dimensions may be.
+    """What the dimensions of parameters of one kind may be.
 
     Attributes:
+        names: the parameters; of a model, all whose names differ in numbers alone.
         options: the likeliest first; none if nothing is known of such a parameter.
         certain: whether the first is right even if nobody proves it.
     """
 
+    names: tuple[str, ...]
     options: tuple[ParamAxes, ...]
     certain: bool
 
 
 @dataclass(frozen=True)
 class OwnedParameter:
-    """A parameter and where it stands."""
+    """A parameter, where it stands, and what it does when widths move.
+
+    Attributes:
+        name: its name in the model.
+        owner: the module that holds it.
+        shape: its shape.
+        moves: dimension -> what that does, for those that move.
+    """
 
     name: str
     owner: nn.Module
     shape: tuple[int, ...]
+    moves: Mapping[int, Move]
 
     @property
     def leaf(self) -> str:
@@ -84,20 +94,16 @@ def makes_queries(name: str) -> bool:
     return any(part.lower() in _QUERIES + _FUSED_QKV for part in name.split(".")[-2:])
 
 
-def candidates(place: OwnedParameter, moves: Mapping[int, Move]) -> Candidates:
-    """What the dimensions of a parameter may be.
-
-    Args:
-        moves: dimension -> what it does, for those that move.
-    """
-    ndim = len(place.shape)
+def candidates(place: OwnedParameter) -> Candidates:
+    """What the dimensions of a parameter may be."""
+    ndim, moves, names = len(place.shape), place.moves, (place.name,)
     if not moves:
-        return Candidates((ParamAxes((FIXED,) * len(place.shape), stacked_experts=_stacked(place, moves)),), True)
+        return Candidates(names, (ParamAxes((FIXED,) * ndim, stacked_experts=_stacked(place)),), True)
     if place.is_buffer:
         ways = [_layouts(place, Role.PER_UNIT, moves[at])[0] if at in moves else [FIXED] for at in range(ndim)]
-        return Candidates(tuple(map(ParamAxes, itertools.product(*ways))), False)
+        return Candidates(names, tuple(map(ParamAxes, itertools.product(*ways))), False)
     options: list[ParamAxes] = []
-    stacked = _stacked(place, moves)
+    stacked = _stacked(place)
     orientations, told = _orientations(place, stacked)
     for rank, roles in enumerate(orientations):
         layouts = [
@@ -109,7 +115,7 @@ def candidates(place: OwnedParameter, moves: Mapping[int, Move]) -> Candidates:
         for dims in itertools.product(*(ways for ways, _ in layouts)):
             options.append(ParamAxes(dims, stacked_experts=stacked, norm=_norm(place)))
     unique = tuple(dict.fromkeys(options))
-    return Candidates(unique, told)
+    return Candidates(names, unique, told)
 
 
 def _orientations(place: OwnedParameter, stacked: bool) -> tuple[list[tuple[Role, ...]], bool]:
@@ -176,14 +182,14 @@ def _of_convolution(conv: _ConvNd, ndim: int) -> tuple[list[tuple[Role, ...]], b
     return [(*pair, *(into,) * (ndim - 2))], conv.groups == 1
 
 
-def _stacked(place: OwnedParameter, moves: Mapping[int, Move]) -> bool:
+def _stacked(place: OwnedParameter) -> bool:
     """Whether a parameter is one of experts stacked as [experts, ...] in a module of the model's own.
 
     What grows along its first dimension is none, unless something about it is called experts.
     """
     if place.is_of_torch:
         return False
-    first = [axis for axis, _ in moves[0].shares] if 0 in moves else []
+    first = [axis for axis, _ in place.moves[0].shares] if 0 in place.moves else []
     if first and not any("expert" in word.lower() for word in (*first, place.name, place.kind)):
         return False
     beside = any(param.dim() == 3 and len(param) == place.shape[0] for param in place.owner.parameters(recurse=False))

@@ -115,7 +115,7 @@ def test_a_family_is_read_or_refused_for_a_reason(family: str) -> None:
 def check_shapes(factory: HuggingFaceFactory, widths: dict[str, int], reading: Reading) -> None:
     narrow, wide = build_on_meta(factory, widths), build_on_meta(factory, doubled(widths))
     shapes = {name: tuple(param.shape) for name, param in wide.named_parameters()}
-    options = {name: reading.candidates[kind].options for kind, names in reading.kinds.items() for name in names}
+    options = {name: kind.options for kind in reading.kinds for name in kind.names}
     moved = set()
     for name, param in narrow.named_parameters():
         for option in options[name]:

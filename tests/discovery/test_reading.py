@@ -174,7 +174,7 @@ def test_readings_deviate_from_the_likeliest_as_little_as_they_can() -> None:
 
 def test_parameters_that_differ_in_numbers_alone_are_read_alike() -> None:
     reading = read(two_matrices, {W: 4})
-    assert sorted(reading.kinds.values()) == [
+    assert sorted(kind.names for kind in reading.kinds) == [
         ("layers_a.0.weight", "layers_a.1.weight"),
         ("layers_b.0.weight", "layers_b.1.weight"),
     ]
@@ -190,7 +190,7 @@ def test_layers_of_one_name_that_are_not_alike_are_read_apart() -> None:
         return nn.ModuleDict({"layers": nn.ModuleList(layers)})
 
     reading = read(build_model, {W: 4})
-    assert ("layers.0.weight", "layers.2.weight") in reading.kinds.values()
+    assert ("layers.0.weight", "layers.2.weight") in [kind.names for kind in reading.kinds]
     axes = next(reading.readings())
     assert axes["layers.0.weight"].dims == axes["layers.2.weight"].dims == (Dim(W, Role.FAN_OUT), FIXED)
     assert axes["layers.1.weight"].dims == (FIXED, Dim(W, Role.FAN_IN))

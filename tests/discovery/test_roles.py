@@ -51,8 +51,7 @@ def found(make: Make, parameter: str = "weight", name: str = "part", width: int 
         return nn.ModuleDict({"beside": nn.Linear(widths[axis], 3), name: make(widths[axis])})
 
     reading = read(build_model, {axis: width})
-    kind = next(kind for kind, names in reading.kinds.items() if f"{name}.{parameter}" in names)
-    return reading.candidates[kind]
+    return next(kind for kind in reading.kinds if f"{name}.{parameter}" in kind.names)
 
 
 @pytest.mark.parametrize(
@@ -297,7 +296,7 @@ def test_convolutions(make: Make, certain: bool, dims: tuple[Dim, ...]) -> None:
 def test_a_bias_of_a_depthwise_convolution_is_per_unit_and_of_another_an_output() -> None:
     for groups, expected in ((4, EACH), (1, OUT)):
         model = nn.Conv1d(4, 4, 3, groups=groups)
-        bias = candidates(OwnedParameter("conv.bias", model, (4,)), {0: Move((("width", 1),))})
+        bias = candidates(OwnedParameter("conv.bias", model, (4,), {0: Move((("width", 1),))}))
         assert bias.options == (ParamAxes((expected,)),)
 
 
