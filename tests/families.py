@@ -130,7 +130,7 @@ _OWN: dict[str, dict[str, Any]] = {
     },
 }
 
-#: model_type -> config: the families of the README's table, and others.
+#: model_type -> config: the families of the docs' table, and others.
 FAMILIES: dict[str, dict[str, Any]] = {
     **{family.config["model_type"]: dict(family.config) for family in family_list.FAMILIES},
     **{family: {"model_type": family, **_SIZES, **own} for family, own in _OWN.items()},

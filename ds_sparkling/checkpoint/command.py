@@ -129,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--world-size", type=int, metavar="N", help="data-parallel ranks of OUT; default: as it is")
     parser.add_argument("--expert-parallel", type=int, metavar="M", help="expert-parallel size of OUT; as it is")
     parser.add_argument("--format", choices=FORMATS, default="zero", help="of OUT (default: %(default)s)")
-    parser.add_argument("--workers", type=int, metavar="K", help=f"threads (default: {Request.workers})")
+    parser.add_argument("--workers", type=int, metavar="K", help="threads (default: one per core, 8 at most)")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and touch nothing")
     parser.add_argument(
         "--verify", action="store_true", help="check the checksums of CKPT before, and read OUT back after writing"

@@ -44,7 +44,7 @@ def adopt(
     on_growth: Callable[[DeepSpeedEngine], None] | None = None,
     read_only: bool = False,
 ) -> DeepSpeedEngine:
-    """Let an engine grow that ``deepspeed.initialize`` has made, in whosever hands it is.
+    """Enable growth on an engine that ``deepspeed.initialize`` has made.
 
     Collective; call it right after the engine has been made, before a checkpoint is loaded. Such an engine grows in
     place: the engine, its model, and the optimizer and the scheduler that ``deepspeed.initialize`` returned become the
@@ -59,8 +59,10 @@ def adopt(
             growth a checkpoint is saved there.
         tag: the checkpoint to look at; the one named in ``latest``, or in ``latest_universal`` where the engine loads
             universal ones, by default.
-        optimizer, lr_scheduler, model_parameters: functions that make anew, at a growth, what was passed to
+        optimizer: ``optimizer(params)``, which makes anew, at a growth, an optimizer that was passed to
             ``deepspeed.initialize``; as for :func:`~ds_sparkling.engine.grow.initialize`.
+        lr_scheduler: ``lr_scheduler(optimizer)``, likewise.
+        model_parameters: ``model_parameters(model)``, likewise.
         inputs: to try growths with; as for :func:`~ds_sparkling.engine.grow.initialize`.
         on_growth: called with the engine after each growth.
         read_only: ``checkpoint`` is what is resumed from, if anything, and nothing is saved there, as the loop saves by

@@ -45,8 +45,9 @@ class SparklingCallback(TrainerCallback):
         build_model: ``build_model(**widths) -> nn.Module``; the Trainer's model must be what it makes.
         checkpoint: what ``trainer.train(resume_from_checkpoint=...)`` is going to get, if anything; the model has to be
             built at the widths recorded there. Nothing is saved there but by the Trainer.
-        optimizer, model_parameters: functions that make anew, at a growth, an optimizer that isn't in the DeepSpeed
-            JSON, and its groups; as for :func:`ds_sparkling.adopt`.
+        optimizer: makes anew, at a growth, an optimizer that isn't in the DeepSpeed JSON; as for
+            :func:`ds_sparkling.adopt`.
+        model_parameters: makes its groups anew; as for :func:`ds_sparkling.adopt`.
         inputs: to try growths with; as for :func:`ds_sparkling.adopt`.
     """
 

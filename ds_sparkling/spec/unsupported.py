@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -13,44 +14,77 @@ from ds_sparkling.spec.config import value_at
 Config = Mapping[str, Any]
 
 
-_TRUE: Callable[[Any], bool] = bool
-_ABOVE_ONE: Callable[[Any], bool] = lambda value: isinstance(value, int) and value > 1  # noqa: E731
+@dataclass(frozen=True)
+class When:
+    """Which values of a setting are in the way.
 
-#: (path of the setting, when it is in the way, what it is)
-_REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    ("zero_optimization.offload_optimizer.device", lambda v: v == "nvme", "NVMe offload of the optimizer"),
-    ("zero_optimization.offload_param.device", lambda v: v == "nvme", "NVMe offload of parameters"),
-    ("zero_optimization.offload_optimizer.ratio", lambda v: v != 1.0, "partial optimizer offload (Twin-Flow)"),
-    ("zero_optimization.offload_optimizer.super_offload", _TRUE, "SuperOffload"),
-    ("zero_optimization.zenflow", _TRUE, "ZenFlow"),
-    ("zero_optimization.mics_shard_size", lambda v: isinstance(v, int) and v > 0, "MiCS"),
-    ("zero_optimization.zero_hpz_partition_size", _ABOVE_ONE, "hpZeRO"),
-    ("zero_optimization.zero_quantized_weights", _TRUE, "quantized weights (ZeRO++)"),
-    ("zero_optimization.zero_quantized_nontrainable_weights", _TRUE, "quantized weights (ZeRO++)"),
-    ("zero_optimization.zero_quantized_gradients", _TRUE, "quantized gradients (ZeRO++)"),
-    ("zero_optimization.elastic_checkpoint", _TRUE, "elastic checkpoints"),
-    ("tensor_parallel.autotp_size", _ABOVE_ONE, "tensor parallelism (AutoTP)"),
-    ("sequence_parallel_size", _ABOVE_ONE, "sequence parallelism"),
-    ("hybrid_engine.enabled", _TRUE, "the hybrid engine"),
-    ("compile.deepcompile", _TRUE, "DeepCompile"),
-    ("compression_training", _TRUE, "compression training"),
-    ("data_efficiency.enabled", _TRUE, "data efficiency (curriculum, random-LTD)"),
-    ("curriculum_learning.enabled", _TRUE, "curriculum learning"),
-    ("progressive_layer_drop.enabled", _TRUE, "progressive layer drop"),
-    ("eigenvalue.enabled", _TRUE, "eigenvalue-driven quantization"),
-    ("elasticity.enabled", _TRUE, "elastic training"),
+    Attributes:
+        holds: whether a value is.
+        words: the same for the docs.
+    """
+
+    holds: Callable[[Any], bool]
+    words: str
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A setting of DeepSpeed's that growth can't be combined with.
+
+    Attributes:
+        path: its dotted place in the JSON.
+        when: which values are in the way.
+        what: what it is.
+    """
+
+    path: str
+    when: When
+    what: str
+
+
+_ON = When(bool, "it is on")
+_NVME = When(lambda value: value == "nvme", "it is `nvme`")
+_NOT_ONE = When(lambda value: value != 1.0, "it isn't 1")
+_ABOVE_ZERO = When(lambda value: isinstance(value, int) and value > 0, "it is above 0")
+_ABOVE_ONE = When(lambda value: isinstance(value, int) and value > 1, "it is above 1")
+
+#: The docs' table of support is made from these.
+REFUSED: tuple[Refusal, ...] = (
+    Refusal("zero_optimization.offload_optimizer.device", _NVME, "NVMe offload of the optimizer"),
+    Refusal("zero_optimization.offload_param.device", _NVME, "NVMe offload of parameters"),
+    Refusal("zero_optimization.offload_optimizer.ratio", _NOT_ONE, "partial optimizer offload (Twin-Flow)"),
+    Refusal("zero_optimization.offload_optimizer.super_offload", _ON, "SuperOffload"),
+    Refusal("zero_optimization.zenflow", _ON, "ZenFlow"),
+    Refusal("zero_optimization.mics_shard_size", _ABOVE_ZERO, "MiCS"),
+    Refusal("zero_optimization.zero_hpz_partition_size", _ABOVE_ONE, "hpZeRO"),
+    Refusal("zero_optimization.zero_quantized_weights", _ON, "quantized weights (ZeRO++)"),
+    Refusal("zero_optimization.zero_quantized_nontrainable_weights", _ON, "quantized weights (ZeRO++)"),
+    Refusal("zero_optimization.zero_quantized_gradients", _ON, "quantized gradients (ZeRO++)"),
+    Refusal("zero_optimization.elastic_checkpoint", _ON, "elastic checkpoints"),
+    Refusal("tensor_parallel.autotp_size", _ABOVE_ONE, "tensor parallelism (AutoTP)"),
+    Refusal("sequence_parallel_size", _ABOVE_ONE, "sequence parallelism"),
+    Refusal("hybrid_engine.enabled", _ON, "the hybrid engine"),
+    Refusal("compile.deepcompile", _ON, "DeepCompile"),
+    Refusal("compression_training", _ON, "compression training"),
+    Refusal("data_efficiency.enabled", _ON, "data efficiency (curriculum, random-LTD)"),
+    Refusal("curriculum_learning.enabled", _ON, "curriculum learning"),
+    Refusal("progressive_layer_drop.enabled", _ON, "progressive layer drop"),
+    Refusal("eigenvalue.enabled", _ON, "eigenvalue-driven quantization"),
+    Refusal("elasticity.enabled", _ON, "elastic training"),
 )
-_REFUSED_OPTIMIZERS = ("onebitadam", "onebitlamb", "zerooneadam", "lamb")
+REFUSED_OPTIMIZERS = ("onebitadam", "onebitlamb", "zerooneadam", "lamb")
 
 
 def refuse_unsupported(config: Config) -> None:
     """Raise UnsupportedError for the first setting in the DeepSpeed config that growth can't be combined with."""
-    for path, in_the_way, what in _REFUSED:
-        value = value_at(config, path)
-        if value is not None and in_the_way(value):
-            raise UnsupportedError(f"{path} = {value!r}: {what} can't be combined with growth; switch it off")
+    for refusal in REFUSED:
+        value = value_at(config, refusal.path)
+        if value is not None and refusal.when.holds(value):
+            raise UnsupportedError(
+                f"{refusal.path} = {value!r}: {refusal.what} can't be combined with growth; switch it off"
+            )
     optimizer = str(value_at(config, "optimizer.type", ""))
-    if optimizer.lower() in _REFUSED_OPTIMIZERS:
+    if optimizer.lower() in REFUSED_OPTIMIZERS:
         raise UnsupportedError(
             f"optimizer.type = {optimizer!r} keeps state that isn't per element, so it can't be grown; use AdamW, "
             "Adam, SGD, Lion or Muon"

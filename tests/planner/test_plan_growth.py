@@ -88,7 +88,7 @@ def test_the_text_tells_everything(tmp_path: Path, capsys: pytest.CaptureFixture
 
 def test_the_readme_shows_what_comes_out(capsys: pytest.CaptureFixture[str]) -> None:
     _, out, _ = run(capsys, "--config", JOINT, "--world-size", 64, "--no-picture")
-    assert f"```\n{out}```\n" in (ROOT / "README.md").read_text()
+    assert f"```text\n{out}```\n" in (ROOT / "docs" / "guide" / "plan.md").read_text()
 
 
 def test_json_has_the_same_figures(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""The table of model families: every cell of the README's, and the command that makes it."""
+"""The table of model families: every cell of the docs', and the command that makes it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks.family_list import FAMILIES, Family
 from check_families import main
 from ds_sparkling.errors import ConfigError
 
-README = Path(__file__).parents[3] / "README.md"
+PAGE = Path(__file__).parents[3] / "docs" / "models.md"
 #: OLMoE's norms of queries and keys have sizes that follow from its hidden width.
 REFUSED = {("OLMoE", "heads")}
 
@@ -30,8 +30,8 @@ def test_plain_modules_keep_their_function_along_every_axis(family: Family) -> N
             assert cell.differences["module"] <= KEPT, column
 
 
-def test_the_readmes_table_is_whole() -> None:
-    table = README.read_text().partition(BEGIN)[2].partition(END)[0]
+def test_the_table_in_the_docs_is_whole() -> None:
+    table = PAGE.read_text().partition(BEGIN)[2].partition(END)[0]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line[:1] == "|"]
     assert rows[0] == ["family", *COLUMNS]
     assert [row[0].removesuffix(" (AutoEP)") for row in rows[2:]] == [family.name for family in FAMILIES]
