@@ -1,6 +1,6 @@
 """Whether growing keeps the function of Hugging Face's model families: every family along every axis, in every room.
 
-    python tools/check_families.py --write README.md
+    python tools/check_families.py --write docs/models.md
 
 Every model is tiny and its own code. Each cell is the largest difference of the logits after twice the width, with
 every unit copied, over the largest logit, all in fp32:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
+import importlib
 import inspect
 import re
 import sys
@@ -20,7 +21,6 @@ from unittest import mock
 import ds_sparkling
 import ds_sparkling.integrations
 from ds_sparkling import cli
-from ds_sparkling.spec.unsupported import REFUSED, REFUSED_OPTIMIZERS
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -44,6 +44,12 @@ def parser_of(command: Callable[[Sequence[str]], object]) -> argparse.ArgumentPa
     return found[0]
 
 
+def main_of(command: cli.Command) -> Callable[[Sequence[str]], object]:
+    """What a subcommand runs."""
+    main: Callable[[Sequence[str]], object] = importlib.import_module(command.module).main
+    return main
+
+
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table of Markdown."""
     lines = [head, ["---"] * len(head), *rows]
@@ -56,10 +62,10 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def commands() -> str:
     """A section for every subcommand: what it does, and its options."""
     sections = []
-    for name, (run, text) in cli.COMMANDS.items():
-        parser = parser_of(run)
+    for name, command in cli.COMMANDS.items():
+        parser = parser_of(main_of(command))
         options = table(("argument", "meaning"), [_option(parser, action) for action in _shown(parser)])
-        sections.append(f"## {name}\n\n`ds-sparkling {name}`: {text}.\n\n{options}")
+        sections.append(f"## {name}\n\n`ds-sparkling {name}`: {command.help}.\n\n{options}")
     return "\n\n".join(sections)
 
 
@@ -160,6 +166,8 @@ def constraints_without_markers(text: str) -> str:
 
 def refused() -> str:
     """The settings of DeepSpeed's that growth can't be combined with."""
+    from ds_sparkling.spec.unsupported import REFUSED, REFUSED_OPTIMIZERS  # here, so that --help doesn't wait for torch
+
     rows = [(f"`{refusal.path}`", refusal.when.words, refusal.what) for refusal in REFUSED]
     optimizers = ", ".join(f"`{name}`" for name in REFUSED_OPTIMIZERS)
     return f"{table(('setting', 'refused where', 'what it is'), rows)}\n\nOptimizers refused by name: {optimizers}."

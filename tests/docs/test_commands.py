@@ -17,7 +17,7 @@ import tiny
 from distributed import Workers
 from docs_pages import NAMES, ROOT, all_blocks, commands, spans
 from ds_sparkling import cli
-from make_docs import parser_of
+from make_docs import main_of, parser_of
 
 #: The pages' widths are for larger models.
 TINY_WIDTHS = {"moe_intermediate_size": 10, "hidden_size": 12}
@@ -46,7 +46,7 @@ def parse(words: Sequence[str]) -> None:
     known = {
         "bash": _bash,
         "python": _script,
-        "ds-sparkling": lambda rest: _parse(cli.COMMANDS[rest[0]][0], rest[1:]),
+        "ds-sparkling": lambda rest: _parse(main_of(cli.COMMANDS[rest[0]]), rest[1:]),
         "deepspeed": _deepspeed,
         "torchrun": _torchrun,
         "accelerate": _accelerate,
@@ -66,11 +66,9 @@ def _equal(found: Sequence[str], known: Sequence[str]) -> None:
 
 def _parse(command: Callable[[Sequence[str]], object], arguments: Sequence[str]) -> None:
     parser = parser_of(command)
-    if command is cli.COMMANDS["train"][0]:
+    if command is main_of(cli.COMMANDS["compare"]):  # the rest goes to the job
         _, job = parser.parse_known_args(arguments)
-        _script(["ds_sparkling/train.py", *job])
-    elif "--" in arguments:
-        parser.parse_args(arguments)
+        _script(["ds_sparkling/train.py", "--deepspeed_config", "configs/quickstart.json", *job])
     else:
         parser.parse_args(list(arguments))
 
@@ -185,7 +183,7 @@ def test_options_in_the_text_exist() -> None:
     from ds_sparkling.train import main as train
 
     tools = [importlib.import_module(path.stem).main for path in (ROOT / "tools").glob("*.py")]
-    parsers = [parser_of(main) for main in [*tools, *(run for run, _ in cli.COMMANDS.values()), train]]
+    parsers = [parser_of(main) for main in [*tools, *map(main_of, cli.COMMANDS.values()), train]]
     known = {option for parser in [*parsers, get_args_parser()] for option in parser._option_string_actions}
     known |= set(re.findall(r'"(--\w+)"', Path(runner.__file__).read_text())) | {"--compare"}
     for page in NAMES:
@@ -235,7 +233,7 @@ def test_checkpoints_are_expanded(
     (tmp_path / "checkpoints").symlink_to(checkpoints)
     Path("config.json").write_text("{}")
     given = [re.sub(r"(\w+)=\d+", lambda axis: f"{axis[1]}={TINY_WIDTHS[axis[1]]}", word) for word in arguments]
-    cli.COMMANDS["expand-zero-ckpt"][0](given)
+    main_of(cli.COMMANDS["expand-zero-ckpt"])(given)
     assert list(Path(arguments[1]).iterdir())
 
 
@@ -258,7 +256,7 @@ def test_plans_checks_and_schedules_are_made(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     Path("config.json").write_text(json.dumps(LLAMA))
-    cli.COMMANDS[command][0](list(arguments))
+    main_of(cli.COMMANDS[command])(list(arguments))
     out = capsys.readouterr().out
     assert json.loads(out) if "--json" in arguments else out
 
@@ -268,5 +266,5 @@ def test_reports_are_made(arguments: tuple[str, ...], tmp_path: Path, monkeypatc
     event_files.grown(tmp_path / "runs" / "one", event_files.job())
     event_files.from_scratch(tmp_path / "runs" / "two")
     monkeypatch.chdir(tmp_path)
-    cli.COMMANDS["report"][0](list(arguments))
+    main_of(cli.COMMANDS["report"])(list(arguments))
     assert (tmp_path / "report" / "report.html").is_file() is ("--text" not in arguments)
