@@ -164,6 +164,16 @@ def constraints_without_markers(text: str) -> str:
     return "\n".join(line.partition(";")[0].strip() for line in text.splitlines())
 
 
+def optimizers() -> str:
+    """The optimizers of DeepSpeed's that there is an adapter for."""
+    from ds_sparkling.engine.internals import CHECKED_VERSIONS
+    from ds_sparkling.engine.optimizers import ADAPTERS
+
+    rows = [(f"`{kind.__name__}`", f"`{adapter.__name__}`") for kind, adapter in ADAPTERS.items()]
+    versions = ", ".join(CHECKED_VERSIONS)
+    return table(("`engine.optimizer`", "adapter"), rows) + f"\n\nChecked against DeepSpeed {versions}."
+
+
 def refused() -> str:
     """The settings of DeepSpeed's that growth can't be combined with."""
     from ds_sparkling.spec.unsupported import REFUSED, REFUSED_OPTIMIZERS  # here, so that --help doesn't wait for torch
@@ -179,7 +189,7 @@ def refused() -> str:
 MADE: dict[str, dict[str, Callable[[], str]]] = {
     "reference/cli.md": {"commands": commands, "checkout tools": checkout_tools},
     "reference/api.md": {"api": api},
-    "support.md": {"versions": versions, "refused": refused},
+    "support.md": {"versions": versions, "optimizers": optimizers, "refused": refused},
 }
 
 
