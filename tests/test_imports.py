@@ -41,7 +41,7 @@ MAY_IMPORT = {
     "job": FOUNDATION | GROUND | {"engine", "planner"},
     "train": {"job"},
     "cli": {"job", "check", "checkpoint", "planner", "report"},  # by the table of commands
-    "": {"check", "discovery", "engine", "spec"},  # the package's public names
+    "": {"check", "discovery", "engine", "errors", "spec"},  # the package's public names
 }
 
 #: What works where importing DeepSpeed is an error.
