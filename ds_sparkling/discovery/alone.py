@@ -8,6 +8,7 @@ refused by its name.
 
 All of torch.distributed ends in methods of ProcessGroup, and its functional collectives in operators; these are
 replaced, for the calling thread only. A tensor may be on any device, meta included, whatever the group's backend.
+They are replaced here and not by the engine room's hooks, which this room can't import: the context undoes all of it.
 """
 
 from __future__ import annotations

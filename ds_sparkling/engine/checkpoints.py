@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from deepspeed.runtime.engine import DeepSpeedEngine
 
+from ds_sparkling.engine import hooks
 from ds_sparkling.engine.fail_together import FailTogether
 from ds_sparkling.engine.growing_run import run_of
 from ds_sparkling.engine.internals import clients_own
@@ -99,8 +100,8 @@ def hook_checkpoints(engine: DeepSpeedEngine, step: BirthStep) -> None:
                 )
         return result
 
-    engine.save_checkpoint = save_checkpoint
-    engine.load_checkpoint = load_checkpoint
+    hooks.SAVE_CHECKPOINT.install(engine, save_checkpoint)
+    hooks.LOAD_CHECKPOINT.install(engine, load_checkpoint)
 
 
 @contextmanager
@@ -114,14 +115,10 @@ def _writes_held(checkpoint_engine: Any, all_ranks: FailTogether) -> Iterator[No
 
         return guarded
 
-    names = ("makedirs", "save", "commit")
-    for name in names:
-        setattr(checkpoint_engine, name, held(getattr(checkpoint_engine, name)))
-    try:
+    with ExitStack() as stack:
+        for hook in (hooks.MAKE_DIRECTORIES, hooks.WRITE_FILE, hooks.COMMIT_FILES):
+            stack.enter_context(hook.during(checkpoint_engine, held(getattr(checkpoint_engine, hook.attribute))))
         yield
-    finally:
-        for name in names:
-            delattr(checkpoint_engine, name)
 
 
 def _check_schedule(engine: DeepSpeedEngine, path: Path | None) -> None:

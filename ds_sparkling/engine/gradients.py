@@ -9,6 +9,7 @@ from __future__ import annotations
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
+from ds_sparkling.engine.hooks import until_unhooked
 from ds_sparkling.engine.internals import boundary_by_hand, unmanaged_backwards
 from ds_sparkling.engine.optimizers import adapter_of
 from ds_sparkling.errors import GrowthError
@@ -27,7 +28,8 @@ class GradientWatch:
         self._micro_step = -1
         self._trained = [param for param in engine.module.parameters() if param.requires_grad]
         for param in self._trained:
-            param.register_post_accumulate_grad_hook(self._accumulated)
+            hook = param.register_post_accumulate_grad_hook(self._accumulated)
+            until_unhooked(engine, hook.remove)
 
     def _accumulated(self, _: Tensor) -> None:
         self._step = self._engine.global_steps

@@ -28,6 +28,7 @@ from ds_sparkling.engine.extension_locks import warn_of_left_locks
 from ds_sparkling.engine.fail_together import FailTogether, of_first_rank
 from ds_sparkling.engine.gradients import GradientWatch
 from ds_sparkling.engine.growing_run import GrowingRun, run_of
+from ds_sparkling.engine.hooks import ENGINE_CLASS, RUN
 from ds_sparkling.engine.hugging_face_build import built_plainly, weights_initialized
 from ds_sparkling.engine.in_place import Held
 from ds_sparkling.engine.internals import check_version, data_parallel_group
@@ -405,7 +406,7 @@ def _engine(run: GrowingRun, group: Any = None) -> DeepSpeedEngine:
     )
     fit_out(engine, run)
     if run.on_growth is None:
-        engine.__class__ = GrowingEngine
+        ENGINE_CLASS.install(engine, GrowingEngine)
     return engine
 
 
@@ -413,12 +414,9 @@ def fit_out(engine: DeepSpeedEngine, run: GrowingRun) -> None:
     """Hang ``run`` onto a fresh engine, and put its scheduler, optimizer step, checkpoints and monitors in order."""
     refuse_engine(engine)
     monitored = _agree_with_first_rank(engine, run)
-    engine.sparkling = replace(
-        run,
-        parameters=parameter_counts(engine, run.record),
-        monitored=monitored,
-        gradients=GradientWatch(engine),
-    )
+    gradients = GradientWatch(engine)
+    counts = parameter_counts(engine, run.record)
+    RUN.install(engine, replace(run, parameters=counts, monitored=monitored, gradients=gradients))
     if run.plan is None and engine.global_rank == 0:
         warn_of_uncounted_experts(engine, run.record)
     step = hook_step(engine)

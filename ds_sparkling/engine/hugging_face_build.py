@@ -10,6 +10,8 @@ from typing import Any
 import deepspeed
 from torch import nn
 
+from ds_sparkling.engine.hooks import INITIALIZE_WEIGHTS
+
 
 @contextmanager
 def built_plainly() -> Iterator[None]:
@@ -39,14 +41,11 @@ def weights_initialized() -> Iterator[None]:
         yield
         return
     pretrained = transformers.PreTrainedModel
-    initialize = pretrained._initialize_weights
+    initialize = getattr(pretrained, INITIALIZE_WEIGHTS.attribute)
 
     def gathered(model: nn.Module, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         with deepspeed.zero.GatheredParameters(list(module.parameters(recurse=False)), modifier_rank=0):
             return initialize(model, module, *args, **kwargs)
 
-    pretrained._initialize_weights = gathered
-    try:
+    with INITIALIZE_WEIGHTS.during(pretrained, gathered):
         yield
-    finally:
-        pretrained._initialize_weights = initialize

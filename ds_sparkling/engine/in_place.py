@@ -11,6 +11,7 @@ from typing import Any
 
 from deepspeed.runtime.engine import DeepSpeedEngine
 
+from ds_sparkling.engine.hooks import recast
 from ds_sparkling.engine.optimizers import adapter_of
 from ds_sparkling.engine.stale_references import leave_word
 
@@ -55,5 +56,4 @@ def _become(old: Any, new: Any) -> None:
     """Give ``old`` the class and the attributes of ``new``, and every change to come."""
     if old is new or not hasattr(new, "__dict__"):
         return
-    object.__setattr__(old, "__class__", new.__class__)
-    object.__setattr__(old, "__dict__", new.__dict__)
+    recast(old, new.__class__, new.__dict__)

@@ -27,6 +27,7 @@ import torch
 import torch.distributed
 from torch.distributed import DistError, distributed_c10d
 
+from ds_sparkling.engine.hooks import WAIT
 from ds_sparkling.engine.internals import abort_collectives, default_store
 from ds_sparkling.errors import GrowthError
 
@@ -429,11 +430,8 @@ def _waits_in_slices(failed: Callable[[], bool]) -> Iterator[None]:
             if failed():
                 raise InterruptedWaitError("another rank has failed")
 
-    work.wait = wait
-    try:
+    with WAIT.during(work, wait):
         yield
-    finally:
-        work.wait = plain
 
 
 def _absence(gone: list[int], ranks: int) -> str:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from ds_sparkling.engine.hooks import recast
 from ds_sparkling.errors import GrowthError
 
 #: What may be asked of a parameter that is gone, as those who add up memory ask of whatever tensor they find.
@@ -26,9 +27,9 @@ def leave_word(thing: Any, what: str, instead: str) -> None:
         instead: what to use in its place, for the error.
     """
     vars(thing).clear()
-    object.__setattr__(thing, _FATE, f"this {what} was grown and is gone; go on with {instead}")
+    vars(thing)[_FATE] = f"this {what} was grown and is gone; go on with {instead}"
     gone = _GoneParameter if isinstance(thing, nn.Parameter) else type(type(thing).__name__, (_Gone, type(thing)), {})
-    object.__setattr__(thing, "__class__", gone)
+    recast(thing, gone)
 
 
 def _fate(thing: Any) -> str:

@@ -8,7 +8,7 @@ from deepspeed import comm as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
-from ds_sparkling.engine import access
+from ds_sparkling.engine import access, hooks
 from ds_sparkling.engine.growing_run import run_of
 from ds_sparkling.engine.logical_names import engine_axes, logical_parameters
 from ds_sparkling.engine.optimizers import adapter_of
@@ -30,9 +30,11 @@ def hook_step(engine: DeepSpeedEngine) -> BirthStep:
         The step.
     """
     optimizer = adapter_of(engine).base
-    engine.lr_scheduler = RewarmupScheduler(engine.lr_scheduler, optimizer)
+    hooks.LR_SCHEDULER.install(engine, RewarmupScheduler(engine.lr_scheduler, optimizer))
     norms = NormRatios(lambda: _parts_of(engine), lambda squares: _add_up(engine, squares))
-    return BirthStep(optimizer, engine.lr_scheduler, access.master_groups(engine), lambda: blocks_of(engine), norms)
+    step = BirthStep(optimizer, engine.lr_scheduler, access.master_groups(engine), lambda: blocks_of(engine), norms)
+    hooks.until_unhooked(engine, step.give_back)
+    return step
 
 
 def check_optimizer(engine: DeepSpeedEngine, strategy: Strategy) -> None:

@@ -67,7 +67,14 @@ class BirthStep:
         def step(_: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
             return self.step(*args, **kwargs)
 
+        self._replaced = vars(optimizer).get("step")  # where torch's schedulers leave theirs
         optimizer.step = types.MethodType(step, optimizer)  # type: ignore[method-assign]
+
+    def give_back(self) -> None:
+        """Let the optimizer step by itself again."""
+        del self._optimizer.step
+        if self._replaced is not None:
+            self._optimizer.step = self._replaced  # type: ignore[method-assign]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, **arguments: Any) -> Any:

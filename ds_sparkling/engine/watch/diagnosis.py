@@ -16,6 +16,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
 
 from ds_sparkling.engine.growing_run import run_of
+from ds_sparkling.engine.hooks import BACKWARD, until_unhooked
 from ds_sparkling.engine.optimizers import adapter_of
 from ds_sparkling.engine.watch.effective_rank import RankProbe
 from ds_sparkling.engine.watch.step_callbacks import ForwardHook, MonitorEvent
@@ -54,8 +55,10 @@ class Diagnosis:
         self._ranks: RankProbe | None = None
         self._activations = ActivationMeter(repeated_blocks(engine.module))
         self._routing = RoutingMeter(_routers(engine))
-        engine.module.register_forward_pre_hook(ForwardHook(self._before_forward))
-        engine.module.register_forward_hook(ForwardHook(self._after_forward), always_call=True)
+        before = engine.module.register_forward_pre_hook(ForwardHook(self._before_forward))
+        after = engine.module.register_forward_hook(ForwardHook(self._after_forward), always_call=True)
+        until_unhooked(engine, before.remove)
+        until_unhooked(engine, after.remove)
 
     def due(self, step: int) -> bool:
         """Whether the optimizer step that makes it ``step`` steps in all is diagnosed: every so many steps, and the
@@ -188,7 +191,7 @@ class LossWatch:
                 self._micro.append(loss.detach().float().reshape(()) / parts)
             return plain_backward(loss, retain_graph, scale_wrt_gas, **kwargs)
 
-        engine.backward = backward
+        BACKWARD.install(engine, backward)
 
     def after_step(self) -> None:
         engine, run = self._engine, run_of(self._engine)

@@ -1,4 +1,4 @@
-"""Being there before and after every optimizer step of an engine, and in its module's forward passes."""
+"""Callbacks before and after each optimizer step of an engine, and in its module's forward passes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from deepspeed.runtime.engine import DeepSpeedEngine
+
+from ds_sparkling.engine.hooks import STEP
 
 #: What monitors are given: tag, value, and the samples trained on.
 MonitorEvent = tuple[str, float, int]
@@ -37,7 +39,7 @@ def observe_steps(engine: DeepSpeedEngine, observers: Sequence[StepObserver]) ->
                 observer.after_step()
         return result
 
-    engine.step = stepped
+    STEP.install(engine, stepped)
 
 
 class ForwardHook:

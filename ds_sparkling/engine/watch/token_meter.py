@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ds_sparkling.engine.growing_run import run_of
+from ds_sparkling.engine.hooks import until_unhooked
 from ds_sparkling.engine.watch.step_callbacks import ForwardHook, MonitorEvent
 from ds_sparkling.spec.record import Spent
 
@@ -26,7 +27,8 @@ class SpentMeter:
     def __init__(self, engine: DeepSpeedEngine) -> None:
         self._engine = engine
         self._seen = 0
-        engine.module.register_forward_pre_hook(ForwardHook(self._see), with_kwargs=True)
+        seeing = engine.module.register_forward_pre_hook(ForwardHook(self._see), with_kwargs=True)
+        until_unhooked(engine, seeing.remove)
 
     def _see(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         if module.training and torch.is_grad_enabled():
