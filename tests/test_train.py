@@ -20,7 +20,7 @@ from ds_sparkling.errors import ConfigError
 from ds_sparkling.growth import make_plan
 from ds_sparkling.models.olmoe import OlmoeConfig, OlmoeForCausalLM
 from ds_sparkling.models.text import Corpus
-from ds_sparkling.spec.config import read_json, sparkling_config, typed_block
+from ds_sparkling.spec.config import read_json, sparkling_config
 from launching import Launch
 
 ROOT = Path(__file__).parents[1]
@@ -155,7 +155,7 @@ def test_help() -> None:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_can_be_planned(path: Path) -> None:
     data = read_json(path)
-    model_config = typed_block(OlmoeConfig, data, "model")
+    model_config = OlmoeConfig.from_dict(data["model"], "model")
     block = sparkling_config(data)
 
     def build_model(**widths: int) -> OlmoeForCausalLM:

@@ -64,7 +64,9 @@ def _check(options: argparse.Namespace) -> GrowthReport:
     from ds_sparkling.spec.config import read_json, sparkling_config
 
     fan_out, fan_in = _PAIRS[options.init]
-    strategy = Strategy(fan_out, fan_in, Init(options.norm), Scaling(options.scaling), seed=options.seed)
+    strategy = Strategy(
+        fan_out=fan_out, fan_in=fan_in, norm=Init(options.norm), scaling=Scaling(options.scaling), seed=options.seed
+    )
     build_model = find_factory(options.model)
     block = sparkling_config(read_json(options.deepspeed_config) if options.deepspeed_config else {})
     inputs = options.inputs or block.inputs

@@ -48,11 +48,6 @@ class ParamPlan:
             "after": list(self.after),
         }
 
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> ParamPlan:
-        axes = ParamAxes.from_dict(data["axes"])
-        return cls(data["name"], axes, tuple(data["before"]), tuple(data["after"]))
-
 
 @dataclass(frozen=True)
 class GrowthPlan:
@@ -130,17 +125,6 @@ class GrowthPlan:
             "buffers": [buffer.to_dict() for buffer in self.buffers],
             "active_share": dict(self.active_share) if isinstance(self.active_share, Mapping) else self.active_share,
         }
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> GrowthPlan:
-        return cls(
-            data["number"],
-            tuple(AxisGrowth(**{**growth, "groups": tuple(growth["groups"])}) for growth in data["growths"]),
-            Strategy.from_dict(data["strategy"]),
-            tuple(map(ParamPlan.from_dict, data["params"])),
-            data["active_share"],
-            tuple(map(ParamPlan.from_dict, data["buffers"])),
-        )
 
     def describe(self, *, fraction: float | None = None) -> str:
         """The plan as a few lines and a table with one row per kind of parameter.

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Annotated, Any
 
+from pydantic import Field, PlainValidator, model_validator
+
+from ds_sparkling.errors import CheckpointError
+from ds_sparkling.spec.checked import Checked, Integer, Number, Switch, checked
 from ds_sparkling.spec.strategy import Rewarmup, RewarmupCurve, Scope
 
 
@@ -30,21 +34,34 @@ def warmup_cosine(t: float, *, warmup: int, total: int, start: float, peak: floa
     return end + 0.5 * (peak - end) * (1.0 + math.cos(math.pi * (t - warmup) / (total - warmup)))
 
 
-@dataclass(frozen=True)
-class CosineBase:
-    """A base schedule in its cosine phase.
+def _count(value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"must be a number of steps, got {value!r}")
+    return value
 
-    Attributes:
-        remaining: T - t_e, steps until it reaches its end.
-        ends: eta_min of every parameter group.
-        total: T, steps from its start to its end.
-        warmup: T_w, those of them before the cosine.
-    """
 
-    remaining: int
-    ends: tuple[float, ...]
-    total: int
-    warmup: int
+#: Steps as a schedule counts them; torch's take 100.0 as well as 100.
+Steps = Annotated[int, PlainValidator(_count)]
+
+
+@checked()
+class CosineBase(Checked):
+    """A base schedule in its cosine phase."""
+
+    ERROR = CheckpointError
+
+    remaining: Steps = Field(description="T - t_e, steps until it reaches its end.")
+    ends: tuple[Number, ...] = Field(description="eta_min of every parameter group.")
+    total: Steps = Field(description="T, steps from its start to its end.")
+    warmup: Steps = Field(description="T_w, those of them before the cosine.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_any_version(cls, data: Any) -> Any:
+        """Earlier versions wrote neither the total nor the warm-up."""
+        if not isinstance(data, Mapping):
+            return data
+        return {"total": data.get("remaining"), "warmup": 0, **data}
 
     def peak(self, group: int, start: float) -> float:
         """eta_max of a group, by the rate ``start`` at which it now stands."""
@@ -52,34 +69,22 @@ class CosineBase:
         end = self.ends[group]
         return end + 2.0 * (start - end) / (1.0 + math.cos(math.pi * done))
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, for a checkpoint."""
-        return {**vars(self), "ends": list(self.ends)}
 
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> CosineBase:
-        """What :meth:`to_dict` gave; without the last two keys, as earlier versions wrote it, too."""
-        remaining = data["remaining"]
-        return cls(remaining, tuple(data["ends"]), data.get("total", remaining), data.get("warmup", 0))
+@checked()
+class Birth(Checked):
+    """The schedule of the elements that one growth made."""
 
+    ERROR = CheckpointError
 
-@dataclass(frozen=True)
-class Birth:
-    """The schedule of the elements that one growth made.
-
-    Attributes:
-        rewarmup: ratio rho, steps tau_w and scope.
-        starts: eta_e = eta(t_e), the base rate of every parameter group at the growth.
-        base: the rest of the base's cosine, if the curve is the paper's; None for a factor on the base rate.
-        restart: whether Adam's bias correction counts from the birth.
-        age: steps done since the growth, t - t_e.
-    """
-
-    rewarmup: Rewarmup
-    starts: tuple[float, ...]
-    base: CosineBase | None
-    restart: bool
-    age: int = 0
+    rewarmup: Rewarmup = Field(description="Ratio rho, steps tau_w and scope.")
+    starts: tuple[Number, ...] = Field(
+        description="eta_e = eta(t_e), the base rate of every parameter group at the growth."
+    )
+    base: CosineBase | None = Field(
+        description="The rest of the base's cosine, if the curve is the paper's. null for a factor on the base rate."
+    )
+    restart: Switch = Field(description="Whether Adam's bias correction counts from the birth.")
+    age: Integer = Field(default=0, description="Steps done since the growth, t - t_e.")
 
     def older(self) -> Birth:
         """The same one step later."""
@@ -130,27 +135,6 @@ class Birth:
         if decay is None:
             return 1.0 + (ratio - 1.0) * (self.age / steps if self.age < steps else 1.0)
         return warmup_cosine(self.age, warmup=steps, total=steps + decay, start=1.0, peak=ratio, end=1.0)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, for a checkpoint."""
-        return {
-            "rewarmup": self.rewarmup.to_dict(),
-            "starts": list(self.starts),
-            "base": None if self.base is None else self.base.to_dict(),
-            "restart": self.restart,
-            "age": self.age,
-        }
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Birth:
-        base = data["base"]
-        return cls(
-            Rewarmup.from_dict(data["rewarmup"]),
-            tuple(data["starts"]),
-            None if base is None else CosineBase.from_dict(base),
-            data["restart"],
-            data["age"],
-        )
 
 
 def rates_by_birth(births: Sequence[Birth], group: int, base_rate: float) -> list[float]:

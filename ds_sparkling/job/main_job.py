@@ -20,6 +20,7 @@ import deepspeed
 import torch
 from deepspeed import comm as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
+from pydantic import Field
 from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -37,32 +38,29 @@ from ds_sparkling.job.variants import Variant
 from ds_sparkling.models.olmoe import OlmoeConfig, olmoe_factory
 from ds_sparkling.models.text import Corpus
 from ds_sparkling.progress import progress_bar
-from ds_sparkling.spec.config import read_json, typed_block
+from ds_sparkling.spec.checked import Checked, Integer, checked
+from ds_sparkling.spec.config import read_json
 from ds_sparkling.spec.record import Spent
 from ds_sparkling.spec.run_summary import RunSummary
 
 
-@dataclass(frozen=True)
-class TrainingConfig:
-    """The ``"training"`` block.
+@checked(kw_only=True)
+class TrainingConfig(Checked):
+    """The ``"training"`` block."""
 
-    Attributes:
-        steps: optimizer steps in all.
-        sequence_length: tokens per sequence.
-        seed: of the weights and the data order.
-        evaluate_every: steps between validations.
-        evaluate_batches: validation batches, each of a micro step's size over all ranks.
-        save_every: steps between checkpoints; 0 saves only before a growth and at the end.
-        log_every: steps between points in TensorBoard and on the progress bar.
-    """
-
-    steps: int
-    sequence_length: int
-    seed: int = 0
-    evaluate_every: int = 100
-    evaluate_batches: int = 8
-    save_every: int = 0
-    log_every: int = 10
+    steps: Integer = Field(description="Optimizer steps in all.")
+    sequence_length: Integer = Field(description="Tokens per sequence.")
+    seed: Integer = Field(default=0, description="Seed of the weights and the data order.")
+    evaluate_every: Integer = Field(default=100, description="Optimizer steps between validations.")
+    evaluate_batches: Integer = Field(
+        default=8, description="Validation batches, each of a micro step's size over all ranks."
+    )
+    save_every: Integer = Field(
+        default=0, description="Optimizer steps between checkpoints. 0 saves only before a growth and at the end."
+    )
+    log_every: Integer = Field(
+        default=10, description="Optimizer steps between points in TensorBoard and on the progress bar."
+    )
 
 
 @dataclass
@@ -252,8 +250,8 @@ def run(args: argparse.Namespace) -> None:
     with all_ranks:
         variant = Variant(args.variant)
         config = as_variant(read_json(args.deepspeed_config), variant)
-        training = typed_block(TrainingConfig, config, "training")
-        model_config = typed_block(OlmoeConfig, config, "model")
+        training = TrainingConfig.from_dict(config.get("training", {}), "training")
+        model_config = OlmoeConfig.from_dict(config.get("model", {}), "model")
         corpus = Corpus.from_path(args.data) if args.data else Corpus.standard_library()
         corpus.check(length=training.sequence_length, vocabulary=model_config.vocab_size)
         output = _output_directory(args)

@@ -10,7 +10,7 @@ from ds_sparkling.job.variants import Variant
 from ds_sparkling.models.olmoe import OlmoeConfig, olmoe_factory
 from ds_sparkling.planner.compute import Recipe
 from ds_sparkling.planner.model import probe_model
-from ds_sparkling.spec.config import BLOCK, SparklingConfig, sparkling_config, typed_block, value_at
+from ds_sparkling.spec.config import BLOCK, SparklingConfig, sparkling_config, value_at
 
 #: scheduler.type -> those of its parameters that are numbers of steps. Whatever else a scheduler's parameters say holds
 #: for any length.
@@ -56,7 +56,11 @@ def equal_steps(config: Mapping[str, Any]) -> int:
     """
     block, steps, final = sparkling_config(config), _steps(config), _final(sparkling_config(config))
     model = probe_model(
-        olmoe_factory(typed_block(OlmoeConfig, config, "model")), final, block.widths, final, hints=block.axes
+        olmoe_factory(OlmoeConfig.from_dict(config.get("model", {}), "model")),
+        final,
+        block.widths,
+        final,
+        hints=block.axes,
     )
     active, widths = [model.active(model.widths)], dict(model.widths)
     for growth in block.growths:

@@ -11,44 +11,51 @@ V vocabulary, A attention heads, G key/value heads, D head_dim.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
+
+from ds_sparkling.spec.checked import Checked, Integer, Number, Switch, Text, checked
 
 _INIT_STD = 0.02
 
 
-@dataclass
-class OlmoeConfig:
+@checked(kw_only=True)
+class OlmoeConfig(Checked):
     """Sizes of the model; the defaults are the paper's 0.5B/2.5B (450M active, 2.56B total parameters)."""
 
-    vocab_size: int = 50304
-    hidden_size: int = 1024
-    moe_intermediate_size: int = 512
-    num_hidden_layers: int = 24
-    num_attention_heads: int = 16
-    num_key_value_heads: int = 4
-    head_dim: int = 96
-    num_experts: int = 64
-    num_experts_per_tok: int = 8
-    norm_topk_prob: bool = False
-    router_aux_loss_coef: float = 0.01
-    rope_theta: float = 10000.0
-    rms_norm_eps: float = 1e-6
-    tie_word_embeddings: bool = True
-    hidden_act: str = "silu"  # AutoEP reads it
+    vocab_size: Integer = Field(default=50304, description="Tokens that the model knows.")
+    hidden_size: Integer = Field(default=1024, description="Width of the residual stream.")
+    moe_intermediate_size: Integer = Field(default=512, description="Inner width of one expert.")
+    num_hidden_layers: Integer = Field(default=24, description="Decoder layers.")
+    num_attention_heads: Integer = Field(default=16, description="Query heads of a layer.")
+    num_key_value_heads: Integer = Field(default=4, description="Key/value heads of a layer, shared by query heads.")
+    head_dim: Integer = Field(default=96, description="Width of one head.")
+    num_experts: Integer = Field(default=64, description="Experts of a layer.")
+    num_experts_per_tok: Integer = Field(default=8, description="Experts that one token passes through.")
+    norm_topk_prob: Switch = Field(
+        default=False, description="Whether the chosen experts' probabilities are scaled to sum to one."
+    )
+    router_aux_loss_coef: Number = Field(default=0.01, description="Weight of the load-balancing loss.")
+    rope_theta: Number = Field(default=10000.0, description="Base of the rotary frequencies.")
+    rms_norm_eps: Number = Field(default=1e-6, description="Added to the mean square in norms.")
+    tie_word_embeddings: Switch = Field(
+        default=True, description="Whether the output head shares the embedding's weights."
+    )
+    hidden_act: Text = Field(default="silu", description="Activation of the experts, which AutoEP reads.")
 
     def __post_init__(self) -> None:
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
-                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "
+                f"{{path}}: num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "
                 f"({self.num_key_value_heads})"
             )
         if self.num_experts_per_tok > self.num_experts:
             raise ValueError(
-                f"num_experts_per_tok ({self.num_experts_per_tok}) exceeds num_experts ({self.num_experts})"
+                f"{{path}}: num_experts_per_tok ({self.num_experts_per_tok}) exceeds num_experts ({self.num_experts})"
             )
 
 

@@ -8,16 +8,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from ds_sparkling.errors import CheckpointError
 from ds_sparkling.files import whole_file
 from ds_sparkling.monitoring.alarms import ExpertAlarm, LossAlarm, TwinAlarm
+from ds_sparkling.spec.checked import Checked, Measured, checked
 from ds_sparkling.spec.record import Spent
 
 logger = logging.getLogger(__name__)
 
 FILE_NAME = "ds_sparkling_diagnostics.json"
+
+
+@checked()
+class _Ratios(Checked):
+    """The file's contents: RMS(out) / RMS(in) of blocks, by name."""
+
+    ERROR = CheckpointError
+
+    ratios: dict[str, Measured] = Field(description="When they were last measured.")
+    ratios_before: dict[str, Measured] = Field(description="Just before the latest growth.")
 
 
 @dataclass
@@ -63,7 +75,7 @@ class Observations:
         if not self.ratios:
             return
         with whole_file(checkpoint / FILE_NAME) as part:
-            part.write_text(json.dumps({"ratios": self.ratios, "ratios_before": self.ratios_before}, indent=1))
+            part.write_text(json.dumps(_Ratios(self.ratios, self.ratios_before).to_dict(), indent=1))
 
     def read(self, checkpoint: Path) -> None:
         """Take the ratios over from a checkpoint directory; none are known if it has none.
@@ -73,11 +85,9 @@ class Observations:
         """
         path = checkpoint / FILE_NAME
         try:
-            data = json.loads(path.read_text()) if path.exists() else {"ratios": {}, "ratios_before": {}}
-            self.ratios, self.ratios_before = (
-                {str(block): float(ratio) for block, ratio in data[key].items()} for key in ("ratios", "ratios_before")
-            )
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            found = _Ratios.from_dict(json.loads(path.read_text())) if path.exists() else _Ratios({}, {})
+        except (OSError, ValueError, CheckpointError) as error:
             raise CheckpointError(
                 f"{path} can't be read ({error}); remove it to go on without activation_drift until the next growth"
             ) from error
+        self.ratios, self.ratios_before = found.ratios, found.ratios_before

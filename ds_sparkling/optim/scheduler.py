@@ -220,7 +220,7 @@ def grown_state(
     known = own.get("phase")
     now = None
     if known is not None:
-        now = Phase(known["warming"], CosineBase.from_dict(known))
+        now = Phase(known["warming"], CosineBase.from_dict({key: known[key] for key in known if key != "warming"}))
     born = birth(strategy, [float(group["lr"]) for group in groups], now, config.get("type", "client's schedule"))
     return {**state, _KEY: {**own, "births": [*own["births"], born.to_dict()]}}
 

@@ -14,7 +14,7 @@ from ds_sparkling.models.olmoe import OlmoeConfig, olmoe_factory
 from ds_sparkling.planner.assumptions import DEFAULT_RANKS
 from ds_sparkling.planner.memory import Setting
 from ds_sparkling.planner.model import Model, probe_model
-from ds_sparkling.spec.config import BLOCK, planned_steps, read_json, sparkling_config, typed_block, value_at
+from ds_sparkling.spec.config import BLOCK, planned_steps, read_json, sparkling_config, value_at
 from ds_sparkling.spec.strategy import Strategy
 from ds_sparkling.spec.unsupported import refuse_unsupported
 
@@ -155,7 +155,7 @@ def _sources(reference: str, model: str | None) -> tuple[dict[str, Any], BuildMo
             f"{reference} has neither a 'model' block nor 'model_type': pass --model with the model's config.json or "
             "module:function of what builds it"
         )
-    return config, olmoe_factory(typed_block(OlmoeConfig, config, "model"))
+    return config, olmoe_factory(OlmoeConfig.from_dict(config["model"], "model"))
 
 
 def _planned(config: Mapping[str, Any], options: Options, steps: int | None) -> list[tuple[float, dict[str, int]]]:

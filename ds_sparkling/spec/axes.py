@@ -9,14 +9,16 @@ head's keys need and its values side by side.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from enum import Enum
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BeforeValidator, Field, PlainSerializer, SerializerFunctionWrapHandler, model_serializer
 from torch import Tensor
 
 from ds_sparkling.errors import PlanError
+from ds_sparkling.spec.checked import Checked, Integer, InWords, Number, Switch, Text, checked
 
 
 class Role(str, Enum):
@@ -34,55 +36,72 @@ class Role(str, Enum):
     INDEX = "index"
 
 
-@dataclass(frozen=True)
-class Dim:
-    """One dimension of a parameter.
+def _axis_or_number(value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, (int, str)) or (isinstance(value, int) and value < 1):
+        raise ValueError(f"must be an axis or at least 1, got {value!r}")
+    return value
 
-    Attributes:
-        axis: the width axis it carries, or None for a dimension that never grows.
-        role: its :class:`Role`; None exactly when ``axis`` is None.
-        block: entries per unit (``head_dim`` rows per head); 1 otherwise.
-        segments: copies of the axis in this dimension (2 for gate and up fused in one tensor).
-        alive: segments that zero initialisation must leave copied, because a product of two zeroed factors has no
-            gradient (the gate half of a gated MLP).
-        interleaved: the segments take turns unit by unit (gate, up, gate, up ...) instead of lying end to end.
-        groups: what parts the units into equal consecutive groups that grow each for itself: another axis, or a number
-            that is fixed. Query heads are grouped by the key/value head that they share.
-        power: the model itself multiplies what this parameter gives by ``width ** power``, as some do with embeddings
-            (1/2) and logits (-1). A growth takes that out again. Of a dimension of parts, ``width`` is the entries of
-            one segment.
-        fixed: entries of a part that never grows.
-        parts: what each of the ``segments`` of this dimension is made of, end to end: dimensions with an axis of their
-            own, and ``fixed`` ones. The dimension itself then has neither axis nor role.
-    """
 
-    axis: str | None = None
-    role: Role | None = None
-    block: int = 1
-    segments: int = 1
-    alive: tuple[int, ...] = ()
-    interleaved: bool = False
-    groups: str | int = 1
-    power: float = 0.0
-    fixed: int = 0
-    parts: tuple[Dim, ...] = ()
+@checked()
+class Dim(Checked):
+    """One dimension of a parameter."""
+
+    ERROR = PlanError
+
+    axis: Text | None = Field(
+        default=None, description="The width axis that it carries. A dimension without one never grows."
+    )
+    role: Role | None = Field(default=None, description="What it is to the parameter's map. It goes with the axis.")
+    block: Integer = Field(
+        default=1, ge=1, kw_only=True, description="Entries per unit, as the head_dim rows of a head."
+    )
+    segments: Integer = Field(
+        default=1,
+        ge=1,
+        kw_only=True,
+        description="Copies of the axis in this dimension: 2 for gate and up fused in one tensor.",
+    )
+    alive: tuple[Integer, ...] = Field(
+        default=(),
+        kw_only=True,
+        description="Segments that zero initialisation must leave copied, as a product of two zeroed factors has no "
+        "gradient. The gate half of a gated MLP is one.",
+    )
+    interleaved: Switch = Field(
+        default=False,
+        kw_only=True,
+        description="Whether the segments take turns unit by unit (gate, up, gate, up) instead of lying end to end.",
+    )
+    groups: Annotated[int | str, BeforeValidator(_axis_or_number), InWords("axis or number of groups")] = Field(
+        default=1,
+        kw_only=True,
+        description="What parts the units into equal consecutive groups that grow each for itself: another axis, or a "
+        "fixed number. Query heads are grouped by the key/value head that they share.",
+    )
+    power: Number = Field(
+        default=0.0,
+        kw_only=True,
+        description="The model itself multiplies what this parameter gives by width ** power, as some do with "
+        "embeddings (1/2) and logits (-1). A growth takes that out again. Of a dimension of parts, the width is the "
+        "entries of one segment.",
+    )
+    fixed: Integer = Field(default=0, ge=0, kw_only=True, description="Entries of a part that never grows.")
+    parts: tuple[Dim, ...] = Field(
+        default=(),
+        kw_only=True,
+        description="What each of the segments is made of, end to end: dimensions with an axis of their own, and fixed "
+        "ones. The dimension itself then has neither axis nor role.",
+    )
 
     def __post_init__(self) -> None:
         if (self.axis is None) != (self.role is None):
             raise PlanError(
                 f"a dimension needs both an axis and a role or neither, got {self.axis!r} and {self.role!r}"
             )
-        if self.block < 1 or self.segments < 1:
-            raise PlanError(f"block and segments must be at least 1, got {self.block} and {self.segments}")
-        if isinstance(self.groups, int) and self.groups < 1:
-            raise PlanError(f"groups must be an axis or at least 1, got {self.groups}")
-        if self.fixed < 0:
-            raise PlanError(f"fixed entries must be at least 1, got {self.fixed}")
         allowed = {"segments", "power", "parts"} if self.parts else {"fixed"} if self.axis is None else None
-        for entry in fields(self):
-            given = getattr(self, entry.name) != entry.default
-            if given and (entry.name == "fixed" if allowed is None else entry.name not in allowed):
-                raise PlanError(f"{entry.name} can't be said of a dimension {self._kind}")
+        for name in self.given():
+            if name == "fixed" if allowed is None else name not in allowed:
+                raise PlanError(f"{name} can't be said of a dimension {self._kind}")
         for part in self.parts:
             if part.parts or (part.axis is None and not part.fixed):
                 raise PlanError("a part has either an axis and a role or fixed entries, and no parts of its own")
@@ -215,37 +234,11 @@ class Dim:
             base = segment * before + source
         return base * self.block + torch.arange(self.size(width)) % self.block
 
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON: what isn't a default; empty for a dimension that never grows."""
-        data: dict[str, Any] = {}
-        for entry in fields(self):
-            value = getattr(self, entry.name)
-            if value != entry.default:
-                data[entry.name] = value.value if isinstance(value, Role) else value
-        if self.alive:
-            data["alive"] = list(self.alive)
-        if self.parts:
-            data["parts"] = [part.to_dict() for part in self.parts]
-        return data
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Dim:
-        """The inverse of :meth:`to_dict`.
-
-        Raises:
-            ValueError, TypeError, KeyError: if it is none of ours.
-        """
-        unknown = sorted(data.keys() - {entry.name for entry in fields(cls)})
-        if unknown:
-            raise ValueError(f"unknown key {unknown[0]!r}")
-        known = {
-            **data,
-            "alive": tuple(data.get("alive", ())),
-            "parts": tuple(map(cls.from_dict, data.get("parts", ()))),
-        }
-        if "axis" in data:
-            known["role"] = Role(data["role"])
-        return cls(**known)
+    @model_serializer(mode="wrap")
+    def _what_is_given(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """What isn't a default; empty for a dimension that never grows."""
+        data = handler(self)
+        return {key: data[key] for key in self.given()}
 
 
 #: A dimension that carries no axis.
@@ -259,27 +252,46 @@ class Norm(str, Enum):
     LAYER = "layer"
 
 
-@dataclass(frozen=True)
-class ParamAxes:
-    """What each dimension of one parameter is.
+def _pairs(powers: Any) -> Any:
+    return tuple(sorted(powers.items())) if isinstance(powers, Mapping) else powers
 
-    Attributes:
-        dims: one :class:`Dim` per dimension.
-        stacked_experts: dimension 0 counts experts; each index is a weight matrix of its own.
-        head_gain: this norm gain feeds a head that is tied to the embedding, and takes the head's fan-in factor
-            (method, App. D.1).
-        norm: the kind of norm that this is the gain of.
-        offset: what the model adds to the stored gain (1 where the gain is ``1 + w``).
-        powers: axes that no dimension carries, and by which powers of their widths the model multiplies what this
-            parameter gives (the bias of a map whose output is scaled by its input's width). A growth takes that out.
-    """
 
-    dims: tuple[Dim, ...]
-    stacked_experts: bool = False
-    head_gain: bool = False
-    norm: Norm | None = None
-    offset: float = 0.0
-    powers: tuple[tuple[str, float], ...] = ()
+@checked()
+class ParamAxes(Checked):
+    """What each dimension of one parameter is."""
+
+    ERROR = PlanError
+
+    dims: tuple[Dim, ...] = Field(description="One entry per dimension.")
+    stacked_experts: Switch = Field(
+        default=False,
+        kw_only=True,
+        description="Whether dimension 0 counts experts, so that each index is a weight matrix of its own.",
+    )
+    head_gain: Switch = Field(
+        default=False,
+        kw_only=True,
+        description="Whether this norm gain feeds a head that is tied to the embedding. It then takes the head's "
+        "fan-in factor (method, App. D.1).",
+    )
+    norm: Norm | None = Field(default=None, kw_only=True, description="The kind of norm that this is the gain of.")
+    offset: Number = Field(
+        default=0.0,
+        kw_only=True,
+        description="What the model adds to the stored gain: 1 where the gain is 1 + w.",
+    )
+    powers: Annotated[
+        tuple[tuple[Text, Number], ...],
+        BeforeValidator(_pairs),
+        PlainSerializer(dict),
+        InWords("object of axis: number"),
+    ] = Field(
+        default=(),
+        kw_only=True,
+        description="Axes that no dimension carries, and by which powers of their widths the model multiplies what "
+        "this parameter gives, as the bias of a map whose output is scaled by its input's width. A growth takes that "
+        "out.",
+    )
 
     def __post_init__(self) -> None:
         if self.powers and not self.dims:
@@ -315,29 +327,8 @@ class ParamAxes:
         """The axes for a growth of the axes ``growing`` from ``widths``, as :meth:`Dim.settled` makes them."""
         return replace(self, dims=tuple(dim.settled(widths, growing) for dim in self.dims))
 
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON: the dimensions, and what isn't a default."""
-        data: dict[str, Any] = {"dims": [dim.to_dict() for dim in self.dims]}
-        for entry in fields(self)[1:]:
-            value = getattr(self, entry.name)
-            if value != entry.default:
-                data[entry.name] = value.value if isinstance(value, Norm) else value
-        if self.powers:
-            data["powers"] = dict(self.powers)
-        return data
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> ParamAxes:
-        """The inverse of :meth:`to_dict`.
-
-        Raises:
-            ValueError, TypeError, KeyError: if it is none of ours.
-        """
-        unknown = sorted(data.keys() - {entry.name for entry in fields(cls)})
-        if unknown:
-            raise ValueError(f"unknown key {unknown[0]!r}")
-        known = {**data, "dims": tuple(Dim.from_dict(dim) for dim in data["dims"])}
-        known["powers"] = tuple(sorted(dict(data.get("powers", {})).items()))
-        if known.get("norm") is not None:
-            known["norm"] = Norm(known["norm"])
-        return cls(**known)
+    @model_serializer(mode="wrap")
+    def _what_is_given(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """The dimensions, and what isn't a default."""
+        data = handler(self)
+        return {key: data[key] for key in self.given()}

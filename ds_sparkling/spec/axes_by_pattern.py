@@ -21,25 +21,34 @@ def name_pattern(name: str) -> str:
     return _NUMBERS.sub(r"\\d+", re.escape(name))
 
 
-def parse_hints(entries: Mapping[str, Any], where: str) -> dict[str, ParamAxes]:
+def parse_hints(entries: Any, where: str) -> dict[str, ParamAxes]:
     """Pattern -> axes, from JSON; ``shape`` in an entry is for the reader.
 
     Args:
+        entries: the JSON, or axes that were read before.
         where: what holds the entries, for errors.
 
     Raises:
         ConfigError: names the entry that can't be read.
     """
-    hints = {}
-    for pattern, entry in entries.items():
-        try:
-            re.compile(pattern)
-            if TO_FILL in entry["dims"]:
-                raise ValueError(f"still has a {TO_FILL!r} to fill in")
-            hints[pattern] = ParamAxes.from_dict({key: entry[key] for key in entry if key != "shape"})
-        except (re.error, KeyError, TypeError, ValueError, AttributeError, PlanError) as error:
-            raise ConfigError(f"{where}.{pattern}: {error}") from error
-    return hints
+    if not isinstance(entries, Mapping):
+        raise ConfigError(f"{where} must be an object, got {entries!r}")
+    return {pattern: _parse_hint(pattern, entry, f"{where}.{pattern}") for pattern, entry in entries.items()}
+
+
+def _parse_hint(pattern: str, entry: Any, where: str) -> ParamAxes:
+    if isinstance(entry, ParamAxes):
+        return entry
+    if not isinstance(entry, Mapping):
+        raise ConfigError(f"{where} must be an object, got {entry!r}")
+    dims = entry.get("dims")
+    if isinstance(dims, Collection) and TO_FILL in dims:
+        raise ConfigError(f"{where}: still has a {TO_FILL!r} to fill in")
+    try:
+        re.compile(pattern)
+        return ParamAxes.from_dict({key: entry[key] for key in entry if key != "shape"})
+    except (re.error, PlanError) as error:
+        raise ConfigError(f"{where}: {error}") from error
 
 
 def hintable(

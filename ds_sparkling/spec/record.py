@@ -8,81 +8,67 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from ds_sparkling.errors import CheckpointError
 from ds_sparkling.files import whole_file
 from ds_sparkling.spec.axes import ParamAxes
+from ds_sparkling.spec.checked import Checked, Integer, Number, Text, checked
 from ds_sparkling.spec.strategy import Strategy
 
 FILE_NAME = "ds_sparkling.json"
 _FORMAT = 2
 
 
-@dataclass(frozen=True)
-class RecordedGrowth:
-    """One growth that has happened.
+@checked()
+class RecordedGrowth(Checked):
+    """One growth that has happened."""
 
-    Attributes:
-        step: optimizer steps done when it happened.
-        planned_step: the ``at_step`` of the planned growth that it fulfilled; None if ``grow`` was called by hand.
-        widths: the axes that grew, and to what.
-        strategy: how.
-    """
-
-    step: int
-    planned_step: int | None
-    widths: dict[str, int]
-    strategy: Strategy
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "step": self.step,
-            "planned_step": self.planned_step,
-            "widths": dict(self.widths),
-            "strategy": self.strategy.to_dict(),
-        }
+    step: Integer = Field(description="Optimizer steps done when it happened.")
+    planned_step: Integer | None = Field(
+        description="The at_step of the planned growth that it fulfilled. null if grow was called by hand."
+    )
+    widths: dict[str, Integer] = Field(description="The axes that grew, and to what.")
+    strategy: Strategy = Field(description="How they grew.")
 
 
-@dataclass(frozen=True)
-class Spent:
-    """What a run has spent so far.
+@checked()
+class Spent(Checked):
+    """What a run has spent so far."""
 
-    Attributes:
-        tokens: tokens trained on.
-        flops: training compute, 6 x active parameters x tokens (Eq. 29).
-    """
-
-    tokens: int = 0
-    flops: float = 0.0
+    tokens: Integer = Field(default=0, description="Tokens trained on.")
+    flops: Number = Field(default=0.0, description="Training compute, 6 x active parameters x tokens (Eq. 29).")
 
     def plus(self, tokens: int, active: int) -> Spent:
         """What it is after ``tokens`` more, on a model of ``active`` parameters per token."""
         return Spent(self.tokens + tokens, self.flops + 6.0 * active * tokens)
 
 
-@dataclass(frozen=True)
-class GrowthRecord:
-    """The widths a run started with, what its parameters' dimensions are, and the growths so far.
+@checked()
+class GrowthRecord(Checked):
+    """The widths a run started with, what its parameters' dimensions are, and the growths so far."""
 
-    Attributes:
-        initial_widths: of every axis, grown or not.
-        axes: of the model's parameters as built.
-        growths: in order.
-        tried: the axes of which ``axes`` is known to be right.
-        spent: by the time of the checkpoint that the record is in; None if nobody knows.
-        proved: growths, in words, that were shown to keep the model's function, and the fingerprint of what that holds
-            for: the growth, the axes and the model.
-    """
+    ERROR = CheckpointError
 
-    initial_widths: dict[str, int]
-    axes: dict[str, ParamAxes]
-    growths: tuple[RecordedGrowth, ...] = ()
-    tried: tuple[str, ...] = ()
-    spent: Spent | None = field(default=None, compare=False)
-    proved: dict[str, str] = field(default_factory=dict, compare=False)
+    initial_widths: dict[str, Integer] = Field(description="Of every axis, grown or not.")
+    axes: dict[str, ParamAxes] = Field(description="Of the model's parameters as built, by name.")
+    growths: tuple[RecordedGrowth, ...] = Field(default=(), description="In order.")
+    tried: tuple[Text, ...] = Field(default=(), description="The axes of which the record is known to be right.")
+    spent: Annotated[
+        Spent | None,
+        Field(description="By the time of the checkpoint that the record is in. null if nobody knows."),
+    ] = field(default=None, compare=False, kw_only=True)
+    proved: Annotated[
+        dict[str, Text],
+        Field(
+            description="Growths, in words, that were shown to keep the model's function, and the fingerprint of what "
+            "that holds for: the growth, the axes and the model."
+        ),
+    ] = field(default_factory=dict, compare=False, kw_only=True)
 
     @property
     def widths(self) -> dict[str, int]:
@@ -108,33 +94,36 @@ class GrowthRecord:
         growth = RecordedGrowth(step, planned_step, dict(widths), strategy)
         return replace(self, growths=(*self.growths, growth))
 
-    def to_dict(self) -> dict[str, Any]:
+    @model_serializer(mode="wrap")
+    def _as_file(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """What the file holds: also its format, and the widths in force for readers without this package."""
+        data = handler(self)
         return {
             "format": _FORMAT,
-            "initial_widths": dict(self.initial_widths),
+            "initial_widths": data["initial_widths"],
             "widths": self.widths,
-            "stages": [growth.to_dict() for growth in self.growths],
-            "tried": list(self.tried),
-            "spent": None if self.spent is None else asdict(self.spent),
-            "proved": dict(self.proved),
-            "axes": {name: axes.to_dict() for name, axes in self.axes.items()},
+            "stages": data["growths"],
+            "tried": data["tried"],
+            "spent": data["spent"],
+            "proved": data["proved"],
+            "axes": data["axes"],
         }
 
+    @model_validator(mode="before")
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> GrowthRecord:
-        if data["format"] != _FORMAT:
-            raise ValueError(f"format {data['format']!r}, expected {_FORMAT}")
-        return cls(
-            dict(data["initial_widths"]),
-            {name: ParamAxes.from_dict(axes) for name, axes in data["axes"].items()},
-            tuple(
-                RecordedGrowth(s["step"], s["planned_step"], dict(s["widths"]), Strategy.from_dict(s["strategy"]))
-                for s in data["stages"]
-            ),
-            tuple(data["tried"]),
-            Spent(**data["spent"]) if data.get("spent") else None,
-            dict(data.get("proved") or {}),
-        )
+    def _of_file(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping):
+            return data
+        data = dict(data)
+        for key in ("format", "initial_widths", "stages", "tried", "axes"):
+            if key not in data:
+                raise ValueError(f"lacks {key!r}")
+        found = data.pop("format")
+        if found != _FORMAT:
+            raise ValueError(f"format {found!r}, expected {_FORMAT}")
+        data.pop("widths", None)
+        data["growths"] = data.pop("stages")
+        return data
 
     def write(self, checkpoint: Path) -> None:
         """Write the record into the checkpoint directory ``checkpoint`` (DIR/TAG), by a rename.
@@ -158,8 +147,8 @@ def read_record(checkpoint: Path) -> GrowthRecord | None:
         return GrowthRecord.from_dict(json.loads(path.read_text()))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"growth record {path} can't be read: {type(error).__name__}: {error}") from error
+    except (OSError, ValueError, CheckpointError) as error:
+        raise CheckpointError(f"growth record {path} can't be read: {error}") from error
 
 
 def find_checkpoint(

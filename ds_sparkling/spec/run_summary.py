@@ -3,41 +3,38 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+
+from pydantic import Field
 
 from ds_sparkling.errors import SparklingError
 from ds_sparkling.files import whole_file
+from ds_sparkling.spec.checked import Checked, Integer, Measured, Number, Text, checked
 
 NAME = "summary.json"
 
 
-@dataclass(frozen=True)
-class RunSummary:
-    """The outcome of a run.
+@checked(kw_only=True)
+class RunSummary(Checked):
+    """The outcome of a run."""
 
-    Attributes:
-        variant: which run of its config it is, a value of :class:`~ds_sparkling.job.variants.Variant`.
-        validation_loss: at the end.
-        steps: optimizer steps done.
-        tokens: tokens trained on.
-        flops: training compute, 6 x active parameters x tokens (Eq. 29).
-        seconds: training time, with validations, growths and checkpoints, without starting and stopped times.
-        parameters: at the end.
-        active_parameters: of them, those a token passes through.
-        validations: (tokens, FLOPs, validation loss) of every validation; two at the same tokens stand before and after
-            a growth. Summaries of version 0.1 have none.
-    """
+    ERROR = SparklingError
 
-    variant: str
-    validation_loss: float
-    steps: int
-    tokens: int
-    flops: float
-    seconds: float
-    parameters: int
-    active_parameters: int
-    validations: list[tuple[int, float, float]] = field(default_factory=list)
+    variant: Text = Field(description="Which run of its config it is, as job.variants.Variant has it.")
+    validation_loss: Measured = Field(description="At the end.")
+    steps: Integer = Field(description="Optimizer steps done.")
+    tokens: Integer = Field(description="Tokens trained on.")
+    flops: Number = Field(description="Training compute, 6 x active parameters x tokens (Eq. 29).")
+    seconds: Number = Field(
+        description="Training time, with validations, growths and checkpoints, without starting and stopped times."
+    )
+    parameters: Integer = Field(description="At the end.")
+    active_parameters: Integer = Field(description="Of the parameters at the end, those a token passes through.")
+    validations: list[tuple[Integer, Number, Measured]] = Field(
+        default_factory=list,
+        description="(tokens, FLOPs, validation loss) of every validation. Two at the same tokens stand before and "
+        "after a growth. Summaries of version 0.1 have none.",
+    )
 
     def write(self, directory: Path) -> None:
         """Write the file into the run's directory, by a rename.
@@ -46,7 +43,7 @@ class RunSummary:
             SparklingError: if it can't be written.
         """
         with whole_file(directory / NAME) as part:
-            part.write_text(json.dumps(asdict(self), indent=2) + "\n")
+            part.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
 
 
 def read_summary(directory: Path) -> RunSummary | None:
@@ -57,18 +54,12 @@ def read_summary(directory: Path) -> RunSummary | None:
     """
     path = directory / NAME
     try:
-        found = json.loads(path.read_text())
+        return RunSummary.from_dict(json.loads(path.read_text()))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
         raise SparklingError(f"{path} can't be read: {error}") from None
-    if isinstance(found, dict):
-        found = {"validations": [], **found}
-    wanted = {entry.name: str(entry.type) for entry in fields(RunSummary)}
-    kinds: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,)}
-    fits = isinstance(found, dict) and found.keys() == wanted.keys()
-    if not fits or not all(isinstance(found[name], kinds.get(kind, (list,))) for name, kind in wanted.items()):
+    except SparklingError as error:
         raise SparklingError(
-            f"{path} isn't a run's summary: it must hold {', '.join(wanted)}; finish the run anew, or remove the file"
-        )
-    return RunSummary(**{**found, "validations": [tuple(point) for point in found["validations"]]})
+            f"{path} isn't a run's summary: {error}; finish the run anew, or remove the file"
+        ) from None

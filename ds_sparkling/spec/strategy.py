@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import (
+    AliasPath,
+    BeforeValidator,
+    Field,
+    PlainSerializer,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+)
 
 from ds_sparkling.errors import ConfigError, PlanError
+from ds_sparkling.spec.checked import Checked, Integer, InWords, Number, checked, json_keys
 from ds_sparkling.spec.state_kinds import StateKind, gradient_degree, state_kind
 
 
@@ -124,59 +133,52 @@ class BiasCorrection(str, Enum):
     INHERIT = "inherit"
 
 
-@dataclass(frozen=True)
-class Rewarmup:
-    """The learning-rate re-warm-up after a growth (method, Sec. 4.2.2).
+@checked(kw_only=True)
+class Rewarmup(Checked):
+    """The learning-rate re-warm-up after a growth (method, Sec. 4.2.2)."""
 
-    Attributes:
-        ratio: peak rate over the base rate at the growth (rho).
-        steps: optimizer steps from the base rate up to the peak (tau_w).
-        scope: which elements follow it.
-        curve: what comes after the peak.
-        faster_decay: share of the steps left that the cosine is shortened by; the rate stays at its end from there on
-            (0.25 to 0.5 in LEMON, Wang et al. 2023, arXiv:2310.07999).
-        from_step: go on as the base schedule did from this step on: that at which a wide model has the loss of the
-            narrow one (staged training, Shen et al. 2022, arXiv:2203.06211); None for where the schedule stands.
-        decay_steps: with curve ``factor``, optimizer steps from the peak back to the base rate; None for no way back.
-    """
+    PATH = "rewarmup"
 
-    ratio: float = 1.3
-    steps: int = 250
-    scope: Scope = Scope.NEW
-    curve: RewarmupCurve = RewarmupCurve.AUTO
-    faster_decay: float = 0.0
-    from_step: int | None = None
-    decay_steps: int | None = None
+    ratio: Number = Field(default=1.3, gt=0, description="Peak rate over the base rate at the growth (rho).")
+    steps: Integer = Field(default=250, ge=0, description="Optimizer steps from the base rate up to the peak (tau_w).")
+    scope: Scope = Field(default=Scope.NEW, description="Which elements follow the re-warmed rate.")
+    curve: RewarmupCurve = Field(default=RewarmupCurve.AUTO, description="What comes after the peak.")
+    faster_decay: Number = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="Share of the steps left that the cosine is shortened by. The rate stays at its end from there on "
+        "(0.25 to 0.5 in LEMON, Wang et al. 2023, arXiv:2310.07999).",
+    )
+    from_step: Integer | None = Field(
+        default=None,
+        ge=0,
+        description="Go on as the base schedule did from this step on: that at which a wide model has the loss of the "
+        "narrow one (staged training, Shen et al. 2022, arXiv:2203.06211). null goes on where the schedule stands.",
+    )
+    decay_steps: Integer | None = Field(
+        default=None,
+        ge=1,
+        description='With curve "factor", optimizer steps from the peak back to the base rate. null never comes back.',
+    )
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.ratio) and self.ratio > 0):
-            raise ConfigError(f"rewarmup.ratio must be positive, got {self.ratio}")
-        if self.steps < 0:
-            raise ConfigError(f"rewarmup.steps must not be negative, got {self.steps}")
-        if not 0 <= self.faster_decay < 1:
-            raise ConfigError(f"rewarmup.faster_decay must be at least 0 and less than 1, got {self.faster_decay}")
         if self.scope is Scope.NONE and (self.faster_decay or self.from_step is not None):
             raise ConfigError(
                 "rewarmup.scope 'none' leaves every rate as it is; faster_decay and from_step need scope 'new' or 'all'"
             )
-        if self.from_step is not None:
-            if self.from_step < 0:
-                raise ConfigError(f"rewarmup.from_step must not be negative, got {self.from_step}")
-            if (self.ratio, self.steps, self.faster_decay) != (1.0, 0, 0.0):
-                raise ConfigError(
-                    "rewarmup.from_step follows the base schedule, so it needs ratio 1, steps 0 and no faster_decay"
-                )
+        if self.from_step is not None and (self.ratio, self.steps, self.faster_decay) != (1.0, 0, 0.0):
+            raise ConfigError(
+                "rewarmup.from_step follows the base schedule, so it needs ratio 1, steps 0 and no faster_decay"
+            )
         if self.curve is RewarmupCurve.FACTOR and self.needs_cosine:
             raise ConfigError(
                 "rewarmup.curve 'factor' leaves the base schedule as it is; faster_decay and from_step don't"
             )
-        if self.decay_steps is not None:
-            if self.decay_steps < 1:
-                raise ConfigError(f"rewarmup.decay_steps must be positive, got {self.decay_steps}")
-            if self.curve is not RewarmupCurve.FACTOR or self.scope is Scope.NONE:
-                raise ConfigError(
-                    "rewarmup.decay_steps leads back to the base rate; it needs curve 'factor' and scope 'new' or 'all'"
-                )
+        if self.decay_steps is not None and (self.curve is not RewarmupCurve.FACTOR or self.scope is Scope.NONE):
+            raise ConfigError(
+                "rewarmup.decay_steps leads back to the base rate; it needs curve 'factor' and scope 'new' or 'all'"
+            )
         if self.curve is RewarmupCurve.WEIGHT_NORM and (
             self.scope is not Scope.NEW or (self.ratio, self.steps, self.needs_cosine) != (1.0, 0, False)
         ):
@@ -189,30 +191,6 @@ class Rewarmup:
     def needs_cosine(self) -> bool:
         """Whether it makes sense only where the base schedule is a cosine."""
         return self.curve is RewarmupCurve.COSINE or self.faster_decay > 0 or self.from_step is not None
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "ratio": self.ratio,
-            "steps": self.steps,
-            "scope": self.scope.value,
-            "curve": self.curve.value,
-            "faster_decay": self.faster_decay,
-            "from_step": self.from_step,
-            "decay_steps": self.decay_steps,
-        }
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Rewarmup:
-        """What :meth:`to_dict` gave; without the last three keys, as earlier versions wrote it, too."""
-        return cls(
-            float(data["ratio"]),
-            int(data["steps"]),
-            Scope(data["scope"]),
-            RewarmupCurve(data["curve"]),
-            float(data.get("faster_decay", 0.0)),
-            data.get("from_step"),
-            data.get("decay_steps"),
-        )
 
     @property
     def meaning(self) -> str:
@@ -260,57 +238,85 @@ class Split:
         return self.shares is not None and self.shares[0] == self.shares[1]
 
     @classmethod
-    def parse(cls, text: str) -> Split:
-        """From ``"random"`` or ``"OLD:COPY"``, like ``"1:2"``.
+    def parse(cls, text: Any) -> Split:
+        """From ``"random"`` or ``"OLD:COPY"``, like ``"1:2"``; one that is a split already stays it.
 
         Raises:
-            ConfigError: if it is neither.
+            ValueError: if it is none of these.
         """
+        if isinstance(text, Split):
+            return text
         if text == "random":
             return cls(None)
         try:
             old, copy = (float(part) for part in text.split(":"))
         except (AttributeError, ValueError):
-            raise ConfigError(f"init.split must be 'random' or like '1:2' (old unit to copy), got {text!r}") from None
+            raise ValueError(f"must be 'random' or like '1:2' (old unit to copy), got {text!r}") from None
         if not (0 <= old < math.inf and 0 <= copy < math.inf and old + copy > 0):
-            raise ConfigError(f"init.split must be of parts that aren't negative and not both zero, got {text!r}")
+            raise ValueError(f"must be of parts that aren't negative and not both zero, got {text!r}")
         return cls((old, copy))
 
     def __str__(self) -> str:
         return "random" if self.shares is None else f"{self.shares[0]:g}:{self.shares[1]:g}"
 
 
-@dataclass(frozen=True)
-class Strategy:
-    """Everything but the widths that decides a growth's outcome.
+def _in_init(name: str) -> AliasPath:
+    """Where the JSON has what is said of initial values."""
+    return AliasPath("init", name)
 
-    Attributes:
-        fan_out, fan_in: init of the rows that produce new units and of the columns that consume them.
-        norm: init of new units' norm gains.
-        scaling: how grown tensors are rescaled.
-        optimizer_state: what becomes of the optimizer's state.
-        rewarmup: the learning rate after the growth.
-        bias_correction: which steps Adam's bias correction counts for new elements.
-        seed: of everything random.
-        vocabulary: init of new tokens.
-        split: how twins share the columns that consume them, for copy-copy.
-        perturbation: RMS of the noise on the columns that consume twins, relative to the tensor's; it sums to zero over
-            the twins of a unit, so their consumers see no change. For copy-copy.
-        state_kinds: what states of the optimizer are whose names don't tell, by name.
-    """
 
-    fan_out: Init = Init.COPY
-    fan_in: Init = Init.COPY
-    norm: Init = Init.COPY
-    scaling: Scaling = Scaling.RMS
-    optimizer_state: OptimizerState = OptimizerState.ASYMMETRIC_RESET
-    rewarmup: Rewarmup = Rewarmup()
-    bias_correction: BiasCorrection = BiasCorrection.RESTART
-    seed: int = 0
-    vocabulary: NewIndex = NewIndex.MEAN
-    split: Split = Split()
-    perturbation: float = 0.0
-    state_kinds: Mapping[str, StateKind] = field(default_factory=dict, hash=False)
+@checked(kw_only=True)
+class Strategy(Checked):
+    """Everything but the widths that decides a growth's outcome."""
+
+    fan_out: Init = Field(
+        default=Init.COPY,
+        validation_alias=_in_init("fan_out"),
+        description="Initial values of the rows that produce new units.",
+    )
+    fan_in: Init = Field(
+        default=Init.COPY,
+        validation_alias=_in_init("fan_in"),
+        description="Initial values of the columns that consume new units.",
+    )
+    norm: Init = Field(
+        default=Init.COPY,
+        validation_alias=_in_init("norm"),
+        description='Initial values of new units\' norm gains: "copy" or "random".',
+    )
+    vocabulary: NewIndex = Field(
+        default=NewIndex.MEAN, validation_alias=_in_init("vocabulary"), description="Initial values of new tokens."
+    )
+    split: Annotated[Split, BeforeValidator(Split.parse), PlainSerializer(str), InWords('"random" or "OLD:COPY"')] = (
+        Field(
+            default=Split(),
+            validation_alias=_in_init("split"),
+            description="How twins share the columns that consume them, as the old unit's part to each copy's. For "
+            "copy-copy.",
+        )
+    )
+    perturbation: Number = Field(
+        default=0.0,
+        ge=0,
+        validation_alias=_in_init("perturbation"),
+        description="RMS of the noise on the columns that consume twins, relative to the tensor's. It sums to zero "
+        "over the twins of a unit, so their consumers see no change. For copy-copy.",
+    )
+    scaling: Scaling = Field(default=Scaling.RMS, description="How grown tensors are rescaled.")
+    optimizer_state: OptimizerState = Field(
+        default=OptimizerState.ASYMMETRIC_RESET, description="What becomes of the optimizer's state."
+    )
+    rewarmup: Rewarmup = Field(default=Rewarmup(), description="The learning rate after the growth.")
+    bias_correction: BiasCorrection = Field(
+        default=BiasCorrection.RESTART,
+        description="Which steps Adam's bias correction counts for new elements: those since their birth, or the "
+        "tensor's.",
+    )
+    seed: Integer = Field(default=0, description="Seed of everything random in a growth.")
+    state_kinds: Annotated[
+        dict[str, StateKind],
+        Field(description="What states of the optimizer are whose names don't tell, by name."),
+    ] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         if (self.fan_out, self.fan_in) not in INIT_PAIRS:
@@ -318,8 +324,6 @@ class Strategy:
             raise ConfigError(f"init {self.pair} isn't a strategy; the (fan-out)-(fan-in) pairs are {known}")
         if self.norm not in (Init.COPY, Init.RANDOM):
             raise ConfigError("init.norm must be 'copy' or 'random': a zero gain would silence the new units")
-        if not (math.isfinite(self.perturbation) and self.perturbation >= 0):
-            raise ConfigError(f"init.perturbation must not be negative, got {self.perturbation}")
         if not self.all_copied and not (self.split.even and self.perturbation == 0):
             raise ConfigError(
                 "init.split and init.perturbation are for units that are copied on all sides; use copy-copy with norm "
@@ -376,38 +380,7 @@ class Strategy:
             text += f", perturbed by +-{self.perturbation:g} RMS"
         return f"{text}; norm gains {self.norm.value}; tokens {self.vocabulary.value}"
 
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "init": {
-                "fan_out": self.fan_out.value,
-                "fan_in": self.fan_in.value,
-                "norm": self.norm.value,
-                "vocabulary": self.vocabulary.value,
-                "split": str(self.split),
-                "perturbation": self.perturbation,
-            },
-            "scaling": self.scaling.value,
-            "optimizer_state": self.optimizer_state.value,
-            "rewarmup": self.rewarmup.to_dict(),
-            "bias_correction": self.bias_correction.value,
-            "seed": self.seed,
-            "state_kinds": {key: kind.value for key, kind in self.state_kinds.items()},
-        }
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Strategy:
-        init = data["init"]
-        return cls(
-            Init(init["fan_out"]),
-            Init(init["fan_in"]),
-            Init(init["norm"]),
-            Scaling(data["scaling"]),
-            OptimizerState(data["optimizer_state"]),
-            Rewarmup.from_dict(data["rewarmup"]),
-            BiasCorrection(data["bias_correction"]),
-            int(data["seed"]),
-            NewIndex(init["vocabulary"]),
-            Split.parse(init.get("split", "1:1")),
-            float(init.get("perturbation", 0.0)),
-            {key: StateKind(kind) for key, kind in data.get("state_kinds", {}).items()},
-        )
+    @model_serializer(mode="wrap")
+    def _with_init(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        data = handler(self)
+        return {"init": {key: data.pop(key) for key in json_keys(Strategy)["init"] or ()}, **data}

@@ -188,7 +188,7 @@ def test_without_matplotlib_the_text_comes_and_the_picture_says_how(
 def test_the_picture_shows_every_row_and_the_bands() -> None:
     from ds_sparkling.spec.strategy import Init, Strategy
 
-    report = check_growth(build, None, {"hidden_size": 64}, Strategy(Init.RANDOM, Init.RANDOM))
+    report = check_growth(build, None, {"hidden_size": 64}, Strategy(fan_out=Init.RANDOM, fan_in=Init.RANDOM))
     absolute, ratio = picture(report, "title").axes
     before, after = (np.asarray(line.get_xdata()).tolist() for line in absolute.get_lines())
     assert before == [row.before for row in report.rows]

@@ -54,7 +54,7 @@ def named(case: Mapping[str, Any]) -> str:
 def is_strategy(pair: tuple[Init, Init], scaling: Scaling, **_: Any) -> bool:
     """Random units change the function, which the strategy itself refuses to keep then."""
     try:
-        Strategy(*pair, scaling=scaling)
+        Strategy(fan_out=pair[0], fan_in=pair[1], scaling=scaling)
     except ConfigError:
         assert scaling is Scaling.FUNCTION
         return False
@@ -68,7 +68,7 @@ STRATEGIES = pairwise({"pair": INIT_PAIRS, "scaling": list(Scaling), "axes": AXE
 def test_the_reference_model_keeps_what_every_strategy_promises(case: Mapping[str, Any]) -> None:
     pair: tuple[Init, Init] = case["pair"]
     scaling, axes, ratio = case["scaling"], case["axes"], case["ratio"]
-    strategy = Strategy(*pair, scaling=scaling)
+    strategy = Strategy(fan_out=pair[0], fan_in=pair[1], scaling=scaling)
     if pair[0] is Init.RANDOM and scaling is Scaling.FUNCTION and H in axes:
         with pytest.raises(PlanError, match=strategy.pair):
             ds_sparkling.check_growth(build, None, grown(axes, ratio), strategy)
@@ -140,11 +140,11 @@ def test_the_rows_are_the_layers_their_parts_and_what_stands_outside() -> None:
     ("strategy", "expected"),
     [
         (Strategy(), {"old": 1, "copied": 3, "random": 0, "zero": 0}),
-        (Strategy(Init.RANDOM, Init.RANDOM), {"old": 1, "copied": 0, "random": 3, "zero": 0}),
+        (Strategy(fan_out=Init.RANDOM, fan_in=Init.RANDOM), {"old": 1, "copied": 0, "random": 3, "zero": 0}),
         # New rows are random, and new columns zero, in new rows too.
-        (Strategy(Init.RANDOM, Init.ZERO), {"old": 1, "copied": 0, "random": 1, "zero": 2}),
-        (Strategy(Init.RANDOM, Init.COPY), {"old": 1, "copied": 1, "random": 2, "zero": 0}),
-        (Strategy(Init.ZERO, Init.COPY), {"old": 1, "copied": 1, "random": 0, "zero": 2}),
+        (Strategy(fan_out=Init.RANDOM, fan_in=Init.ZERO), {"old": 1, "copied": 0, "random": 1, "zero": 2}),
+        (Strategy(fan_out=Init.RANDOM, fan_in=Init.COPY), {"old": 1, "copied": 1, "random": 2, "zero": 0}),
+        (Strategy(fan_out=Init.ZERO, fan_in=Init.COPY), {"old": 1, "copied": 1, "random": 0, "zero": 2}),
     ],
     ids=lambda value: value.pair if isinstance(value, Strategy) else "",
 )
@@ -178,7 +178,9 @@ def scaled_by_width(**widths: int) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("strategy", [Strategy(), Strategy(Init.RANDOM, Init.RANDOM), Strategy(scaling=Scaling.NONE)])
+@pytest.mark.parametrize(
+    "strategy", [Strategy(), Strategy(fan_out=Init.RANDOM, fan_in=Init.RANDOM), Strategy(scaling=Scaling.NONE)]
+)
 def test_a_model_that_scales_by_its_own_width_breaks_every_promise(strategy: Strategy) -> None:
     report = ds_sparkling.check_growth(scaled_by_width, {H: 64, I: 32}, {H: 96, I: 48}, strategy)
     assert not report.kept
@@ -188,10 +190,12 @@ def test_a_model_that_scales_by_its_own_width_breaks_every_promise(strategy: Str
 
 
 def test_bands_are_held_against_each_module_by_its_place() -> None:
-    report = ds_sparkling.check_growth(build, None, {H: 96}, Strategy(Init.RANDOM, Init.RANDOM))
+    report = ds_sparkling.check_growth(build, None, {H: 96}, Strategy(fan_out=Init.RANDOM, fan_in=Init.RANDOM))
     assert report.promise.bands[ModuleLevel.LAYER] == (1 / LAYER_BAND, LAYER_BAND)
     assert report.promise.bands[ModuleLevel.BLOCK] == (1 / BLOCK_BAND, BLOCK_BAND)
-    wrong = ds_sparkling.check_growth(scaled_by_width, {H: 64, I: 32}, {H: 256}, Strategy(Init.RANDOM, Init.RANDOM))
+    wrong = ds_sparkling.check_growth(
+        scaled_by_width, {H: 64, I: 32}, {H: 256}, Strategy(fan_out=Init.RANDOM, fan_in=Init.RANDOM)
+    )
     lines = [line for line in wrong.broken if line.startswith("layers.0.self_attn: the RMS ratio is ")]
     assert len(lines) == 1
     assert lines[0].endswith("promised is 0.667 to 1.5")

@@ -30,17 +30,22 @@ INNER, HIDDEN = "moe_intermediate_size", "hidden_size"
 
 #: Growths one after the other: every init pair, scaling, treatment of states and re-warm-up, at all kinds of ratios.
 GROWTHS = (
-    ({INNER: 10}, Strategy(*INIT_PAIRS[0], split=Split.parse("random"))),
+    ({INNER: 10}, Strategy(fan_out=INIT_PAIRS[0][0], fan_in=INIT_PAIRS[0][1], split=Split.parse("random"))),
     (
         {HIDDEN: 12},
         Strategy(
-            *INIT_PAIRS[0], optimizer_state=OptimizerState.COPY_SCALED, rewarmup=Rewarmup(steps=5), perturbation=0.2
+            fan_out=INIT_PAIRS[0][0],
+            fan_in=INIT_PAIRS[0][1],
+            optimizer_state=OptimizerState.COPY_SCALED,
+            rewarmup=Rewarmup(steps=5),
+            perturbation=0.2,
         ),
     ),
     (
         {HIDDEN: 19, INNER: 21},
         Strategy(
-            *INIT_PAIRS[1],
+            fan_out=INIT_PAIRS[1][0],
+            fan_in=INIT_PAIRS[1][1],
             norm=Init.RANDOM,
             optimizer_state=OptimizerState.ASYMMETRIC_RESET_SCALED,
             bias_correction=BiasCorrection.INHERIT,
@@ -49,23 +54,35 @@ GROWTHS = (
     ),
     (
         {INNER: 42},
-        Strategy(*INIT_PAIRS[2], scaling=Scaling.NONE, optimizer_state=OptimizerState.DROP, seed=4),
+        Strategy(
+            fan_out=INIT_PAIRS[2][0],
+            fan_in=INIT_PAIRS[2][1],
+            scaling=Scaling.NONE,
+            optimizer_state=OptimizerState.DROP,
+            seed=4,
+        ),
     ),
     (
         {HIDDEN: 29, INNER: 51},
-        Strategy(*INIT_PAIRS[3], rewarmup=Rewarmup(1.5, 3, Scope.ALL, RewarmupCurve.FACTOR), seed=5),
+        Strategy(
+            fan_out=INIT_PAIRS[3][0],
+            fan_in=INIT_PAIRS[3][1],
+            rewarmup=Rewarmup(ratio=1.5, steps=3, scope=Scope.ALL, curve=RewarmupCurve.FACTOR),
+            seed=5,
+        ),
     ),
     (
         {HIDDEN: 31},
         Strategy(
-            *INIT_PAIRS[4],
+            fan_out=INIT_PAIRS[4][0],
+            fan_in=INIT_PAIRS[4][1],
             scaling=Scaling.FUNCTION,
             optimizer_state=OptimizerState.COPY,
             rewarmup=Rewarmup(scope=Scope.NONE),
             seed=6,
         ),
     ),
-    ({INNER: 60}, Strategy(*INIT_PAIRS[5], scaling=Scaling.FUNCTION, seed=7)),
+    ({INNER: 60}, Strategy(fan_out=INIT_PAIRS[5][0], fan_in=INIT_PAIRS[5][1], scaling=Scaling.FUNCTION, seed=7)),
 )
 
 

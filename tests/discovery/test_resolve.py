@@ -164,13 +164,18 @@ PARTS: tuple[tuple[str, tuple[str, ...], str, Dim], ...] = (
         "phi3",
         (HEADS,),
         "qkv_proj",
-        Dim(parts=(Dim(HEADS, Role.FAN_OUT, 8, alive=(0,), groups=2), Dim(fixed=32))),
+        Dim(parts=(Dim(HEADS, Role.FAN_OUT, block=8, alive=(0,), groups=2), Dim(fixed=32))),
     ),
     (
         "phi3",
         (HEADS, SHARED),
         "qkv_proj",
-        Dim(parts=(Dim(HEADS, Role.FAN_OUT, 8, alive=(0,), groups=SHARED), Dim(SHARED, Role.FAN_OUT, 8, 2))),
+        Dim(
+            parts=(
+                Dim(HEADS, Role.FAN_OUT, block=8, alive=(0,), groups=SHARED),
+                Dim(SHARED, Role.FAN_OUT, block=8, segments=2),
+            )
+        ),
     ),
 )
 

@@ -14,6 +14,7 @@ import torch
 
 import tiny
 from distributed import Workers
+from ds_sparkling.growth import GrowthPlan
 from ds_sparkling.spec.strategy import OptimizerState, Rewarmup, Scope, Strategy
 from tiny import Case, Logged
 
@@ -108,7 +109,7 @@ def twin_cosine(state: OptimizerState, scope: Scope) -> float:
 
     engine = tiny.initialize(Case(2, 3, 2))
     tiny.train(engine, 3)
-    tiny.with_strategy(engine, Strategy(optimizer_state=state, rewarmup=Rewarmup(2.0, 2, scope)))
+    tiny.with_strategy(engine, Strategy(optimizer_state=state, rewarmup=Rewarmup(ratio=2.0, steps=2, scope=scope)))
     engine = ds_sparkling.grow(engine, {"moe_intermediate_size": 10})
     tiny.train(engine, 9)
     weights, _ = TwinProbe(engine).measure()
@@ -318,8 +319,7 @@ def test_loss_scale_carries_over(stage: int, workers: Pool) -> None:
         assert (last_overflow, skipped, dynamic) == (3, 2, True)
 
 
-def offloaded(cpu_adam: bool, device: str) -> tuple[list[float], float, float, tiny.State, str]:
-    import json
+def offloaded(cpu_adam: bool, device: str) -> tuple[list[float], float, float, dict[str, Any], GrowthPlan]:
 
     import ds_sparkling
 
@@ -333,19 +333,14 @@ def offloaded(cpu_adam: bool, device: str) -> tuple[list[float], float, float, t
     engine = ds_sparkling.grow(engine, JOINT)
     after, grown_loss = tiny.local_state(engine), tiny.evaluate(engine)
     losses += tiny.train(engine, 4)
-    plan = json.dumps(engine.sparkling.plan.to_dict())
-    return losses, loss, grown_loss, {"before": before, "after": after}, plan  # type: ignore[dict-item]
+    return losses, loss, grown_loss, {"before": before, "after": after}, engine.sparkling.plan
 
 
 @pytest.mark.parametrize("cpu_adam", [False, True], ids=["torch_adam", "DeepSpeedCPUAdam"])
 def test_offloaded_optimizer(cpu_adam: bool, workers: Pool) -> None:
-    import json
-
-    from ds_sparkling.growth import GrowthPlan
-
     answers = workers(2).run(offloaded, cpu_adam, "cpu")
     plain = workers(2).run(offloaded, False, "none")
-    plan = GrowthPlan.from_dict(json.loads(answers[0][4]))
+    plan = answers[0][4]
     before, after = (tiny.join([answer[3][when] for answer in answers]) for when in ("before", "after"))
     assert states_equal(tiny.reference(plan, before), after)
     for (losses, loss, grown_loss, *_), (losses_on_device, *_) in zip(answers, plain, strict=True):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ Pool = Callable[[int], Workers]
 
 VOCABULARY, EXPERTS, TOP_K = 13, 4, 2
 HIDDEN, INNER = 6, 5
-RANDOM = Strategy(Init.RANDOM, Init.RANDOM, seed=3)
+RANDOM = Strategy(fan_out=Init.RANDOM, fan_in=Init.RANDOM, seed=3)
 COPIES = Strategy(perturbation=0.5, seed=5, optimizer_state=OptimizerState.COPY)
 
 
@@ -132,7 +131,7 @@ def grown_untrained(case: Native) -> dict[str, Any]:
     engine = case.initialize(RANDOM)
     before, counts = weights(engine), engine.sparkling.parameters
     engine = ds_sparkling.grow(engine, {"hidden_size": 2 * HIDDEN, "inner": 2 * INNER})
-    plan = json.dumps(engine.sparkling.plan.to_dict())
+    plan = engine.sparkling.plan
     return {"before": before, "after": weights(engine), "plan": plan, "counts": (counts, engine.sparkling.parameters)}
 
 
@@ -146,7 +145,7 @@ def test_new_units_do_not_depend_on_how_experts_are_spread(stage: int, workers: 
         found[ep] = joined["before"], joined["after"], answers[0]["plan"], answers[0]["counts"]
     one, two = found[1], found[2]
     assert one[2:] == two[2:]
-    plan = GrowthPlan.from_dict(json.loads(one[2]))
+    plan = one[2]
     for state, other in zip(one[:2], two[:2], strict=True):
         assert state.keys() == other.keys()
         assert all(torch.equal(state[name]["weight"], other[name]["weight"]) for name in state)
@@ -174,7 +173,7 @@ def trained(case: Native) -> dict[str, Any]:
     train(engine, 2)
     found: dict[str, Any] = {"before": tiny.local_state(engine)}
     engine = ds_sparkling.grow(engine, {"hidden_size": 2 * HIDDEN, "inner": 2 * INNER})
-    found |= {"after": tiny.local_state(engine), "plan": json.dumps(engine.sparkling.plan.to_dict())}
+    found |= {"after": tiny.local_state(engine), "plan": engine.sparkling.plan}
     train(engine, 3)
     twins, _ = TwinProbe(engine).measure()
     assert twins is not None
@@ -185,7 +184,7 @@ def trained(case: Native) -> dict[str, Any]:
 @pytest.mark.parametrize("case", [Native(2, 0), Native(2, 2, check=False), Native(1, 1)], ids=str)
 def test_state_and_diagnosis_are_those_of_one_process(case: Native, workers: Pool) -> None:
     answers = workers(2).run(trained, case)
-    plan = GrowthPlan.from_dict(json.loads(answers[0]["plan"]))
+    plan = answers[0]["plan"]
     before, after, last = (tiny.join([answer[when] for answer in answers]) for when in ("before", "after", "state"))
     wanted = tiny.reference(plan, before)
     assert wanted.keys() == after.keys()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,23 +18,54 @@ from tiny import Case
 #: Growths one after the other: inner, hidden and joint at integer ratios, where copy-copy keeps the function exactly;
 #: then every other init pair, at ratios that aren't integers.
 GROWTHS = (
-    ({"moe_intermediate_size": 10}, Strategy(*INIT_PAIRS[0], split=Split.parse("1:2"))),
-    ({"hidden_size": 12}, Strategy(*INIT_PAIRS[0], optimizer_state=OptimizerState.COPY, perturbation=0.5, seed=1)),
+    (
+        {"moe_intermediate_size": 10},
+        Strategy(fan_out=INIT_PAIRS[0][0], fan_in=INIT_PAIRS[0][1], split=Split.parse("1:2")),
+    ),
+    (
+        {"hidden_size": 12},
+        Strategy(
+            fan_out=INIT_PAIRS[0][0],
+            fan_in=INIT_PAIRS[0][1],
+            optimizer_state=OptimizerState.COPY,
+            perturbation=0.5,
+            seed=1,
+        ),
+    ),
     (
         {"hidden_size": 24, "moe_intermediate_size": 20},
         Strategy(
-            *INIT_PAIRS[0],
+            fan_out=INIT_PAIRS[0][0],
+            fan_in=INIT_PAIRS[0][1],
             optimizer_state=OptimizerState.ASYMMETRIC_RESET_SCALED,
             split=Split.parse("random"),
             perturbation=0.1,
             seed=2,
         ),
     ),
-    ({"hidden_size": 31}, Strategy(*INIT_PAIRS[1], Init.RANDOM, seed=3)),
-    ({"moe_intermediate_size": 23}, Strategy(*INIT_PAIRS[2], Init.RANDOM, optimizer_state=OptimizerState.DROP, seed=4)),
-    ({"hidden_size": 37, "moe_intermediate_size": 51}, Strategy(*INIT_PAIRS[3], Init.RANDOM, seed=5)),
-    ({"hidden_size": 40}, Strategy(*INIT_PAIRS[4], optimizer_state=OptimizerState.COPY_SCALED, seed=6)),
-    ({"moe_intermediate_size": 60}, Strategy(*INIT_PAIRS[5], scaling=Scaling.NONE, seed=7)),
+    ({"hidden_size": 31}, Strategy(fan_out=INIT_PAIRS[1][0], fan_in=INIT_PAIRS[1][1], norm=Init.RANDOM, seed=3)),
+    (
+        {"moe_intermediate_size": 23},
+        Strategy(
+            fan_out=INIT_PAIRS[2][0],
+            fan_in=INIT_PAIRS[2][1],
+            norm=Init.RANDOM,
+            optimizer_state=OptimizerState.DROP,
+            seed=4,
+        ),
+    ),
+    (
+        {"hidden_size": 37, "moe_intermediate_size": 51},
+        Strategy(fan_out=INIT_PAIRS[3][0], fan_in=INIT_PAIRS[3][1], norm=Init.RANDOM, seed=5),
+    ),
+    (
+        {"hidden_size": 40},
+        Strategy(fan_out=INIT_PAIRS[4][0], fan_in=INIT_PAIRS[4][1], optimizer_state=OptimizerState.COPY_SCALED, seed=6),
+    ),
+    (
+        {"moe_intermediate_size": 60},
+        Strategy(fan_out=INIT_PAIRS[5][0], fan_in=INIT_PAIRS[5][1], scaling=Scaling.NONE, seed=7),
+    ),
 )
 INTEGER_COPIES = 3
 
@@ -45,7 +75,7 @@ class Growth:
     """What one rank saw of one growth."""
 
     before: Any
-    plan: str
+    plan: GrowthPlan
     after: Any
     counters: tuple[str, str]
     losses: tuple[float, float]
@@ -84,7 +114,7 @@ def chain(case: Case) -> list[Growth]:
         tiny.with_strategy(engine, strategy)
         before, counters, loss = tiny.local_state(engine), steps(engine), tiny.evaluate(engine)
         engine = ds_sparkling.grow(engine, widths)
-        plan = json.dumps(engine.sparkling.plan.to_dict())
+        plan = engine.sparkling.plan
         around = (counters, steps(engine)), (loss, tiny.evaluate(engine))
         seen.append(Growth(before, plan, tiny.local_state(engine), *around))
     return seen
@@ -102,7 +132,7 @@ def test_grown_engine_equals_reference(case: Case, workers: Callable[[int], Work
     answers = workers(case.ranks).run(chain, case)
     for number, ranks in enumerate(zip(*answers, strict=True)):
         assert len({growth.plan for growth in ranks}) == 1
-        plan = GrowthPlan.from_dict(json.loads(ranks[0].plan))
+        plan = ranks[0].plan
         expected = tiny.reference(plan, tiny.join([growth.before for growth in ranks]))
         found = tiny.join([growth.after for growth in ranks])
         assert expected.keys() == found.keys()

@@ -53,7 +53,7 @@ def grown_parameters(draw: st.DrawFn) -> tuple[ParamAxes, list[Shape], History]:
             axis = draw(st.sampled_from(names))
             role = draw(st.sampled_from([Role.FAN_OUT, Role.FAN_IN]))
             block, segments = draw(st.sampled_from([(1, 1), (1, 2), (2, 1), (2, 2), (1, 3)]))
-            dim = Dim(axis, role, block, segments, interleaved=draw(st.booleans()), groups=groups[axis])
+            dim = Dim(axis, role, block=block, segments=segments, interleaved=draw(st.booleans()), groups=groups[axis])
             dims.append(dim)
             sizes.append([dim.segments * width * dim.block for width in history[axis]])
         else:

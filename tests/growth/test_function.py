@@ -328,7 +328,7 @@ def test_a_new_tokens_logit_is_the_mean_of_the_old_ones() -> None:
 def test_zeroed_heads_are_not_dead(after: dict[str, int]) -> None:
     """With new queries and keys both zero neither would ever get a gradient; so new queries are copies."""
     model = trained(Make())
-    plan = planned(Make(), after, Strategy(Init.ZERO, Init.COPY))
+    plan = planned(Make(), after, Strategy(fan_out=Init.ZERO, fan_in=Init.COPY))
     wide = grown(model, Make(), plan)
     touched = {name: torch.zeros_like(param, dtype=torch.bool) for name, param in wide.named_parameters()}
     optimizer = torch.optim.SGD(wide.parameters(), lr=1e-3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import pickle
 from dataclasses import dataclass, replace
 
 import pytest
@@ -69,9 +70,9 @@ def leaves(axes: tuple[str, ...]) -> st.SearchStrategy[Dim]:
         Dim,
         st.sampled_from(axes),
         st.sampled_from([Role.FAN_OUT, Role.FAN_IN, Role.PER_UNIT]),
-        st.integers(1, 2),
-        st.integers(1, 2),
-        st.sampled_from([(), (0,)]),
+        block=st.integers(1, 2),
+        segments=st.integers(1, 2),
+        alive=st.sampled_from([(), (0,)]),
         interleaved=st.booleans(),
         power=st.sampled_from([0.0, 0.0, -0.5]),
     )
@@ -92,7 +93,8 @@ def cases(draw: st.DrawFn, pairs: tuple[tuple[Init, Init], ...] = INIT_PAIRS) ->
     if scaling is Scaling.FUNCTION and pair not in (COPY_COPY, ZERO_COPY):
         scaling = Scaling.RMS
     strategy = Strategy(
-        *pair,
+        fan_out=pair[0],
+        fan_in=pair[1],
         scaling=scaling,
         optimizer_state=draw(st.sampled_from(OptimizerState)),
         split=Split.parse(draw(st.sampled_from(["1:1", "1:2"]))) if pair == COPY_COPY else Split(),
@@ -202,7 +204,7 @@ def test_a_plan_counts_and_describes_parts(case: Case) -> None:
     param = plan.param("w")
     assert param.after == case.shape(case.axes, case.widths | case.wide)
     assert param.new_elements == grown(plan, "w", case.old).numel() - case.old.numel()
-    assert GrowthPlan.from_dict(plan.to_dict()) == plan
+    assert pickle.loads(pickle.dumps(plan)) == plan
     assert not param.grows or "x".join(map(str, param.after)) in plan.describe()
 
 

@@ -35,7 +35,9 @@ integer_widenings = st.tuples(st.integers(1, 12), st.integers(2, 4)).map(lambda 
 
 
 def scales(pair: Pair, before: int, after: int, scaling: Scaling = Scaling.RMS, *, normed: bool = False) -> UnitScales:
-    return unit_scales(AxisGrowth("hidden", before, after, normed=normed), Strategy(*pair, scaling=scaling))
+    return unit_scales(
+        AxisGrowth("hidden", before, after, normed=normed), Strategy(fan_out=pair[0], fan_in=pair[1], scaling=scaling)
+    )
 
 
 # -- the table (method, Sec. 3.2) -----------------------------------------------------------------------------------
@@ -199,7 +201,7 @@ def test_function_scaling_with_copies_keeps_the_function_at_every_ratio(widening
 @settings(max_examples=30)
 def test_function_scaling_with_zero_units_keeps_the_function_at_every_ratio(widening: tuple[int, int]) -> None:
     """On a normed axis up to RMSNorm's eps, which weighs more in the smaller mean square; so eps is 0 here."""
-    strategy = Strategy(*ZERO_COPY, scaling=Scaling.FUNCTION)
+    strategy = Strategy(fan_out=ZERO_COPY[0], fan_in=ZERO_COPY[1], scaling=Scaling.FUNCTION)
     check_function_kept(NORMED_MAP_AXES, lambda w, x: normed_map(w, x, eps=0.0), widening, strategy)
     check_function_kept(EXPERT_AXES, expert, widening, strategy)
 
@@ -207,7 +209,7 @@ def test_function_scaling_with_zero_units_keeps_the_function_at_every_ratio(wide
 @given(widenings)
 @settings(max_examples=30)
 def test_function_scaling_with_unheard_random_units_keeps_the_function(widening: tuple[int, int]) -> None:
-    strategy = Strategy(*RANDOM_ZERO, scaling=Scaling.FUNCTION)
+    strategy = Strategy(fan_out=RANDOM_ZERO[0], fan_in=RANDOM_ZERO[1], scaling=Scaling.FUNCTION)
     check_function_kept(MAP_AXES, linear_map, widening, strategy)
     check_function_kept(EXPERT_AXES, expert, widening, strategy)
 
@@ -246,7 +248,7 @@ def test_the_measured_ratio_of_rms_stays(pair: Pair, c: float) -> None:
     before, after = 400, int(400 * (1 + c))
     old = random_weights(MAP_AXES, before, inputs=500, outputs=600, seed=3)
     old = {"producer": 0.02 * old["producer"], "consumer": 0.05 * old["consumer"]}
-    wide = widened(plan_of(MAP_AXES, old, before, after, Strategy(*pair)), old)
+    wide = widened(plan_of(MAP_AXES, old, before, after, Strategy(fan_out=pair[0], fan_in=pair[1])), old)
     z = torch.randn(256, 500, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
 
     def ratio(w: Weights) -> float:
@@ -266,7 +268,7 @@ def test_the_measured_ratio_of_rms_stays(pair: Pair, c: float) -> None:
 def test_random_norm_gains_keep_the_ratio_too(fan_in: Init) -> None:
     """New gains have the old ones' second moment; their mean alone, or their std alone, would miss it."""
     old = random_weights(NORMED_MAP_AXES, 400, inputs=500, outputs=600, seed=5)
-    strategy = Strategy(Init.RANDOM, fan_in, norm=Init.RANDOM)
+    strategy = Strategy(fan_out=Init.RANDOM, fan_in=fan_in, norm=Init.RANDOM)
     wide = widened(plan_of(NORMED_MAP_AXES, old, 400, 800, strategy), old)
     x = torch.randn(256, 500, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
     assert rms(normed_map(wide, x)) / rms(normed_map(old, x)) == pytest.approx(1.0, rel=GAIN_BAND)
@@ -405,7 +407,7 @@ def test_the_model_keeps_its_logits(
     build_model = builder(tied=tied, eps=eps)
     model = trained(build_model)
     after = {axis: int(WIDTHS[axis] * ratio) for axis in axes}
-    plan = model_plan(model, build_model, WIDTHS, after, Strategy(*pair, scaling=scaling))
+    plan = model_plan(model, build_model, WIDTHS, after, Strategy(fan_out=pair[0], fan_in=pair[1], scaling=scaling))
     wide = grown(model, build_model, plan, {**WIDTHS, **after})
     assert_near(wide(TOKENS).detach(), model(TOKENS).detach(), "logits")
 
@@ -415,7 +417,13 @@ def test_unheard_random_experts_keep_the_models_logits(tied: bool) -> None:
     build_model = builder(tied=tied)
     model = trained(build_model)
     after = {"moe_intermediate_size": 9}
-    plan = model_plan(model, build_model, WIDTHS, after, Strategy(*RANDOM_ZERO, scaling=Scaling.FUNCTION))
+    plan = model_plan(
+        model,
+        build_model,
+        WIDTHS,
+        after,
+        Strategy(fan_out=RANDOM_ZERO[0], fan_in=RANDOM_ZERO[1], scaling=Scaling.FUNCTION),
+    )
     wide = grown(model, build_model, plan, {**WIDTHS, **after})
     assert_near(wide(TOKENS).detach(), model(TOKENS).detach(), "logits")
 
@@ -472,7 +480,9 @@ def test_rescaled_state_is_that_of_the_gradients_in_the_wide_model(
     build_model = builder(tied=tied, eps=eps)
     model = trained(build_model)
     after = {axis: int(WIDTHS[axis] * ratio) for axis in axes}
-    strategy = Strategy(*pair, scaling=scaling, optimizer_state=OptimizerState.ASYMMETRIC_RESET_SCALED)
+    strategy = Strategy(
+        fan_out=pair[0], fan_in=pair[1], scaling=scaling, optimizer_state=OptimizerState.ASYMMETRIC_RESET_SCALED
+    )
     plan = model_plan(model, build_model, WIDTHS, after, strategy)
     wide = grown(model, build_model, plan, {**WIDTHS, **after})
     gradient, wide_gradient = model_gradients(model), model_gradients(wide)

@@ -66,7 +66,7 @@ def test_without_a_cosine_the_base_rate_gets_a_factor(age: int, factor: float) -
     ("age", "factor"), [(0, 1.0), (1, 2.0), (2, 3.0), (3, 2.0 + 0.5**0.5), (4, 2.0), (6, 1.0), (10**6, 1.0)]
 )
 def test_the_factor_comes_back_to_one_along_half_a_cosine(age: int, factor: float) -> None:
-    rewarmup = Rewarmup(3.0, 2, curve=RewarmupCurve.FACTOR, decay_steps=4)
+    rewarmup = Rewarmup(ratio=3.0, steps=2, curve=RewarmupCurve.FACTOR, decay_steps=4)
     assert Birth(rewarmup, (0.5,), None, restart=True, age=age).rate(0, 0.7) == pytest.approx(0.7 * factor, rel=1e-12)
 
 
@@ -94,7 +94,13 @@ def test_scope_all_lifts_older_elements_and_none_lifts_nobody() -> None:
 @given(
     st.builds(
         Birth,
-        st.builds(Rewarmup, st.floats(0.1, 10), st.integers(0, 10**6), st.sampled_from(Scope), st.sampled_from(CURVES)),
+        st.builds(
+            Rewarmup,
+            ratio=st.floats(0.1, 10),
+            steps=st.integers(0, 10**6),
+            scope=st.sampled_from(Scope),
+            curve=st.sampled_from(CURVES),
+        ),
         st.tuples(rates, rates),
         st.none()
         | st.builds(

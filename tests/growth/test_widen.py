@@ -100,9 +100,9 @@ def dims(draw: st.DrawFn, roles: tuple[Role, ...], groups: int | str) -> Dim:
     return Dim(
         axis,
         role,
-        draw(st.integers(1, 2)),
-        segments,
-        alive,
+        block=draw(st.integers(1, 2)),
+        segments=segments,
+        alive=alive,
         interleaved=draw(st.booleans()),
         groups=groups if axis == "i" else 1,
         power=power,
@@ -174,10 +174,11 @@ def cases(
     norm = draw(st.sampled_from(norms)) if scaling is not Scaling.FUNCTION else Init.COPY
     copied = pair == COPY_COPY and norm is Init.COPY
     strategy = Strategy(
-        *pair,
-        norm,
-        scaling,
-        draw(st.sampled_from(states)),
+        fan_out=pair[0],
+        fan_in=pair[1],
+        norm=norm,
+        scaling=scaling,
+        optimizer_state=draw(st.sampled_from(states)),
         seed=draw(st.integers(0, 3)),
         vocabulary=draw(st.sampled_from(new_indices)),
         split=Split.parse(draw(st.sampled_from(["1:1", "1:2", "1:0", "0:3"]))) if copied else Split(),
@@ -458,7 +459,7 @@ def test_random_entries_are_where_they_belong_and_the_rest_is_the_references(kin
 def test_units_that_cancel_come_in_pairs(before: int, more: int, joint: bool, experts: bool) -> None:
     """Alike in the rows that produce them, opposite in the columns that consume them; one left over is not consumed."""
     after = before + more
-    producer, consumer = Dim("i", Role.FAN_OUT, 2), Dim("i", Role.FAN_IN, 2)
+    producer, consumer = Dim("i", Role.FAN_OUT, block=2), Dim("i", Role.FAN_IN, block=2)
     hidden_in, hidden_out = (Dim("h", Role.FAN_IN), Dim("h", Role.FAN_OUT)) if joint else (FIXED, FIXED)
     stack = (FIXED,) if experts else ()
     axes = {
@@ -467,7 +468,7 @@ def test_units_that_cancel_come_in_pairs(before: int, more: int, joint: bool, ex
     }
     lead = (3,) if experts else ()
     shapes: dict[str, Shape] = {"up": (*lead, 2 * before, 4), "down": (*lead, 4, 2 * before)}
-    strategy = Strategy(Init.RANDOM, Init.CANCEL, scaling=Scaling.NONE)
+    strategy = Strategy(fan_out=Init.RANDOM, fan_in=Init.CANCEL, scaling=Scaling.NONE)
     wide = {"i": after, "h": 8} if joint else {"i": after}
     plan = make_plan(shapes, axes, {"i": before, "h": 4}, wide, strategy, number=1)
     old = {name: torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()}
@@ -565,7 +566,7 @@ def test_fused_gate_and_up_grow_each_for_itself_and_zeros_spare_the_gate() -> No
     axes = ParamAxes((Dim("i", Role.FAN_OUT, segments=2, alive=(0,)), FIXED))
     old = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0], [7.0, 8.0]])  # two gate rows, two up rows
     for pair, up in ((COPY_COPY, [[5.0, 6.0]]), (ZERO_COPY, [[0.0, 0.0]])):
-        case = Case(axes, {"i": 2}, {"i": 3}, frozenset(), Strategy(*pair), seed=0)
+        case = Case(axes, {"i": 2}, {"i": 3}, frozenset(), Strategy(fan_out=pair[0], fan_in=pair[1]), seed=0)
         out = torch.empty(12)
         plan = make_plan({"w": (4, 2)}, {"w": axes}, case.widths, case.wide, case.strategy, number=1)
         Widener(plan, "w").weight(old, out)
@@ -576,7 +577,9 @@ def test_fused_gate_and_up_grow_each_for_itself_and_zeros_spare_the_gate() -> No
 def test_gate_and_up_in_turns_grow_unit_by_unit(pair: tuple[Init, Init]) -> None:
     """GPT-OSS lays experts out so: the new unit's two rows come last, and the gate's stays alive."""
     axes = ParamAxes((Dim("i", Role.FAN_OUT, segments=2, alive=(0,), interleaved=True), FIXED))
-    plan = make_plan({"w": (4, 1)}, {"w": axes}, {"i": 2}, {"i": 3}, Strategy(*pair), number=1)
+    plan = make_plan(
+        {"w": (4, 1)}, {"w": axes}, {"i": 2}, {"i": 3}, Strategy(fan_out=pair[0], fan_in=pair[1]), number=1
+    )
     out = torch.empty(6)
     Widener(plan, "w").weight(torch.tensor([1.0, 2.0, 3.0, 4.0]), out)
     assert out.tolist() == [1.0, 2.0, 3.0, 4.0, 1.0, 2.0 if pair == COPY_COPY else 0.0]
@@ -676,7 +679,7 @@ def test_a_gain_that_is_stored_without_its_one_is_scaled_with_it() -> None:
     }
     old = torch.tensor([0.0, 0.5])
     shapes: dict[str, Shape] = dict.fromkeys(axes, (2,))
-    plan = make_plan(shapes, axes, {"h": 2}, {"h": 4}, Strategy(Init.RANDOM, Init.ZERO), number=1)
+    plan = make_plan(shapes, axes, {"h": 2}, {"h": 4}, Strategy(fan_out=Init.RANDOM, fan_in=Init.ZERO), number=1)
     assert drawn(plan, "per_unit", old).tolist() == [0.0, 0.5, 0.0, 0.5]
     plan = make_plan(shapes, axes, {"h": 2}, {"h": 4}, Strategy(), number=1)
     assert drawn(plan, "norm", old).tolist() == [-0.5, -0.25, -0.5, -0.25]
@@ -769,7 +772,7 @@ def test_pieces_of_states_make_the_whole(case: Case, key: str, data: st.DataObje
 def test_draws_longer_than_a_chunk_fit_together() -> None:
     """65536 elements are drawn at a time; neither the chunks' borders nor a cut inside one may show."""
     axes = ParamAxes((FIXED, Dim("i", Role.FAN_OUT), Dim("h", Role.FAN_IN)), stacked_experts=True)
-    strategy = Strategy(Init.RANDOM, Init.RANDOM)
+    strategy = Strategy(fan_out=Init.RANDOM, fan_in=Init.RANDOM)
     old = torch.randn(3, 300, 300, generator=torch.Generator().manual_seed(0))
     old *= torch.tensor([0.1, 1.0, 10.0]).view(3, 1, 1)
     widths, wide = {"i": 300, "h": 300}, {"i": 600, "h": 303}
@@ -793,7 +796,7 @@ def random_plan(name: str = "w", seed: int = 0, stage: int = 1, before: int = 64
     axes = ParamAxes(
         (FIXED, Dim("i", Role.FAN_OUT, segments=2, alive=(0,)), Dim("h", Role.FAN_IN)), stacked_experts=True
     )
-    strategy = Strategy(Init.RANDOM, Init.RANDOM, seed=seed)
+    strategy = Strategy(fan_out=Init.RANDOM, fan_in=Init.RANDOM, seed=seed)
     shapes = {name: (2, 2 * before, 64)}
     return make_plan(shapes, {name: axes}, {"i": before, "h": 64}, {"i": after, "h": 128}, strategy, number=stage)
 
@@ -826,7 +829,7 @@ def test_random_entries_have_zero_mean_and_their_own_matrixs_rms() -> None:
 def test_segments_that_take_turns_are_one_matrix_to_draw_after() -> None:
     """Gate and up rows are mixed, so their halves mean nothing: here the later rows are a hundred times larger."""
     axes = ParamAxes((Dim("i", Role.FAN_OUT, segments=2, alive=(0,), interleaved=True), FIXED))
-    strategy = Strategy(Init.RANDOM, Init.RANDOM)
+    strategy = Strategy(fan_out=Init.RANDOM, fan_in=Init.RANDOM)
     plan = make_plan({"w": (64, 64)}, {"w": axes}, {"i": 32}, {"i": 64}, strategy, number=1)
     old = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
     old[32:] *= 100
@@ -854,7 +857,7 @@ def test_gains_are_random_only_when_norm_says_so() -> None:
     shapes: dict[str, Shape] = {"norm.weight": (4,), "w": (4, 2)}
     gain, weight = torch.arange(1.0, 5), torch.arange(8.0).view(4, 2)
     for strategy, gains_copied, rows_copied in (
-        (Strategy(Init.RANDOM, Init.COPY), True, False),
+        (Strategy(fan_out=Init.RANDOM, fan_in=Init.COPY), True, False),
         (Strategy(norm=Init.RANDOM), False, True),
     ):
         plan = make_plan(shapes, axes, {"h": 4}, {"h": 8}, strategy, number=1)
@@ -932,7 +935,7 @@ def test_zeroed_units_of_an_expert_are_not_dead() -> None:
     generator = torch.Generator().manual_seed(0)
     old = {"gate_up": torch.randn(8, 5, generator=generator), "down": torch.randn(5, 4, generator=generator)}
     shapes = {name: tuple(weight.shape) for name, weight in old.items()}
-    plan = make_plan(shapes, axes, {"i": 4}, {"i": 8}, Strategy(*ZERO_COPY), number=1)
+    plan = make_plan(shapes, axes, {"i": 4}, {"i": 8}, Strategy(fan_out=ZERO_COPY[0], fan_in=ZERO_COPY[1]), number=1)
     wide = {name: drawn(plan, name, weight).requires_grad_() for name, weight in old.items()}
     gate, up = wide["gate_up"].detach().chunk(2)
     assert torch.equal(gate[4:], gate[:4])
@@ -973,7 +976,7 @@ PAIRS_IN_GROUPS = Case(
     widths={"h": 1, "i": 2, "g": 2},
     wide={"i": 4},
     normed=frozenset(),
-    strategy=Strategy(Init.RANDOM, Init.CANCEL, optimizer_state=OptimizerState.COPY),
+    strategy=Strategy(fan_out=Init.RANDOM, fan_in=Init.CANCEL, optimizer_state=OptimizerState.COPY),
     seed=0,
     groups="g",
 )
@@ -1072,7 +1075,7 @@ def test_state_that_is_weights_grows_as_the_weights_do(case: Case, key: str, cut
 
 def test_draws_of_state_that_is_weights_need_the_weights_statistics() -> None:
     axes = {"w": ParamAxes((Dim("h", Role.FAN_OUT),))}
-    plan = make_plan({"w": (2,)}, axes, {"h": 2}, {"h": 4}, Strategy(Init.RANDOM, Init.ZERO), number=1)
+    plan = make_plan({"w": (2,)}, axes, {"h": 2}, {"h": 4}, Strategy(fan_out=Init.RANDOM, fan_in=Init.ZERO), number=1)
     with pytest.raises(PlanError, match="w: z is drawn as the weight is"):
         Widener(plan, "w").state("z", torch.ones(2), torch.empty(4))
 
@@ -1121,7 +1124,14 @@ def test_the_old_tensor_is_left_as_it_was() -> None:
     rng = random.Random(0)
     for pair in INIT_PAIRS:
         axes = ParamAxes((Dim("h", Role.FAN_OUT), Dim("i", Role.FAN_IN)))
-        case = Case(axes, {"h": 3, "i": 2}, {"h": 5, "i": 4}, frozenset(), Strategy(*pair), seed=rng.randint(0, 9))
+        case = Case(
+            axes,
+            {"h": 3, "i": 2},
+            {"h": 5, "i": 4},
+            frozenset(),
+            Strategy(fan_out=pair[0], fan_in=pair[1]),
+            seed=rng.randint(0, 9),
+        )
         old = case.old()
         out = torch.empty(20)
         Widener(case.plan, "w").weight(old, out)

@@ -135,7 +135,16 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         (Path(output) / "checkpoints" / "latest").write_text("global_step2")
         if variant == "from-scratch" and "bad" in job:
             return 3
-        RunSummary(variant, 1.0, 4, 100, 6e6, 0.5, 10, 5).write(Path(output))
+        RunSummary(
+            variant=variant,
+            validation_loss=1.0,
+            steps=4,
+            tokens=100,
+            flops=6e6,
+            seconds=0.5,
+            parameters=10,
+            active_parameters=5,
+        ).write(Path(output))
         return 0
 
     monkeypatch.setattr(subprocess, "call", launched)
@@ -247,8 +256,28 @@ def test_the_narrow_model_trained_longer_has_a_schedule_of_its_own(config: Path)
 
 def test_the_losses_are_drawn_with_their_growth_and_their_names() -> None:
     points = [(0, 0.0, 5.0), (50, 3.0, 2.0), (50, 3.0, 2.1), (100, 9.0, 1.5)]
-    grown = RunSummary("grown", 1.5, 4, 100, 9.0, 0.5, 10, 5, points)
-    narrow = RunSummary("never-grown", 1.8, 4, 100, 6.0, 0.5, 10, 5, [(50, 3.0, 2.0), (100, 6.0, 1.8)])
+    grown = RunSummary(
+        variant="grown",
+        validation_loss=1.5,
+        steps=4,
+        tokens=100,
+        flops=9.0,
+        seconds=0.5,
+        parameters=10,
+        active_parameters=5,
+        validations=points,
+    )
+    narrow = RunSummary(
+        variant="never-grown",
+        validation_loss=1.8,
+        steps=4,
+        tokens=100,
+        flops=6.0,
+        seconds=0.5,
+        parameters=10,
+        active_parameters=5,
+        validations=[(50, 3.0, 2.0), (100, 6.0, 1.8)],
+    )
     by_tokens, by_compute = loss_picture({Variant.GROWN: grown, Variant.NEVER_GROWN: narrow}).axes
     legend = by_tokens.get_legend()
     assert legend is not None
@@ -261,7 +290,16 @@ def test_the_losses_are_drawn_with_their_growth_and_their_names() -> None:
 
 
 def test_a_summary_is_whole_or_not_there(tmp_path: Path) -> None:
-    summary = RunSummary("grown", 1.25, 4, 100, 6e6, 0.5, 10, 5)
+    summary = RunSummary(
+        variant="grown",
+        validation_loss=1.25,
+        steps=4,
+        tokens=100,
+        flops=6e6,
+        seconds=0.5,
+        parameters=10,
+        active_parameters=5,
+    )
     whole = replace(summary, validations=[(0, 0.0, 5.5), (100, 6e6, 1.25)])
     assert read_summary(tmp_path) is None
     whole.write(tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import cmath
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -167,7 +168,7 @@ def test_the_balancing_loss_is_added_in_training_only() -> None:
     model.train()
     trained_loss = model(TOKENS, TOKENS)
     assert (trained_loss - evaluated).item() == pytest.approx(0.5 * load_balancing_loss(logits, 2).item(), rel=1e-4)
-    model.config.router_aux_loss_coef = 0.0
+    model.config = replace(model.config, router_aux_loss_coef=0.0)
     assert model(TOKENS, TOKENS).item() == pytest.approx(evaluated.item(), rel=1e-6)
 
 

@@ -151,7 +151,7 @@ def test_going_on_from_another_step_is_the_base_schedule_from_there(name: str, g
 
 
 @pytest.mark.parametrize("name", OTHERS)
-@pytest.mark.parametrize("rewarmup", [Rewarmup(faster_decay=0.5, steps=0), Rewarmup(1.0, 0, from_step=3)])
+@pytest.mark.parametrize("rewarmup", [Rewarmup(faster_decay=0.5, steps=0), Rewarmup(ratio=1.0, steps=0, from_step=3)])
 def test_what_changes_a_cosine_needs_one(name: str, rewarmup: Rewarmup) -> None:
     scheduler = make(OTHERS[name])
     run(scheduler, 8)
@@ -164,7 +164,7 @@ def test_there_is_no_going_on_from_beyond_the_end(name: str) -> None:
     scheduler = make(COSINES[name])
     run(scheduler, 12)
     with pytest.raises(ConfigError, match=r"has only \d+ steps; leave them out"):
-        scheduler.check(Strategy(rewarmup=Rewarmup(1.0, 0, from_step=500)))
+        scheduler.check(Strategy(rewarmup=Rewarmup(ratio=1.0, steps=0, from_step=500)))
 
 
 @pytest.mark.parametrize("name", [*COSINES, *OTHERS])

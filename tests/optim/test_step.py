@@ -245,7 +245,7 @@ def test_a_growth_before_the_first_step(name: str) -> None:
     make = OPTIMIZERS[name]
     grown = Grown(make, layout("both", name), old_steps=0)
     reference = make([torch.zeros(1)])
-    grown.scheduler.births = tuple(Birth(Rewarmup(2.0, 0), (0.02,), None, True, 0) for _ in range(2))
+    grown.scheduler.births = tuple(Birth(Rewarmup(ratio=2.0, steps=0), (0.02,), None, True, 0) for _ in range(2))
     for _ in range(2):
         grown.param.grad = grown.gradient()
         expected = one_parameter_per_stage(grown, reference)
@@ -259,7 +259,7 @@ def test_a_growth_before_the_first_step(name: str) -> None:
 def test_a_step_that_a_gradient_scaler_skips_is_no_step() -> None:
     """torch's GradScaler leaves ``found_inf`` to a fused kernel, and takes no step otherwise."""
     grown = Grown(OPTIMIZERS["adamw-fused"], layout("both"), old_steps=3)
-    grown.scheduler.births = tuple(Birth(Rewarmup(1.5, 2), (0.02,), None, True, 0) for _ in range(2))
+    grown.scheduler.births = tuple(Birth(Rewarmup(ratio=1.5, steps=2), (0.02,), None, True, 0) for _ in range(2))
     grown.param.grad = torch.full_like(grown.param, torch.inf)
     grown.optimizer.found_inf = torch.ones(())  # type: ignore[attr-defined]
     before = grown.param.clone()
@@ -273,7 +273,7 @@ def test_a_single_number_as_a_parameter_takes_one_step_at_a_time() -> None:
     optimizer = torch.optim.AdamW([param], lr=0.02, foreach=True)
     scheduler = RewarmupScheduler(None, optimizer)
     BirthStep(optimizer, scheduler, {param: 0}, lambda: {param: [stretch(0, 1, 0)]})
-    scheduler.births = (Birth(Rewarmup(2.0, 0, Scope.ALL), (0.02,), None, False, 0),)
+    scheduler.births = (Birth(Rewarmup(ratio=2.0, steps=0, scope=Scope.ALL), (0.02,), None, False, 0),)
     alone = torch.ones(())
     reference = torch.optim.AdamW([alone], lr=0.04, foreach=True)
     for _ in range(5):
@@ -287,7 +287,7 @@ def test_a_single_number_as_a_parameter_takes_one_step_at_a_time() -> None:
 def test_tensors_without_new_elements_are_stepped_as_ever() -> None:
     grown = Grown(OPTIMIZERS["adamw-foreach"], layout("original"), old_steps=3)
     alone = Grown(OPTIMIZERS["adamw-foreach"], layout("original"), old_steps=3)
-    grown.scheduler.births = tuple(Birth(Rewarmup(1.5, 2), (0.02,), None, True, 0) for _ in range(2))
+    grown.scheduler.births = tuple(Birth(Rewarmup(ratio=1.5, steps=2), (0.02,), None, True, 0) for _ in range(2))
     calls = []
 
     def own(*_: Any, **__: Any) -> None:
@@ -309,7 +309,7 @@ def test_a_chunk_at_a_time_gives_the_same(name: str, monkeypatch: pytest.MonkeyP
     for chunk in (1 << 20, 100):
         monkeypatch.setattr("ds_sparkling.optim.step._CHUNK", chunk)
         grown = Grown(OPTIMIZERS[name], layout("both"), old_steps=3)
-        grown.scheduler.births = tuple(Birth(Rewarmup(1.5, 2), (0.02,), None, True, 0) for _ in range(2))
+        grown.scheduler.births = tuple(Birth(Rewarmup(ratio=1.5, steps=2), (0.02,), None, True, 0) for _ in range(2))
         for _ in range(4):
             grown.advance()
         results.append(grown.param)
@@ -323,7 +323,9 @@ def test_the_kernel_gives_the_same_on_any_number_of_threads() -> None:
         for number in (1, 2, 3, 7):
             torch.set_num_threads(number)
             grown = Grown(OPTIMIZERS["adamw-fused"], layout("both"), old_steps=2)
-            grown.scheduler.births = tuple(Birth(Rewarmup(1.5, 2), (0.02,), None, True, 0) for _ in range(2))
+            grown.scheduler.births = tuple(
+                Birth(Rewarmup(ratio=1.5, steps=2), (0.02,), None, True, 0) for _ in range(2)
+            )
             # The first, plain steps are torch's own, whose vector tails round by the number of threads.
             grown.param.copy_(results[0][0] if results else grown.param)
             start = grown.param.clone()
@@ -371,7 +373,7 @@ def test_while_all_stages_are_alike_the_step_is_the_optimizers_own(name: str, bi
 
 
 def test_scope_all_steps_the_whole_tensor_at_the_lifted_rate() -> None:
-    births = (Birth(Rewarmup(2.0, 0, Scope.ALL), (0.02,), None, False, 0),)
+    births = (Birth(Rewarmup(ratio=2.0, steps=0, scope=Scope.ALL), (0.02,), None, False, 0),)
     alone, grown = plain_and_grown(births, "adamw-fused", 2.0)
     assert ulps(grown.param, alone) <= 2
     assert grown.made == 0
@@ -380,7 +382,7 @@ def test_scope_all_steps_the_whole_tensor_at_the_lifted_rate() -> None:
 
 def test_blocks_are_made_once_and_again_after_they_were_forgotten() -> None:
     grown = Grown(OPTIMIZERS["adamw-fused"], layout("both"), old_steps=3)
-    grown.scheduler.births = (Birth(Rewarmup(1.3, 2), (0.02,), None, False, 0),) * 2
+    grown.scheduler.births = (Birth(Rewarmup(ratio=1.3, steps=2), (0.02,), None, False, 0),) * 2
     grown.advance()
     grown.advance()
     assert grown.made == 1
@@ -393,7 +395,7 @@ def test_a_closure_and_tensors_without_gradients() -> None:
     grown = Grown(OPTIMIZERS["adamw-foreach"], layout("columns"), old_steps=1)
     other = torch.ones(3)
     grown.optimizer.param_groups[0]["params"].append(other)
-    grown.scheduler.births = (Birth(Rewarmup(1.3, 0), (0.02,), None, True, 0),) * 2
+    grown.scheduler.births = (Birth(Rewarmup(ratio=1.3, steps=0), (0.02,), None, True, 0),) * 2
     grown.param.grad = grown.gradient()
     before = grown.param.clone()
     assert grown.optimizer.step(lambda: 3.5) == 3.5
@@ -404,7 +406,7 @@ def test_a_closure_and_tensors_without_gradients() -> None:
 def test_a_scheduler_made_later_can_still_watch_the_step() -> None:
     """torch's schedulers wrap ``optimizer.step`` through its ``__func__``."""
     grown = Grown(OPTIMIZERS["adamw-fused"], layout("columns"), old_steps=1)
-    grown.scheduler.births = (Birth(Rewarmup(1.3, 0), (0.02,), None, True, 0),) * 2
+    grown.scheduler.births = (Birth(Rewarmup(ratio=1.3, steps=0), (0.02,), None, True, 0),) * 2
     torch.optim.lr_scheduler.LambdaLR(grown.optimizer, lambda _: 1.0)
     before = grown.param.clone()
     grown.advance()

@@ -28,7 +28,7 @@ def test_every_parameter_has_its_own_ratio(make: Callable[..., torch.optim.Optim
     plain = torch.nn.Parameter(weights.clone())
     optimizer, reference = make([param], lr=0.1, weight_decay=0.0), make([plain], lr=0.1, weight_decay=0.0)
     scheduler = RewarmupScheduler(None, optimizer)
-    adapted = Birth(Rewarmup(1.0, 0, curve=RewarmupCurve.WEIGHT_NORM), (0.1,), None, restart=False)
+    adapted = Birth(Rewarmup(ratio=1.0, steps=0, curve=RewarmupCurve.WEIGHT_NORM), (0.1,), None, restart=False)
     scheduler.births = (adapted, adapted)
     norms = NormRatios(lambda: (2, {param: [Part(0, MATRIX), Part(1, VECTOR)]}))
     blocks = [*MATRIX, *VECTOR, stretch(15, 16, 0)]

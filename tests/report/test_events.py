@@ -15,7 +15,16 @@ from ds_sparkling.report.events import Event, EventFile, default_names, merge, r
 from ds_sparkling.spec.run_summary import RunSummary
 from event_files import GROWN_AT, SAMPLES, STEPS, TOKENS, Point
 
-SUMMARY = RunSummary("grown", 1.5, STEPS, TOKENS * STEPS, 1e9, 12.0, 9000, 3000)
+SUMMARY = RunSummary(
+    variant="grown",
+    validation_loss=1.5,
+    steps=STEPS,
+    tokens=TOKENS * STEPS,
+    flops=1e9,
+    seconds=12.0,
+    parameters=9000,
+    active_parameters=3000,
+)
 
 
 def test_a_growth_keeps_the_validations_on_both_sides(tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ layouts = st.builds(
     Dim,
     st.just("h"),
     st.sampled_from(Role),
-    st.integers(1, 3),
-    st.integers(1, 3),
+    block=st.integers(1, 3),
+    segments=st.integers(1, 3),
     interleaved=st.booleans(),
 )
 names = st.text(min_size=1, max_size=5)
@@ -28,12 +28,12 @@ plain = st.builds(
     Dim,
     names,
     st.sampled_from(Role),
-    st.integers(1, 9),
-    st.integers(1, 3),
-    st.lists(st.integers(0, 2), max_size=3).map(tuple),
-    st.booleans(),
-    st.integers(1, 9) | names,
-    st.floats(-2, 2),
+    block=st.integers(1, 9),
+    segments=st.integers(1, 3),
+    alive=st.lists(st.integers(0, 2), max_size=3).map(tuple),
+    interleaved=st.booleans(),
+    groups=st.integers(1, 9) | names,
+    power=st.floats(-2, 2),
 )
 parted = st.builds(
     lambda first, parts, segments, power: Dim(parts=(first, *parts), segments=segments, power=power),
@@ -52,10 +52,10 @@ def no_gain(dims: tuple[Dim, ...]) -> bool:
 param_axes = st.builds(
     ParamAxes,
     st.lists(dims, max_size=4).map(tuple),
-    st.booleans(),
-    st.booleans(),
-    st.sampled_from(Norm),
-    st.floats(-2, 2),
+    stacked_experts=st.booleans(),
+    head_gain=st.booleans(),
+    norm=st.sampled_from(Norm),
+    offset=st.floats(-2, 2),
 ) | st.builds(ParamAxes, st.lists(dims, max_size=4).map(tuple).filter(no_gain))
 
 
@@ -116,12 +116,12 @@ def test_groups_by_an_axis_of_unknown_width_are_refused_by_name() -> None:
     [
         ({"axis": "h"}, "both an axis and a role"),
         ({"role": Role.GAIN}, "both an axis and a role"),
-        ({"block": 0}, "at least 1"),
-        ({"block": -1}, "at least 1"),
-        ({"axis": "h", "role": Role.GAIN, "segments": 0}, "at least 1"),
+        ({"block": 0}, "block must be positive, got 0"),
+        ({"block": -1}, "block must be positive, got -1"),
+        ({"axis": "h", "role": Role.GAIN, "segments": 0}, "segments must be positive"),
         ({"axis": "h", "role": Role.GAIN, "groups": 0}, "at least 1"),
         ({"block": 2}, "block can't be said of a dimension without an axis"),
-        ({"fixed": -1}, "at least 1"),
+        ({"fixed": -1}, "fixed must not be negative"),
         ({"axis": "h", "role": Role.FAN_IN, "fixed": 2}, "fixed can't be said of a dimension with an axis"),
         ({"parts": (Dim("h", Role.FAN_IN),), "block": 2}, "block can't be said of a dimension made of parts"),
         ({"parts": (Dim("h", Role.FAN_IN),), "axis": "h", "role": Role.FAN_IN}, "axis can't be said"),
@@ -202,8 +202,12 @@ def test_json_says_only_what_is_no_default() -> None:
 @pytest.mark.parametrize(
     ("data", "named"),
     [
-        pytest.param({"dims": [{"axis": "h", "role": "fan_in", "blocks": 2}]}, "'blocks'", id="of a dimension"),
-        pytest.param({"dims": [{}], "head_gains": True}, "'head_gains'", id="of a parameter"),
+        pytest.param(
+            {"dims": [{"axis": "h", "role": "fan_in", "blocks": 2}]},
+            r"dims\[0\]\.blocks; did you mean 'block'",
+            id="of a dimension",
+        ),
+        pytest.param({"dims": [{}], "head_gains": True}, "head_gains; did you mean 'head_gain'", id="of a parameter"),
         pytest.param({"dims": [{"axis": "h", "role": "fan_inn"}]}, "fan_inn", id="a role"),
         pytest.param({"dims": [{}], "norm": "batch"}, "batch", id="a norm"),
         pytest.param({"dims": [{"axis": "h"}]}, "role", id="no role"),

@@ -49,7 +49,14 @@ def test_the_defaults_are_the_papers() -> None:
     expected = SparklingConfig(
         growths=(),
         widths=None,
-        strategy=Strategy(Init.COPY, Init.COPY, Init.COPY, Scaling.RMS, OptimizerState.ASYMMETRIC_RESET, seed=0),
+        strategy=Strategy(
+            fan_out=Init.COPY,
+            fan_in=Init.COPY,
+            norm=Init.COPY,
+            scaling=Scaling.RMS,
+            optimizer_state=OptimizerState.ASYMMETRIC_RESET,
+            seed=0,
+        ),
         checkpoint_dir=None,
         checkpoint_before_growth=True,
     )
@@ -67,11 +74,11 @@ def test_every_key_reaches_its_field() -> None:
         ),
         widths={"hidden_size": 64, "moe_intermediate_size": 32},
         strategy=Strategy(
-            Init.RANDOM,
-            Init.ZERO,
-            Init.RANDOM,
-            Scaling.NONE,
-            OptimizerState.DROP,
+            fan_out=Init.RANDOM,
+            fan_in=Init.ZERO,
+            norm=Init.RANDOM,
+            scaling=Scaling.NONE,
+            optimizer_state=OptimizerState.DROP,
             seed=7,
             vocabulary=NewIndex.RANDOM,
         ),
@@ -84,7 +91,15 @@ def test_every_key_reaches_its_field() -> None:
 @pytest.mark.parametrize("state", OptimizerState)
 @pytest.mark.parametrize("vocabulary", NewIndex)
 def test_every_strategy_survives_its_dict(pair: tuple[Init, Init], state: OptimizerState, vocabulary: NewIndex) -> None:
-    strategy = Strategy(*pair, Init.RANDOM, Scaling.NONE, state, seed=3, vocabulary=vocabulary)
+    strategy = Strategy(
+        fan_out=pair[0],
+        fan_in=pair[1],
+        norm=Init.RANDOM,
+        scaling=Scaling.NONE,
+        optimizer_state=state,
+        seed=3,
+        vocabulary=vocabulary,
+    )
     assert Strategy.from_dict(json.loads(json.dumps(strategy.to_dict()))) == strategy
     block = strategy.to_dict()
     assert sparkling_config({"sparkling": block}).strategy == strategy
@@ -321,7 +336,7 @@ def test_what_is_done_to_twins_needs_copies_on_all_sides(init: dict[str, Any], o
 @pytest.mark.parametrize("value", ["half", "1:", "1:2:3", "-1:2", "0:0", "inf:1", "nan:1", 0.5, None, [1, 2]])
 def test_a_split_that_makes_no_sense_is_named(value: Any) -> None:
     text = refusal({"init": {"split": value}})
-    assert text.startswith("init.split must be")
+    assert text.startswith("sparkling.init.split must be")
     assert repr(value) in text
 
 

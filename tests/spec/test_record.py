@@ -34,7 +34,13 @@ AXES = {
     "scale": ParamAxes(()),
 }
 OTHER = Strategy(
-    Init.RANDOM, Init.ZERO, Init.RANDOM, Scaling.NONE, OptimizerState.DROP, seed=5, vocabulary=NewIndex.RANDOM
+    fan_out=Init.RANDOM,
+    fan_in=Init.ZERO,
+    norm=Init.RANDOM,
+    scaling=Scaling.NONE,
+    optimizer_state=OptimizerState.DROP,
+    seed=5,
+    vocabulary=NewIndex.RANDOM,
 )
 RECORD = GrowthRecord(
     {"hidden": 4, "inner": 2, "heads": 3},
@@ -108,20 +114,20 @@ dims = st.just(FIXED) | st.builds(
     Dim,
     names,
     st.sampled_from(Role),
-    st.integers(1, 9),
-    st.integers(1, 3),
-    st.lists(st.integers(0, 2)).map(tuple),
-    st.booleans(),
-    st.integers(1, 9) | names,
-    st.sampled_from([0.0, 0.5, -1.0]),
+    block=st.integers(1, 9),
+    segments=st.integers(1, 3),
+    alive=st.lists(st.integers(0, 2)).map(tuple),
+    interleaved=st.booleans(),
+    groups=st.integers(1, 9) | names,
+    power=st.sampled_from([0.0, 0.5, -1.0]),
 )
 param_axes = st.builds(
     ParamAxes,
     st.lists(dims, max_size=3).map(tuple),
-    st.booleans(),
-    st.booleans(),
-    st.sampled_from(Norm),
-    st.sampled_from([0.0, 1.0]),
+    stacked_experts=st.booleans(),
+    head_gain=st.booleans(),
+    norm=st.sampled_from(Norm),
+    offset=st.sampled_from([0.0, 1.0]),
 ) | st.builds(ParamAxes, st.lists(dims.filter(lambda dim: dim.role is not Role.GAIN), max_size=3).map(tuple))
 widths = st.dictionaries(names, st.integers(1, 2**20), max_size=3)
 stages = st.builds(RecordedGrowth, st.integers(0), st.none() | st.integers(0), widths, strategies)

@@ -459,7 +459,7 @@ def twin_alarms(state: OptimizerState) -> list[str]:
 
     engine = tiny.initialize(Case(2, 3, 2, sparkling={"diagnose_every": 2}))
     tiny.train(engine, 2)
-    tiny.with_strategy(engine, Strategy(optimizer_state=state, rewarmup=Rewarmup(2.0, 4, Scope.ALL)))
+    tiny.with_strategy(engine, Strategy(optimizer_state=state, rewarmup=Rewarmup(ratio=2.0, steps=4, scope=Scope.ALL)))
     engine = ds_sparkling.grow(engine, {"moe_intermediate_size": 10})
     watched(engine)
     logged = Logged()
