@@ -15,9 +15,8 @@ from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
 from accelerate.utils import DummyOptim, DummyScheduler, set_seed
 from deepspeed.accelerator import get_accelerator
 
-from ds_sparkling import grow_if_due, recorded_widths
-from ds_sparkling.discovery.factory import HuggingFaceFactory
-from ds_sparkling.integrations.accelerate import growing
+from ds_sparkling import HuggingFaceFactory, grow_if_due, recorded_widths
+from ds_sparkling.integrations import growing
 from ds_sparkling.models.text import Corpus
 
 MODEL = {

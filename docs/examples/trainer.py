@@ -17,9 +17,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments, set_seed
 
-from ds_sparkling import recorded_widths
-from ds_sparkling.discovery.factory import HuggingFaceFactory
-from ds_sparkling.integrations.trainer import SparklingCallback
+from ds_sparkling import HuggingFaceFactory, recorded_widths
+from ds_sparkling.integrations import SparklingCallback
 from ds_sparkling.models.text import Corpus
 
 MODEL = {

@@ -16,7 +16,6 @@ import torch
 from deepspeed import comm as dist
 
 import ds_sparkling
-from ds_sparkling.discovery.factory import HuggingFaceFactory
 from ds_sparkling.models.text import Corpus
 
 MODEL = {
@@ -48,7 +47,7 @@ def main() -> None:
     args = parse()
     deepspeed.init_distributed()
     torch.manual_seed(0)
-    engine = ds_sparkling.initialize(HuggingFaceFactory(MODEL), args.deepspeed, checkpoint=args.output)
+    engine = ds_sparkling.initialize(ds_sparkling.HuggingFaceFactory(MODEL), args.deepspeed, checkpoint=args.output)
     engine.load_checkpoint(args.output)
 
     corpus = Corpus.standard_library()
