@@ -97,8 +97,8 @@ class Lab:
         base = base or self.narrow
         return replace(base, widths=widths_of(**{**dict(base.widths), **self.wide(axis, base, factor)}))
 
-    def shortened(self, run: TrainingRun, grown: TrainingRun) -> TrainingRun:
-        """A run over as many steps as take the compute that ``grown`` takes in all."""
+    def at_compute_of(self, grown: TrainingRun, run: TrainingRun) -> TrainingRun:
+        """A run over as many steps, and on a schedule as long, as take the compute that ``grown`` takes in all."""
         from experiments.loop import active_parameters  # here, so that the list of experiments needs no torch
 
         widths, begin, spent = dict(grown.widths), 0, 0
@@ -338,7 +338,7 @@ def _dense(lab: Lab) -> Iterator[Contender]:
     yield Contender(reference, grown)
     yield Contender("function-preserving", lab.grown("inner", lab.recipe("function-preserving"), base), reference)
     yield Contender("narrow, never grown", base, reference)
-    yield from lab.from_scratch("from scratch, same compute", lab.shortened(scratch, grown), reference)
+    yield from lab.from_scratch("from scratch, same compute", lab.at_compute_of(grown, scratch), reference)
     yield from lab.from_scratch("from scratch, same tokens", scratch, reference)
 
 
@@ -355,7 +355,7 @@ def _two_stage(lab: Lab) -> Iterator[Contender]:
     yield Contender(reference, grown)
     yield Contender("two stages, function-preserving", plain, reference)
     yield Contender("one stage, SPARKLING", lab.grown("inner", lab.recipe("sparkling"), factor=4), reference)
-    yield from lab.from_scratch("from scratch, same compute", lab.shortened(scratch, grown), reference)
+    yield from lab.from_scratch("from scratch, same compute", lab.at_compute_of(grown, scratch), reference)
     yield from lab.from_scratch("from scratch, same tokens", scratch, reference)
 
 
@@ -368,9 +368,9 @@ def _iso_compute(lab: Lab) -> Iterator[Contender]:
         yield Contender(f"{axis}: SPARKLING, ratio 3", lab.grown(axis, lab.recipe("sparkling", **RATIO_3)), reference)
         yield Contender(f"{axis}: parting", lab.grown(axis, lab.recipe("parting")), reference)
         yield Contender(f"{axis}: function-preserving", lab.grown(axis, lab.recipe("function-preserving")), reference)
-        shortened = lab.shortened(scratch, grown)
-        yield from lab.from_scratch(f"{axis}: from scratch, same compute", shortened, reference)
+        yield from lab.from_scratch(f"{axis}: from scratch, same compute", lab.at_compute_of(grown, scratch), reference)
         yield from lab.from_scratch(f"{axis}: from scratch, same tokens", scratch, reference)
+        yield Contender(f"{axis}: narrow, same compute", lab.at_compute_of(grown, base), reference)
     yield Contender("narrow, never grown", base, "inner: SPARKLING")
 
 
@@ -592,6 +592,7 @@ EXPERIMENTS = {
             _iso_compute,
             (
                 *(Claim(f"{axis}: SPARKLING", f"{axis}: from scratch, same compute") for axis in AXES),
+                *(Claim(f"{axis}: SPARKLING", f"{axis}: narrow, same compute", "ours") for axis in AXES),
                 *(Claim(f"{axis}: parting", f"{axis}: SPARKLING", "ours") for axis in AXES),
                 *(Claim(f"{axis}: parting", f"{axis}: from scratch, same compute", "ours") for axis in AXES),
             ),

@@ -219,10 +219,11 @@ def test_a_dearer_run_is_looked_at_where_it_had_spent_as_much(tmp_path: Path) ->
     assert outcomes[long.key].loss_at(9.5) is None
 
 
-def test_a_shortened_run_takes_the_compute_of_the_grown_one() -> None:
+def test_a_control_takes_the_compute_of_the_grown_run() -> None:
     lab = Lab(SCALES["tiny"], "", 1, {})
     grown, scratch = lab.grown("joint", {}), lab.scratch("joint")
     narrow, wide = (active_parameters(run.shape, dict(run.widths)) for run in (grown, scratch))
-    assert lab.shortened(scratch, grown).steps == round((30 * narrow + 30 * wide) / wide)
+    assert lab.at_compute_of(grown, scratch).steps == round((30 * narrow + 30 * wide) / wide)
     twice = replace(grown, stages=(replace(grown.stages[0], at_step=10), *lab.grown("joint", {}, factor=2).stages))
-    assert lab.shortened(scratch, twice).steps == round((10 * narrow + 50 * wide) / wide)
+    assert lab.at_compute_of(twice, scratch).steps == round((10 * narrow + 50 * wide) / wide)
+    assert lab.at_compute_of(grown, lab.narrow).steps == round((30 * narrow + 30 * wide) / narrow)
