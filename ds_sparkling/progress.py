@@ -33,7 +33,7 @@ class _Lines(_Bar):
         self._began = self._told = time.monotonic()
         self._part = self._part_done
         self._postfix = ""
-        self._over = False
+        self._over, self._last = False, -1.0
 
     @property
     def _part_done(self) -> int:
@@ -49,12 +49,13 @@ class _Lines(_Bar):
         self._postfix = ", ".join(f"{key}={value}" for key, value in values.items())
 
     def close(self) -> None:
-        if not self._over:
-            self._over = True
+        """Write the last line, once, unless the way's end has been told already."""
+        if not self._over and self._last != self.n:
             self._tell()
+        self._over = True
 
     def _tell(self) -> None:
-        self._part, self._told = self._part_done, time.monotonic()
+        self._part, self._told, self._last = self._part_done, time.monotonic(), self.n
         meter = self.format_meter(
             self.n,
             self.total or 0,

@@ -4,6 +4,9 @@
 # Further arguments go to the job (try --help).
 
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+if ! compgen -G '/dev/nvidia*' > /dev/null && ! compgen -G '/dev/accel*' > /dev/null && [ ! -e /dev/kfd ] && [ ! -e /dev/dri ]; then
+    export DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}" # what DeepSpeed finds anyway, and warns of in every process
+fi
 command=train
 arguments=(--deepspeed_config configs/quickstart.json)
 for argument in "$@"; do

@@ -74,7 +74,8 @@ def loss_picture(runs: Mapping[Variant, RunSummary]) -> Figure:
 
 def _growths(points: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
     """The validations right before and right after each growth: no token lies between them."""
-    return [(before, after) for before, after in itertools.pairwise(points) if before[0] == after[0]]
+    at_once = [list(same) for _, same in itertools.groupby(points, key=lambda point: point[0])]
+    return [(same[-2], same[-1]) for same in at_once if len(same) > 1]
 
 
 def _mark_growth(axes: Axes, where: float, before: float, after: float) -> None:

@@ -318,6 +318,8 @@ def train(args: argparse.Namespace) -> None:
     """
     logging.basicConfig(format="%(message)s")
     deepspeed.utils.logger.setLevel(logging.WARNING)
+    # Every engine asks its scheduler for a rate before the first step, and is warned of it.
+    deepspeed.utils.logger.addFilter(lambda record: not record.getMessage().startswith("Attempting to get learning"))
     # DeepSpeed calls collectives by names that torch has deprecated.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     warn_of_left_locks()

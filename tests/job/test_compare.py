@@ -255,7 +255,7 @@ def test_the_narrow_model_trained_longer_has_a_schedule_of_its_own(config: Path)
 
 
 def test_the_losses_are_drawn_with_their_growth_and_their_names() -> None:
-    points = [(0, 0.0, 5.0), (50, 3.0, 2.0), (50, 3.0, 2.1), (100, 9.0, 1.5)]
+    points = [(0, 0.0, 5.0), (50, 3.0, 2.0), (50, 3.0, 2.0), (50, 3.0, 2.1), (100, 9.0, 1.5)]
     grown = RunSummary(
         variant="grown",
         validation_loss=1.5,

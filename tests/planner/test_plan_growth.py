@@ -54,9 +54,9 @@ def written(path: Path, **changes: Any) -> Path:
     return path
 
 
-def two_stages(path: Path, second: int = 800) -> Path:
+def two_stages(path: Path, second: int = 300) -> Path:
     stages = [
-        {"at_step": 400, "widths": {"hidden_size": 128}},
+        {"at_step": 150, "widths": {"hidden_size": 128}},
         {"at_step": second, "widths": {"moe_intermediate_size": 64}},
     ]
     return written(path, sparkling={"stages": stages})
@@ -112,11 +112,11 @@ def test_json_has_the_same_figures(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_options_go_before_the_config(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ("--world-size", 6, "--zero", 1, "--expert-parallel", 2, "--dtype", "fp16", "--states", 1)
-    assumptions = ("--bandwidth", 2, "--write-bandwidth", 4, "--engine-start", 5, "--tokens", "1e9", "--steps", 3200)
+    assumptions = ("--bandwidth", 2, "--write-bandwidth", 4, "--engine-start", 5, "--tokens", "1e9", "--steps", 1200)
     found = as_json(capsys, "--config", QUICKSTART, *arguments, *assumptions)
     setting = {key: found["setting"][key] for key in ("ranks", "stage", "expert_parallel", "weight_bytes", "states")}
     assert setting == {"ranks": 6, "stage": 1, "expert_parallel": 2, "weight_bytes": 2, "states": 1}
-    assert (found["tokens"], found["steps"], found["planned"]["shares"]) == (1e9, 3200, [0.25])
+    assert (found["tokens"], found["steps"], found["planned"]["shares"]) == (1e9, 1200, [0.25])
     assert found["assumptions"] == {"bandwidth": 2, "write_bandwidth": 4, "engine_start": 5}
     sent, pause = found["growths"][0]["bytes"], found["growths"][0]["pause"]
     assert pause["move"] == pytest.approx((sent["moved"] + sent["refreshed"]) / 2e9)
@@ -126,7 +126,7 @@ def test_options_go_before_the_config(capsys: pytest.CaptureFixture[str]) -> Non
 def test_widths_replace_the_planned_stages(capsys: pytest.CaptureFixture[str]) -> None:
     found = as_json(capsys, "--config", QUICKSTART, "--widths", "moe_intermediate_size=128", "--at", 0.25)
     (growth,) = found["growths"]
-    assert (growth["widths"], growth["share"], growth["step"]) == ({"moe_intermediate_size": 128}, 0.25, 400)
+    assert (growth["widths"], growth["share"], growth["step"]) == ({"moe_intermediate_size": 128}, 0.25, 150)
     (recipe,) = found["recipes"]  # 4x: 2x and then the rest
     assert recipe["name"] == "moe_intermediate_size 2x, then the rest"
     assert recipe["shares"] == pytest.approx([1 / 3, 2 / 3])
@@ -144,7 +144,7 @@ def test_several_stages_are_compared_with_one(tmp_path: Path, capsys: pytest.Cap
     first, second = found["growths"]
     assert first["memory"]["after"] == second["memory"]["before"]
     _, out, _ = run(capsys, "--config", tmp_path / "two.json", "--no-picture")
-    assert "growth 2 after 50.0% of the tokens, step 800: moe_intermediate_size 32 -> 64" in out
+    assert "growth 2 after 50.0% of the tokens, step 300: moe_intermediate_size 32 -> 64" in out
 
 
 def test_a_dense_growth_of_one_axis_has_nothing_to_compare_with() -> None:
@@ -272,7 +272,7 @@ def test_experts_per_token_where_the_config_does_not_tell(capsys: pytest.Capture
             ("--config", QUICKSTART, "--two-stage", ".5", ".5", "--no-picture"),
             "--two-stage takes two shares .* in order",
         ),
-        (("--config", QUICKSTART, "--steps", "800", "--no-picture"), r"stages\[0\].at_step is 800, .* 800 steps"),
+        (("--config", QUICKSTART, "--steps", "300", "--no-picture"), r"stages\[0\].at_step is 300, .* 300 steps"),
     ],
 )
 def test_what_cannot_be_planned_is_refused(

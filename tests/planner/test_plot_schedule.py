@@ -50,17 +50,21 @@ def config(scheduler: str = "", params: dict[str, Any] | None = None, **rewarmup
     return made
 
 
+#: The quickstart's steps in all, those of its warm-up, the growth's, and the steps and the ratio of its re-warm-up.
+ALL, WARMUP, GROWTH, REWARMUP, RATIO = 600, 18, 300, 20, 2.0
+
+
 def quickstart_base(t: int) -> float:
     """The base rate of step t: DeepSpeed warms up one step late, and stands still at zero once."""
-    if t <= 48:
-        return 5e-3 * max(t - 1, 0) / 48
-    return warmup_cosine(t, warmup=48, total=1600, start=0.0, peak=5e-3, end=5e-5)
+    if t <= WARMUP:
+        return 5e-3 * max(t - 1, 0) / WARMUP
+    return warmup_cosine(t, warmup=WARMUP, total=ALL, start=0.0, peak=5e-3, end=5e-5)
 
 
 def quickstart_new(t: int) -> float:
     """Eq. 27-28 with the quickstart's numbers."""
-    start = quickstart_base(800)
-    return warmup_cosine(t - 800, warmup=30, total=800, start=start, peak=1.3 * start, end=5e-5)
+    start = quickstart_base(GROWTH)
+    return warmup_cosine(t - GROWTH, warmup=REWARMUP, total=ALL - GROWTH, start=start, peak=RATIO * start, end=5e-5)
 
 
 def row(text: str, step: int) -> list[str]:
@@ -92,31 +96,36 @@ def png_size(path: Path) -> tuple[int, int]:
 
 def test_quickstart_follows_the_closed_form_at_every_step() -> None:
     curves = curves_of(json.loads(QUICKSTART.read_text()))
-    assert curves.steps == 1600
-    assert curves.base.tolist() == pytest.approx([quickstart_base(t) for t in range(1600)], rel=1e-12, abs=1e-18)
+    assert curves.steps == ALL
+    assert curves.base.tolist() == pytest.approx([quickstart_base(t) for t in range(ALL)], rel=1e-12, abs=1e-18)
     assert curves.rates[0].tolist() == curves.base.tolist()
-    assert all(math.isnan(rate) for rate in curves.rates[1, :800])
-    assert curves.rates[1, 800:].tolist() == pytest.approx([quickstart_new(t) for t in range(800, 1600)], rel=1e-12)
+    assert all(math.isnan(rate) for rate in curves.rates[1, :GROWTH])
+    expected = [quickstart_new(t) for t in range(GROWTH, ALL)]
+    assert curves.rates[1, GROWTH:].tolist() == pytest.approx(expected, rel=1e-12)
 
 
 def test_quickstart_in_text() -> None:
     text = describe(curves_of(json.loads(QUICKSTART.read_text())))
-    for step in (0, 49, 200, 400, 600, 799):
-        assert row(text, step)[0] == f"{quickstart_base(step):.3e}"
-    for step in (800, 830, 1000, 1200, 1400, 1599):
-        old, new = quickstart_base(step), quickstart_new(step)
-        assert row(text, step)[:3] == [f"{old:.3e}", f"{new:.3e}", f"{new / old:.2f}x"]
-    assert row(text, 49)[1:] == ["peak", "of", "the", "base", "schedule"]
-    assert row(text, 799)[1:] == ["before", "growth", "1"]
-    assert row(text, 800)[3:] == ["growth", "1"]
-    assert row(text, 830)[3:] == ["growth", "1", "re-warmed"]
-    ratios = {t: quickstart_new(t) / quickstart_base(t) for t in range(800, 1600)}
+    shown = sorted(int(line.split()[0]) for line in text.partition("base schedule  ")[2].splitlines()[1:])
+    top = GROWTH + REWARMUP
+    assert {0, WARMUP + 1, GROWTH - 1, GROWTH, top, ALL - 1} <= set(shown)
+    for step in shown:
+        if step < GROWTH:
+            assert row(text, step)[0] == f"{quickstart_base(step):.3e}"
+        else:
+            old, new = quickstart_base(step), quickstart_new(step)
+            assert row(text, step)[:3] == [f"{old:.3e}", f"{new:.3e}", f"{new / old:.2f}x"]
+    assert row(text, WARMUP + 1)[1:] == ["peak", "of", "the", "base", "schedule"]
+    assert row(text, GROWTH - 1)[1:] == ["before", "growth", "1"]
+    assert row(text, GROWTH)[3:] == ["growth", "1"]
+    assert row(text, top)[3:] == ["growth", "1", "re-warmed"]
+    ratios = {t: quickstart_new(t) / quickstart_base(t) for t in range(GROWTH, ALL)}
     highest = max(ratios, key=lambda t: ratios[t])
     met = max(t for t in ratios if ratios[t] > 1.01) + 1
     assert (
-        f"growth 1 at step 800: {quickstart_base(800):.3e} -> {quickstart_new(830):.3e} at step 830 (1.30x its start, "
-        f"{ratios[830]:.2f}x the base rate); own cosine, at most {ratios[highest]:.2f}x at step {highest}, "
-        f"within 1% of the base rate from step {met} on"
+        f"growth 1 at step {GROWTH}: {quickstart_base(GROWTH):.3e} -> {quickstart_new(top):.3e} at step {top} "
+        f"({RATIO:.2f}x its start, {ratios[top]:.2f}x the base rate); own cosine, at most {ratios[highest]:.2f}x at "
+        f"step {highest}, within 1% of the base rate from step {met} on"
     ) in text
 
 
@@ -339,7 +348,7 @@ def test_without_matplotlib_the_text_comes_and_the_picture_says_how(
     assert run_tool(QUICKSTART, "--output", path) == 2
     captured = capsys.readouterr()
     assert "error: drawing needs matplotlib: pip install 'ds-sparkling[plots]'" in captured.err
-    assert "growth 1 at step 800" in captured.out
+    assert "growth 1 at step 300" in captured.out
     assert not path.exists()
     assert run_tool(QUICKSTART, "--output", path, "--no-picture") == 0
 
