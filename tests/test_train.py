@@ -84,7 +84,8 @@ def test_tensorboard_shows_the_run(finished: tuple[Path, subprocess.CompletedPro
     samples = [16 * step for step in range(1, 9)]
     for tag in ("Train/loss", "Train/Samples/train_loss", "Train/grad_norm", "Train/Samples/lr"):
         assert steps[tag] == samples
-    assert steps["Growth/number"] == [64]
+    assert steps["Growth/number"] == steps["Growth/parameters"] == [*samples[:4], 64, *samples[4:]]  # a staircase
+    assert all(len(points) > 1 for points in steps.values())  # no card of one dot
     assert {"Train/tokens", "Train/compute_flops", "Validation/loss"} <= steps.keys()
     for tag in ("activation_ratio/layers.0", "router/entropy/layers.0", "router/load_max/layers.0"):
         assert steps[tag] == samples

@@ -297,7 +297,7 @@ def _grow(
             if widths:
                 grown.lr_scheduler.born(growth.plan.strategy)
                 growth.run.observations.grown()
-                mark_growth(grown, growth.plan, growth.plan.describe())
+                mark_growth(grown, growth.plan.describe())
         all_ranks.settle()
     if growth.compiled and grown.global_rank == 0:
         logger.warning("the engine was compiled and the grown one isn't yet: call engine.compile() on it")

@@ -13,8 +13,8 @@ _LOSSES, _FEWEST_LOSSES = 100, 20
 _DEVIATIONS, _SHARE = 6.0, 0.1
 #: From the median absolute deviation to a normal distribution's standard deviation.
 _SIGMA = 1.4826
-#: Twins whose mean cosine doesn't exceed this have parted; above the next they are locked.
-PARTED_COSINE, LOCKED_COSINE = 0.99, 0.999
+#: Twins whose mean cosine doesn't exceed this have parted; above the next nothing has told them apart.
+PARTED_COSINE, SAME_COSINE = 0.99, 0.99999
 #: In between they are parting if their distance, 1 - cosine, has grown by so much while their age did by the next.
 _PARTING, OLDER = 1.2, 1.5
 #: Steps after which copies that no re-warm-up parts should have parted.
@@ -24,7 +24,8 @@ _APART = 1.05
 #: An expert is dead if its load (1 is even) falls below this, and alive again above the other.
 DEAD_LOAD = 0.01
 _ALIVE = 0.1
-#: Measurements that an expert's load is taken over, and the tokens that each expert would have got in them if even.
+#: Measurements that an expert's load is taken over (fewer say nothing: a router that has just begun sends all tokens to
+#: a few), and the tokens that each expert would have got in them if even.
 _MEASUREMENTS, _FEWEST_TOKENS = 4, 64
 
 
@@ -69,14 +70,14 @@ class LossAlarm:
 
 
 def locked(cosine: float, earlier: float | None) -> bool:
-    """Whether copied units stay like their sources.
+    """Whether copied units stay like their sources. One measurement can't tell, unless they are the same.
 
     Args:
         cosine: of the units with their sources.
         earlier: that when they were younger by the factor :data:`OLDER`; None if it isn't known.
     """
-    if cosine > LOCKED_COSINE or earlier is None:
-        return cosine > LOCKED_COSINE
+    if cosine > SAME_COSINE or earlier is None:
+        return cosine > SAME_COSINE
     return cosine > PARTED_COSINE and 1 - cosine <= _PARTING * (1 - earlier)
 
 
@@ -105,7 +106,7 @@ class TwinAlarm:
         return (
             f"locked twins: {age} steps after growth {growth} the units it copied are still like their sources in "
             f"{len(alike)} of {len(cosines)} parameters looked at, most in {worst} (mean cosine {alike[worst]:.4f}; "
-            f"above {LOCKED_COSINE}, or above {PARTED_COSINE} and no longer falling). They learn the same and add no "
+            f"above {SAME_COSINE}, or above {PARTED_COSINE} and no longer falling). They learn the same and add no "
             'capacity: grow with optimizer_state "asymmetric_reset", a larger rewarmup.ratio, or init.fan_in "random"'
         )
 
@@ -134,7 +135,7 @@ class ExpertAlarm:
         window.append(counts)
         sums = [sum(column) for column in zip(*window, strict=True)]
         even = sum(sums) / len(sums)
-        if even < _FEWEST_TOKENS:
+        if len(window) < _MEASUREMENTS or even < _FEWEST_TOKENS:
             return None
         load = {expert: count / even for expert, count in enumerate(sums)}
         known = self._dead.setdefault(router, set())

@@ -185,7 +185,12 @@ def merge(files: Sequence[EventFile]) -> dict[str, TagCurve]:
 def _placed(file: EventFile, earlier_growths: dict[RunPosition, float]) -> dict[str, dict[RunPosition, float]]:
     """A file's points by place; the growths before it tell how many it begins with, unless it begins with one."""
     start = min(event.samples for events in file.scalars.values() for event in events)
-    growths = sorted(file.scalars.get(_NUMBER, []))
+    numbers = sorted(file.scalars.get(_NUMBER, []))
+    growths = [
+        event
+        for event, last in zip(numbers, [None, *numbers], strict=False)
+        if last is None or last.value != event.value
+    ]
     before = max((place.growths for place in earlier_growths if place.samples < start), default=0)
     if growths and growths[0].samples == start:
         before = int(growths[0].value)
@@ -209,7 +214,12 @@ def _growths(curves: dict[str, TagCurve], plans: Sequence[tuple[int, str]]) -> t
     marks = {tag: curve for tag, curve in curves.items() if tag.startswith("Growth/") and tag != _NUMBER}
     texts = dict(plans)
     growths = []
-    for samples, number in zip(curves[_NUMBER].samples, curves[_NUMBER].values, strict=True):
+    numbers, first, times = np.unique(curves[_NUMBER].values, return_index=True, return_counts=True)
+    for number, samples, count in zip(numbers, curves[_NUMBER].samples[first], times, strict=True):
+        # The number is written all along, so a run may begin with one: it grew before these files were written.
+        elsewhere = number == numbers[0] and count > 1 and int(samples) not in texts
+        if not number or elsewhere:
+            continue
         values = {
             tag.removeprefix("Growth/"): int(curve.values[curve.samples == samples][-1])
             for tag, curve in marks.items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -180,11 +181,19 @@ def at_growth(curve: TagCurve, growth: ReadGrowth) -> float | None:
     return float(after[0] / before[-1])
 
 
-def relative(curve: TagCurve, growth: ReadGrowth | None) -> TagCurve | None:
-    """A curve over its last value before a growth; over its first value if there is none before one."""
-    before = curve.values[:0] if growth is None else curve.values[curve.growths < growth.number]
-    reference = before[-1] if len(before) else curve.values[0]
-    return None if reference == 0 else replace(curve, values=curve.values / reference)
+def reference(runs: Sequence[ReadRun], family: str) -> float:
+    """The sample count at which all runs are taken for 1: that of the earliest growth; without one, where the last of
+    them begins to be measured."""
+    growths = [growth.samples for run in runs for growth in run.growths]
+    begins = [min(curve.samples[0] for curve in curves.values()) for run in runs if (curves := run.family(family))]
+    return float(min(growths) if growths else max(begins, default=0.0))
+
+
+def relative(curve: TagCurve, samples: float) -> TagCurve | None:
+    """A curve over its last value up to ``samples``, before a growth there; over its first if there is none."""
+    before = curve.values[curve.samples <= samples]
+    unit = before[-1] if len(before) else curve.values[0]
+    return None if unit == 0 else replace(curve, values=curve.values / unit)
 
 
 def dead_blocks(run: ReadRun) -> list[str]:

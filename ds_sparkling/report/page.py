@@ -10,9 +10,11 @@ from ds_sparkling.report import facts
 from ds_sparkling.report.events import ReadRun
 from ds_sparkling.report.pictures import Section, Style
 from ds_sparkling.report.template import PAGE
-from ds_sparkling.report.verdict import Finding, Kind
+from ds_sparkling.report.verdict import Finding, Kind, headline, shortlist
 
 HEADER = ("run", "validation loss", "jump at growth", "tokens", "compute [FLOPs]", "parameters", "active", "time [s]")
+#: The first pictures, which the headline rests on; the others are folded away.
+LOSSES = 2
 _NOT_RECORDED = "-"
 _ELSEWHERE = "It has grown, but not while these files were written: offline, or in another directory."
 
@@ -39,12 +41,19 @@ def page(
         style: the runs' colours.
     """
     names = ", ".join(run.name for run in runs)
+    first, rest = shortlist(findings)
+    shown = [(section, png, section.missing(runs)) for section, png in figures]
+    cards = [_figure(section, png, missing) for section, png, missing in shown if png is not None or missing]
     return PAGE.substitute(
         title=escape(f"Report on {names}"),
-        findings="\n".join(_finding(finding) for finding in findings),
+        headline=escape(headline(runs)),
+        findings="\n".join(map(_finding, first)),
+        rest="\n".join(map(_finding, rest)),
+        number=len(rest),
         header="".join(f"<th>{escape(cell)}</th>" for cell in HEADER),
         rows="\n".join(_html_row(run, style) for run in runs),
-        figures="\n".join(_figure(section, png, section.missing(runs)) for section, png in figures),
+        losses="\n".join(cards[:LOSSES]),
+        figures="\n".join(cards[LOSSES:]),
         plans="\n".join(_plans(run) for run in runs),
         sources="\n".join(f"<li>{escape(run.name)}: <code>{escape(str(run.path))}</code></li>" for run in runs),
     )
@@ -113,11 +122,13 @@ def _widths(widths: dict[str, int]) -> str:
 
 
 def text(runs: Sequence[ReadRun], findings: Sequence[Finding]) -> str:
-    """The table and the verdict as plain text."""
+    """The table, the headline and the verdict as plain text."""
     table = [HEADER, *rows(runs)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = [
         "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
         for row in table
     ]
-    return "\n".join([*lines, "", *(finding.text for finding in findings)])
+    first, rest = shortlist(findings)
+    short = ["", headline(runs), "", *(finding.text for finding in first)]
+    return "\n".join([*lines, *short, *(["", "In detail:"] if rest else []), *(finding.text for finding in rest)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,11 +19,25 @@ if TYPE_CHECKING:
 
     from ds_sparkling.report.events import FloatArray
 
+#: Pixels are 110 times as many, in every picture alike.
+_SIZE = (7.0, 5.2)
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MOST_RUNS = len(_COLOURS)
 #: Of births: the old elements, then the growths'.
 _STYLES = ("-", "--", ":", "-.")
 _DOTS = (0, (1, 3))
+#: Marks of a legend that are no line style.
+SHADE, DOT, FAINT = "shade", "dot", "faint"
+#: Units of a horizontal axis, the largest that fits: tokens and samples, and FLOPs.
+_COUNTS: tuple[tuple[float, str], ...] = ((1e9, "B"), (1e6, "M"), (1e3, "k"), (1.0, "1"))
+_FLOPS: tuple[tuple[float, str], ...] = (
+    (1e21, "ZFLOPs"),
+    (1e18, "EFLOPs"),
+    (1e15, "PFLOPs"),
+    (1e12, "TFLOPs"),
+    (1e9, "GFLOPs"),
+    (1.0, "FLOPs"),
+)
 #: Curves of fewer points have them marked.
 _MARKED = 40
 
@@ -36,11 +50,13 @@ class Style:
         colours: by run's name.
         smooth: points of the running mean over training losses; None takes a fiftieth of a run's points.
         by_tokens: whether curves are over tokens; over samples otherwise.
+        reference: sample count at which the activations of all runs are taken for 1.
     """
 
     colours: dict[str, str]
     smooth: int | None
     by_tokens: bool
+    reference: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -51,11 +67,13 @@ class Panel:
         tags: what it shows of a run; the beginnings of families of tags end in "/".
         label: of its vertical axis.
         draw: adds a run's curves.
+        possible: whether a run can have it, as far as its files tell.
     """
 
     tags: tuple[str, ...]
     label: str
     draw: Callable[[Axes, ReadRun, Style], None]
+    possible: Callable[[ReadRun], bool] = lambda run: True
 
     def shows(self, run: ReadRun) -> bool:
         """Whether the run has recorded any of it."""
@@ -73,8 +91,9 @@ class Section:
         caption: how to read it.
         switch: how to have what it shows recorded.
         panels: its parts, one above the other; those that no run has recorded are left out.
+        marks: what else the legend tells: line style (or :data:`SHADE`, or :data:`DOT`) and name.
         log: whether the vertical axes are logarithmic.
-        horizontal: label of the horizontal axis, if it isn't tokens or samples.
+        by_compute: whether the horizontal axis is compute, in place of tokens or samples.
     """
 
     name: str
@@ -82,14 +101,15 @@ class Section:
     caption: str
     switch: str
     panels: tuple[Panel, ...]
+    marks: tuple[tuple[str, str], ...] = ()
     log: bool = False
-    horizontal: str = ""
+    by_compute: bool = False
 
     def missing(self, runs: Sequence[ReadRun]) -> list[str]:
-        """What isn't recorded, and by whom."""
+        """What isn't recorded, and by whom, though it could be."""
         lines = []
         for panel in self.panels:
-            without = [run.name for run in runs if not panel.shows(run)]
+            without = [run.name for run in runs if not panel.shows(run) and panel.possible(run)]
             if without:
                 whose = "any run" if len(without) == len(runs) else ", ".join(without)
                 lines.append(f"{' or '.join(_pattern(tag) for tag in panel.tags)}: not recorded by {whose}")
@@ -109,7 +129,8 @@ def style_of(runs: Sequence[ReadRun], smooth: int | None = None) -> Style:
     if len(runs) > MOST_RUNS:
         raise SparklingError(f"{len(runs)} runs are more than can be told apart by colour; pass {MOST_RUNS} at most")
     colours = {run.name: colour for run, colour in zip(runs, _COLOURS, strict=False)}
-    return Style(colours, smooth, all(run.curve(facts.TOKENS) is not None for run in runs))
+    by_tokens = all(run.curve(facts.TOKENS) is not None for run in runs)
+    return Style(colours, smooth, by_tokens, facts.reference(runs, "activation_rms"))
 
 
 def draw(section: Section, runs: Sequence[ReadRun], style: Style) -> bytes | None:
@@ -118,6 +139,12 @@ def draw(section: Section, runs: Sequence[ReadRun], style: Style) -> bytes | Non
     Raises:
         SparklingError: if matplotlib isn't installed.
     """
+    figure = figure_of(section, runs, style)
+    return None if figure is None else _png(figure)
+
+
+def figure_of(section: Section, runs: Sequence[ReadRun], style: Style) -> Figure | None:
+    """What :func:`draw` draws."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -127,29 +154,60 @@ def draw(section: Section, runs: Sequence[ReadRun], style: Style) -> bytes | Non
     panels = [panel for panel in section.panels if any(panel.shows(run) for run in runs)]
     if not panels:
         return None
-    figure = Figure(figsize=(7, 0.9 + 3.1 * len(panels)), dpi=110, layout="constrained")
+    figure = Figure(figsize=_SIZE, dpi=110, layout="constrained")
+    shown = [run for run in runs if any(panel.shows(run) for panel in panels)]
+    drawn = {DOT, FAINT}
     for axes, panel in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True):
         for run in runs:
             if panel.shows(run):
                 panel.draw(axes, run, style)
-        axes.set(ylabel=panel.label, xlabel=section.horizontal or ("tokens" if style.by_tokens else "samples"))
-        axes.set_xlim(left=0)
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-        if section.log:
-            axes.set_yscale("log")
-        else:
-            axes.ticklabel_format(axis="y", useOffset=False)
-    _legend(figure, [run for run in runs if any(panel.shows(run) for panel in panels)], style)
-    return _png(figure)
+        _label(axes, panel, section, style)
+        drawn |= {str(line.get_linestyle()) for line in axes.get_lines()} | ({SHADE} if axes.collections else set())
+        for run in runs:
+            if panel.shows(run):
+                _mark_growths(axes, run, section, style, named=sum(bool(other.growths) for other in shown) > 1)
+    _legend(figure, shown, [mark for mark in section.marks if mark[0] in drawn], style)
+    return figure
 
 
-def _legend(figure: Figure, runs: Sequence[ReadRun], style: Style) -> None:
-    """The runs' colours, above the panels."""
+def _label(axes: Axes, panel: Panel, section: Section, style: Style) -> None:
+    """Axes with their units, from 0 to the end of the longest curve."""
+    from matplotlib.ticker import FuncFormatter
+
+    axes.set_xlim(left=0)
+    what = "training compute" if section.by_compute else "tokens" if style.by_tokens else "samples"
+    units = _FLOPS if section.by_compute else _COUNTS
+    longest = max(axes.get_xlim()[1], 1.0)
+    unit, name = next(((unit, name) for unit, name in units if longest >= unit), units[-1])
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / unit:g}"))
+    axes.set(ylabel=panel.label, xlabel=f"{what} [{name}]")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    if section.log:
+        axes.set_yscale("log")
+    else:
+        axes.ticklabel_format(axis="y", useOffset=False)
+
+
+def _legend(figure: Figure, runs: Sequence[ReadRun], marks: Sequence[tuple[str, str]], style: Style) -> None:
+    """The runs' colours and what the line styles mean, above the panels."""
     from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
 
-    lines = [Line2D([], [], color=style.colours[run.name], linewidth=2) for run in runs]
-    figure.legend(lines, [run.name for run in runs], loc="outside upper center", ncols=min(len(runs), 4), frameon=False)
+    handles: list[Any] = [Line2D([], [], color=style.colours[run.name], linewidth=2) for run in runs]
+    for mark, _ in marks:
+        if mark == SHADE:
+            handles.append(Patch(color="0.5", alpha=0.25, linewidth=0))
+        elif mark == DOT:
+            handles.append(Line2D([], [], color="0.4", marker="o", markersize=3.5))
+        elif mark == FAINT:
+            handles.append(Line2D([], [], color="0.4", alpha=0.5, linewidth=1))
+        else:
+            line = Line2D([], [], color="0.4")
+            line.set_linestyle(mark)  # type: ignore[arg-type]  # of the few that matplotlib names
+            handles.append(line)
+    names = [*(run.name for run in runs), *(name for _, name in marks)]
+    figure.legend(handles, names, loc="outside upper center", ncols=min(len(names), 4), frameon=False, fontsize="small")
 
 
 def _png(figure: Figure) -> bytes:
@@ -166,10 +224,30 @@ def _over(run: ReadRun, samples: FloatArray, style: Style) -> FloatArray:
     return samples if spent is None else spent
 
 
-def _mark_growths(axes: Axes, run: ReadRun, style: Style) -> None:
+def _spent(run: ReadRun, samples: FloatArray) -> FloatArray:
+    spent = run.spent(facts.COMPUTE, samples)
+    assert spent is not None
+    return spent
+
+
+def _mark_growths(axes: Axes, run: ReadRun, section: Section, style: Style, *, named: bool) -> None:
+    """A dotted line at each growth, with its number, and the run's name if there are several that grew."""
     for growth in run.growths:
-        (where,) = _over(run, np.array([float(growth.samples)]), style)
-        axes.axvline(where, color=style.colours[run.name], linewidth=0.8, linestyle=_DOTS)
+        samples = np.array([float(growth.samples)])
+        (where,) = _spent(run, samples) if section.by_compute else _over(run, samples, style)
+        colour = style.colours[run.name]
+        axes.axvline(where, color=colour, linewidth=0.8, linestyle=_DOTS)
+        axes.annotate(
+            f"growth {growth.number}, {run.name}" if named else f"growth {growth.number}",
+            (where, 0.98),
+            xycoords=("data", "axes fraction"),
+            xytext=(3, 0),
+            textcoords="offset points",
+            rotation=90,
+            verticalalignment="top",
+            fontsize="x-small",
+            color=colour,
+        )
 
 
 def _line(axes: Axes, run: ReadRun, curve: TagCurve | None, style: Style, linestyle: str = "-") -> None:
@@ -178,7 +256,6 @@ def _line(axes: Axes, run: ReadRun, curve: TagCurve | None, style: Style, linest
         marker = "." if len(curve) < _MARKED else ""
         x = _over(run, curve.samples, style)
         axes.plot(x, curve.values, color=style.colours[run.name], linestyle=linestyle, marker=marker)
-        _mark_growths(axes, run, style)
 
 
 def _band(axes: Axes, run: ReadRun, curves: Sequence[TagCurve], style: Style) -> None:
@@ -204,12 +281,7 @@ def _loss(axes: Axes, run: ReadRun, style: Style) -> None:
 
 
 def _loss_by_compute(axes: Axes, run: ReadRun, style: Style) -> None:
-    def compute(samples: FloatArray) -> FloatArray:
-        spent = run.spent(facts.COMPUTE, samples)
-        assert spent is not None
-        return spent
-
-    _losses(axes, run, style, compute)
+    _losses(axes, run, style, lambda samples: _spent(run, samples))
 
 
 def _losses(axes: Axes, run: ReadRun, style: Style, over: Callable[[FloatArray], FloatArray]) -> None:
@@ -222,9 +294,6 @@ def _losses(axes: Axes, run: ReadRun, style: Style, over: Callable[[FloatArray],
         axes.plot(x, running_mean(training.values, window), color=colour, alpha=0.5, linewidth=1)
     if validation is not None:
         axes.plot(over(validation.samples), validation.values, color=colour, marker="o", markersize=3.5)
-    for growth in run.growths:
-        (where,) = over(np.array([float(growth.samples)]))
-        axes.axvline(where, color=colour, linewidth=0.8, linestyle=_DOTS)
     _look_at_the_end(axes)
 
 
@@ -253,9 +322,8 @@ def running_mean(values: FloatArray, window: int) -> FloatArray:
 
 
 def _rms(axes: Axes, run: ReadRun, style: Style) -> None:
-    """RMS over that before the first growth, or over the first measured."""
-    growth = run.growths[0] if run.growths else None
-    curves = [facts.relative(curve, growth) for curve in run.family("activation_rms").values()]
+    """RMS over that at the point which is the same for all runs."""
+    curves = [facts.relative(curve, style.reference) for curve in run.family("activation_rms").values()]
     _band(axes, run, [curve for curve in curves if curve is not None], style)
 
 
@@ -305,79 +373,98 @@ def _load(axes: Axes, run: ReadRun, style: Style) -> None:
             _line(axes, run, TagCurve(samples, extreme(table, axis=0), np.zeros_like(samples)), style, linestyle)
 
 
+def _grew(run: ReadRun) -> bool:
+    return bool(run.growths) or run.grown_elsewhere
+
+
+def _may_have_experts(run: ReadRun) -> bool:
+    """A run whose blocks are looked at, and that shows no router, is dense."""
+    return not run.family("activation_rms")
+
+
 _DIAGNOSE_EVERY = 'set "diagnose_every" in the "sparkling" block and enable a monitor'
 _AS_THE_JOB = "write it at x = engine.global_samples, as ds_sparkling/train.py does"
 _LOG_EVERY = 'set "log_every" in the "sparkling" block and enable a monitor'
+_MEDIAN = (("-", "median"), (SHADE, "least to largest"))
 SECTIONS = (
     Section(
         "loss-by-tokens",
         "Loss by tokens",
-        "Validation loss with marks, training loss faint. Dotted lines: growths.",
+        "The same tokens are the same data. The wider a model, the more compute they take.",
         _AS_THE_JOB,
         (Panel((*facts.TRAINING, facts.VALIDATION), "loss", _loss),),
+        ((DOT, "validation"), (FAINT, "training")),
     ),
     Section(
         "loss-by-compute",
         "Loss by compute",
-        "The same over 6 x active parameters x tokens. The lower curve at a given compute is the better buy there.",
+        "Over 6 x active parameters x tokens. What a run ends at is what its compute buys; a run that is still on its "
+        "way, its learning rate high, shows more than it would have ended at.",
         _AS_THE_JOB,
         (Panel((facts.COMPUTE,), "loss", _loss_by_compute),),
-        horizontal="training compute [FLOPs]",
+        ((DOT, "validation"), (FAINT, "training")),
+        by_compute=True,
     ),
     Section(
         "activation-drift",
         "Activation RMS",
-        "RMS of what comes out of each block, over that before the first growth (or the first measured); and its ratio "
-        "to what goes in, over that before the latest growth. The median, and a shade from the least to the largest. "
-        "A growth should leave both where they were.",
+        "RMS of what comes out of each block, over that of the same run at one point for all runs: right before the "
+        "earliest growth. Below, its ratio to what goes in, over that before the run's latest growth. A growth should "
+        "leave both where they were; training moves them.",
         _DIAGNOSE_EVERY,
         (
             Panel(("activation_rms/",), "RMS, relative", _rms),
-            Panel(("activation_drift/",), "RMS out / in, relative", _drift),
+            Panel(("activation_drift/",), "RMS out / in, relative", _drift, _grew),
         ),
+        _MEDIAN,
     ),
     Section(
         "symmetry",
         "Symmetry of copied units",
-        "Mean cosine between copied units and their sources, in weights (dotted: the closest pair) and in gradients. "
-        "At 1 they are locked.",
+        "Cosine between copied units and their sources, in weights and in gradients. Units that stay at 1 learn the "
+        "same as their sources.",
         f"{_DIAGNOSE_EVERY}; only growths that copy units have any",
         (
-            Panel(("twins/cosine",), "cosine, weights", _twins),
-            Panel(("twins/gradient_cosine",), "cosine, gradients", _twin_gradients),
+            Panel(("twins/cosine",), "cosine, weights", _twins, _grew),
+            Panel(("twins/gradient_cosine",), "cosine, gradients", _twin_gradients, _grew),
         ),
+        (("-", "mean"), (":", "closest pair")),
     ),
     Section(
         "learning-rates",
         "Learning rates",
-        "By birth: solid for old elements, broken for those of growths. Of equal curves one hides the others.",
+        "By birth. Of equal curves one hides the others.",
         _LOG_EVERY,
         (Panel(("Train/Samples/lr", "lr/"), "learning rate", _rates),),
+        (("-", "old elements"), ("--", "born in growth 1"), (":", "in growth 2"), ("-.", "in growth 3")),
     ),
     Section(
         "updates",
         "Size of updates",
-        "RMS of an optimizer step: solid for old elements, broken for those of the latest growth.",
-        f"{_LOG_EVERY}; they begin with the first growth",
-        (Panel(("update_rms/",), "RMS of the update", _updates),),
+        "RMS of an optimizer step, since the first growth.",
+        _LOG_EVERY,
+        (Panel(("update_rms/",), "RMS of the update", _updates, _grew),),
+        (("-", "old elements"), ("--", "born in the latest growth")),
         log=True,
     ),
     Section(
         "effective-rank",
         "Effective rank",
-        "Of the weights that are watched: the median, and a shade from the least to the largest.",
+        "Of the weights that are watched.",
         _DIAGNOSE_EVERY,
         (Panel(("effective_rank/",), "effective rank", _rank),),
+        _MEDIAN,
     ),
     Section(
         "routing",
         "Routing",
-        "Entropy of the routers (median and range over blocks), and the load of the most (solid) and least (broken) "
-        "loaded expert of any block; 1 is even, 0 is dead.",
+        "Entropy of the routers, median and range over blocks; and the load of the most and of the least loaded expert "
+        "of any block, over an even load: 0 is dead.",
         _DIAGNOSE_EVERY,
         (
-            Panel(("router/entropy/",), "entropy [nats]", _entropy),
-            Panel(("router/load_max/", "router/load_min/"), "load over even load", _load),
+            Panel(("router/entropy/",), "entropy [nats]", _entropy, _may_have_experts),
+            Panel(("router/load_max/", "router/load_min/"), "load over even load", _load, _may_have_experts),
         ),
+        (("-", "median entropy; most loaded expert"), (SHADE, "over blocks"), ("--", "least loaded expert")),
     ),
 )

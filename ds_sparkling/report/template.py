@@ -21,8 +21,9 @@ PAGE = Template("""\
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 78rem; padding: 1.5rem; background: var(--ground); color: var(--text);
        font: 16px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.6rem; margin: 0 0 1rem; overflow-wrap: anywhere; }
-h2 { font-size: 1.2rem; margin: 2.2rem 0 .6rem; }
+h1 { font-size: 1.5rem; line-height: 1.3; margin: 0 0 1rem; overflow-wrap: anywhere; }
+details { margin: 1.2rem 0 0; }
+summary { font-size: 1.1rem; font-weight: 600; cursor: pointer; padding: .3rem 0; }
 h3 { font-size: 1rem; margin: 0 0 .5rem; overflow-wrap: anywhere; }
 ul.verdict { list-style: none; margin: 0; padding: .3rem 1rem; background: var(--card);
              border: 1px solid var(--line); border-radius: 8px; }
@@ -40,8 +41,9 @@ tbody tr:last-child > * { border-bottom: 0; }
 .chip { display: inline-block; width: .8rem; height: .8rem; border-radius: 3px; margin-right: .5rem;
         border: 1px solid var(--line); }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr));
-           gap: 1rem; align-items: start; }
-figure { margin: 0; padding: 1rem; background: var(--card); border: 1px solid var(--line); border-radius: 8px; }
+           gap: 1rem; align-items: stretch; margin-top: .8rem; }
+figure { margin: 0; height: 100%; padding: 1rem; background: var(--card);
+         border: 1px solid var(--line); border-radius: 8px; }
 img { display: block; width: 100%; height: auto; background: #fff; border-radius: 4px; }
 figcaption { margin-top: .6rem; color: var(--dim); font-size: .88rem; }
 pre { overflow-x: auto; padding: 1rem; background: var(--card); border: 1px solid var(--line); border-radius: 8px;
@@ -49,27 +51,40 @@ pre { overflow-x: auto; padding: 1rem; background: var(--card); border: 1px soli
 </style>
 </head>
 <body>
-<h1>$title</h1>
+<p class="none">$title</p>
+<h1>$headline</h1>
 <ul class="verdict">
 $findings
 </ul>
-<h2>The runs</h2>
+<details open><summary>The runs and their losses</summary>
 <div class="table"><table>
 <thead><tr>$header</tr></thead>
 <tbody>
 $rows
 </tbody>
 </table></div>
-<h2>Curves</h2>
+<div class="figures">
+$losses
+</div>
+</details>
+<details><summary>All other findings ($number)</summary>
+<ul class="verdict">
+$rest
+</ul>
+</details>
+<details><summary>Other curves</summary>
 <div class="figures">
 $figures
 </div>
-<h2>Growth plans</h2>
+</details>
+<details><summary>Growth plans</summary>
 $plans
-<h2>Read from</h2>
+</details>
+<details><summary>Read from</summary>
 <ul>
 $sources
 </ul>
+</details>
 </body>
 </html>
 """)

@@ -1,10 +1,14 @@
-"""What the runs show, in words: each sentence with its figures, and never more than was recorded."""
+"""What the runs show, in words: each sentence with its figures, and never more than was recorded.
+
+First comes what to buy: which run ended lowest among those that ended at the same compute. That growing is better than
+not growing is only said where a run that never grew ended there, too.
+"""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -20,6 +24,10 @@ _SAME_RMS = 0.05
 _SIGMAS = 2.0
 #: Of more runs than these not every pair is compared at the same compute, but each with the best.
 _ALL_PAIRS = 3
+#: Runs whose compute differs by less ended at the same compute. A step more or less is nothing.
+_SAME_COMPUTE = 0.01
+#: Sentences on top; the rest is folded away.
+_SHORT = 5
 
 
 class Kind(Enum):
@@ -33,10 +41,54 @@ class Kind(Enum):
 
 @dataclass(frozen=True)
 class Finding:
-    """One sentence or two of the verdict."""
+    """One sentence or two of the verdict; ``lead`` if it is one of those to read first."""
 
     kind: Kind
     text: str
+    lead: bool = False
+
+
+def headline(runs: Sequence[ReadRun]) -> str:
+    """What to buy at the budget: the compute that the lowest grown run spent, or else the lowest run of all."""
+    ends = {run.name: facts.ending(run) for run in runs}
+    ranked = sorted((run for run in runs if _finite(ends[run.name].loss)), key=lambda run: ends[run.name].loss or 0.0)
+    if not ranked:
+        return "No run has a validation loss to compare."
+    best = next((run for run in ranked if run.growths), ranked[0])
+    budget, loss = ends[best.name].compute, ends[best.name].loss
+    if budget is None:
+        return f"{ranked[0].name} ends lowest, at {ends[ranked[0].name].loss:.4f}; compute isn't recorded."
+    rivals = [run for run in ranked if _at(ends[run.name].compute, budget)]
+    first, *others = rivals
+    open_question = ""
+    if best.growths and all(run.growths or run.grown_elsewhere for run in rivals):
+        open_question = "; no run that never grew ended there, so whether growing pays isn't shown"
+    if not others:
+        return f"{best.name} reaches a validation loss of {loss:.4f} at {budget:.3e} FLOPs{open_question}."
+    second = others[0]
+    gap = (ends[second.name].loss or 0.0) - (ends[first.name].loss or 0.0)
+    band = _band(ends[first.name], ends[second.name])
+    if band is not None and gap <= band:
+        return (
+            f"At {budget:.3e} FLOPs {first.name} and {second.name} can't be told apart: validation losses "
+            f"{ends[first.name].loss:.4f} and {ends[second.name].loss:.4f}{open_question}."
+        )
+    return (
+        f"At {budget:.3e} FLOPs buy {first.name}: validation loss {ends[first.name].loss:.4f}, {gap:.4f} below "
+        f"{second.name}{open_question}."
+    )
+
+
+def shortlist(findings: Sequence[Finding]) -> tuple[list[Finding], list[Finding]]:
+    """Five findings to read first, and the rest: what to look at comes before what is well."""
+    order = [
+        *(finding for finding in findings if finding.lead and finding.kind is not Kind.GOOD),
+        *(finding for finding in findings if finding.kind is Kind.WATCH and not finding.lead),
+        *(finding for finding in findings if finding.lead and finding.kind is Kind.GOOD),
+        *(finding for finding in findings if not finding.lead and finding.kind is not Kind.WATCH),
+    ]
+    first = order[:_SHORT]
+    return first, [finding for finding in findings if finding not in first]
 
 
 def verdict(runs: Sequence[ReadRun]) -> list[Finding]:
@@ -76,11 +128,12 @@ def _comparison(runs: Sequence[ReadRun]) -> Iterator[Finding]:
     best, others = ranked[0], ranked[1:]
     end = ends[best.name]
     if not others:
-        yield Finding(Kind.PLAIN, f"{best.name} ends at a validation loss of {end.loss:.4f}{_spent(end)}.")
+        yield Finding(Kind.PLAIN, f"{best.name} ends at a validation loss of {end.loss:.4f}{_spent(end)}.", lead=True)
         return
-    yield Finding(Kind.PLAIN, f"{best.name} ends lowest: validation loss {end.loss:.4f}{_spent(end)}.")
+    yield Finding(Kind.PLAIN, f"{best.name} ends lowest: validation loss {end.loss:.4f}{_spent(end)}.", lead=True)
     for other in others:
         yield _against(best, end, other, ends[other.name])
+    yield from _controls(ranked, ends)
     pairs = [pair for pair in itertools.permutations(ranked, 2) if len(ranked) <= _ALL_PAIRS or best in pair]
     same = [finding for a, b in pairs for finding in _same_compute(a, ends[a.name], b, ends[b.name])]
     yield from same
@@ -93,7 +146,53 @@ def _comparison(runs: Sequence[ReadRun]) -> Iterator[Finding]:
     yield Finding(
         Kind.PLAIN,
         "Noise here is how the last validations scatter. How much other seeds would change, one run of each can't say.",
+        lead=True,
     )
+
+
+def _controls(ranked: Sequence[ReadRun], ends: Mapping[str, facts.Ending]) -> Iterator[Finding]:
+    """Each grown run against those that never grew and ended at its compute, if there are any."""
+    never_grew = [run for run in ranked if not run.growths and not run.grown_elsewhere]
+    alone = []
+    for grown in (run for run in ranked if run.growths and ends[run.name].compute is not None):
+        end = ends[grown.name]
+        controls = [run for run in never_grew if _at(ends[run.name].compute, end.compute)]
+        if not controls:
+            alone.append(grown.name)
+        for control in controls:
+            its = ends[control.name]
+            gap, band = (its.loss or 0.0) - (end.loss or 0.0), _band(end, its)
+            noise = "" if band is None else f" (noise ±{band:.4f})"
+            yield Finding(
+                Kind.PLAIN,
+                f"At the same compute {control.name}, which never grew, ends at {its.loss:.4f}{_spent(its)}, and "
+                f"{grown.name} at {end.loss:.4f}{_spent(end)}: growing is {abs(gap):.4f} "
+                f"{'lower' if gap > 0 else 'higher'}{noise}.",
+                lead=True,
+            )
+    if alone:
+        yield Finding(
+            Kind.PLAIN,
+            f"No run that never grew ended at the compute of {', '.join(alone)}, so whether growing was its best use "
+            "isn't shown: train the narrow model longer, to the same compute (ds-sparkling compare does).",
+            lead=True,
+        )
+
+
+def _at(compute: float | None, budget: float | None) -> bool:
+    """Whether a run's compute is the budget."""
+    return compute is not None and bool(budget) and abs(compute / (budget or 1.0) - 1) <= _SAME_COMPUTE
+
+
+def _finite(loss: float | None) -> bool:
+    return loss is not None and math.isfinite(loss)
+
+
+def _band(end: facts.Ending, its: facts.Ending) -> float | None:
+    """What two endings may differ by through the scatter of validations; None if it isn't known."""
+    if end.scatter is None or its.scatter is None:
+        return None
+    return _SIGMAS * float((end.scatter**2 + its.scatter**2) ** 0.5)
 
 
 def _against(best: ReadRun, end: facts.Ending, other: ReadRun, its: facts.Ending) -> Finding:
@@ -105,9 +204,9 @@ def _against(best: ReadRun, end: facts.Ending, other: ReadRun, its: facts.Ending
         text += f", {its.compute / end.compute:.2f} of the compute of {best.name}"
     if end.tokens is not None and its.tokens is not None and abs(its.tokens / (end.tokens or 1) - 1) > 0.01:
         text += ", not at the same number of tokens"
-    if end.scatter is None or its.scatter is None:
+    band = _band(end, its)
+    if band is None:
         return Finding(Kind.PLAIN, f"{text}. Too few validations since the last growth to tell that from noise.")
-    band = _SIGMAS * (end.scatter**2 + its.scatter**2) ** 0.5
     if gap <= band:
         return Finding(
             Kind.PLAIN, f"{text}. That is within noise (±{band:.4f}): neither is better, as far as this shows."
@@ -157,6 +256,7 @@ def _function(run: ReadRun) -> Iterator[Finding]:
                 Kind.GOOD if kept else Kind.WATCH,
                 f"{where} {'kept' if kept else 'changed'} the function: validation loss {jump.before:.4f} before, "
                 f"{jump.after:.4f} after ({'no difference' if jump.size == 0 else f'{jump.size:+.1e}'}).",
+                lead=True,
             )
         yield from _bump(run, jump)
 
@@ -196,10 +296,8 @@ def _twins(run: ReadRun) -> Iterator[Finding]:
         yield Finding(Kind.WATCH, f"{run.name}: twins are locked, {told}: the copies learn nothing of their own.")
     elif span.last > PARTED_COSINE:
         yield Finding(Kind.PLAIN, f"{run.name}: twins are still parting, {told}.")
-    elif closest is not None and locked(closest.last, closest.earlier):
-        yield Finding(Kind.WATCH, f"{run.name}: twins have parted on the whole, but some are still together; {told}.")
     else:
-        yield Finding(Kind.GOOD, f"{run.name}: twins have parted, {told}.")
+        yield Finding(Kind.GOOD, f"{run.name}: twins have parted, {told}.", lead=True)
 
 
 def _gradients(run: ReadRun) -> Iterator[Finding]:

@@ -100,6 +100,8 @@ class Recorder:
             before_growth = False
             step += 1
             self.add("Train/loss", step, step + 100 * stage)
+            if self.growths:
+                self.add("Growth/number", step, stage)
             if step % self.save_every == 0:
                 self.checkpoint = (step, stage)
 
@@ -126,6 +128,24 @@ def test_a_stopped_and_resumed_run_reads_like_one_that_never_stopped(
         stopped.go(stop)
     stopped.go(21)
     assert as_lists(stopped.files) == as_lists(plain.files)
+
+
+def test_a_run_that_begins_wide_has_grown_elsewhere(tmp_path: Path) -> None:
+    """The number of growths is written all along; where it begins above 0 without a plan, no growth was seen."""
+    wide = [Point("Growth/number", SAMPLES * step, 1) for step in range(1, 5)]
+    wide += [Point("lr/birth_1", SAMPLES * step, 1e-3) for step in range(1, 5)]
+    event_files.write(tmp_path / "wide", wide)
+    run = read_run(tmp_path / "wide", "run")
+    assert run.growths == ()
+    assert run.grown_elsewhere
+    event_files.write(tmp_path / "again", wide)
+    twice = [Point("Growth/number", SAMPLES * step, 2) for step in range(4, 8)]
+    event_files.write(tmp_path / "again", twice, ("growth 2", SAMPLES * 4))
+    assert [(growth.number, growth.samples) for growth in read_run(tmp_path / "again", "run").growths] == [(2, 64)]
+    event_files.write(tmp_path / "narrow", [Point("Growth/number", SAMPLES * step, 0) for step in range(1, 5)])
+    narrow = read_run(tmp_path / "narrow", "run")
+    assert narrow.growths == ()
+    assert not narrow.grown_elsewhere
 
 
 def test_tokens_between_points_and_none_beyond(tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ import pytest
 import event_files
 from ds_sparkling.report import command
 from ds_sparkling.report.command import main
-from ds_sparkling.report.pictures import SECTIONS, running_mean
+from ds_sparkling.report.events import ReadRun, read_runs
+from ds_sparkling.report.pictures import SECTIONS, figure_of, running_mean, style_of
 from event_files import SAMPLES, Point
 
 ROOT = Path(__file__).parents[2]
@@ -72,7 +73,8 @@ def test_the_page_has_everything_in_it(runs: list[str], tmp_path: Path, capsys: 
         "kept the function",
         "growth 1: <hidden_size> 8 -> 16",  # escaped, so it arrives as text
         "<b>bare: no twins/cosine",
-        'twins/gradient_cosine: not recorded by <b>bare, scratch. To have it, set "diagnose_every"',
+        'twins/gradient_cosine: not recorded by <b>bare. To have it, set "diagnose_every"',
+        "At 2.458e+09 FLOPs buy grown: validation loss 1.1427, 0.1000 below <b>bare; no run that never grew ended",
         "Nothing grew.",
         "9,000",
         "about 3,000",
@@ -92,8 +94,82 @@ def test_a_run_that_recorded_little_gets_a_page_that_says_so(tmp_path: Path) -> 
     assert {file.name for file in tmp_path.glob("*.png")} == {"page-loss-by-tokens.png"}
     text = "".join(page.text)
     assert text.count("not recorded by no run") == 0
-    for tags in ("Train/compute_flops", "activation_rms/NAME", "twins/cosine", "router/entropy/NAME"):
+    for tags in ("Train/compute_flops", "activation_rms/NAME", "router/entropy/NAME"):
         assert f"{tags}: not recorded by any run" in text
+    assert "twins/cosine" not in text  # nothing has grown, so there can't be any
+
+
+def test_five_sentences_and_the_rest_folded_away(runs: list[str], tmp_path: Path) -> None:
+    main([*runs, "--output", str(tmp_path / "out")])
+    html = (tmp_path / "out" / "report.html").read_text()
+    shown, *folded = html.split("<details")
+    assert shown.count("<h1>") == 1
+    assert html.count("<h1>") == 1
+    assert shown.count('<span class="mark">') == 5
+    assert "<img" not in shown
+    assert "<table" not in shown
+    assert html.count("</details>") == len(folded)
+
+
+@pytest.fixture
+def read(runs: list[str]) -> list[ReadRun]:
+    return read_runs([Path(run) for run in runs])
+
+
+def test_every_picture_has_a_legend_units_and_named_growths_and_all_are_of_one_size(read: list[ReadRun]) -> None:
+    style = style_of(read)
+    sizes = set()
+    for section in SECTIONS:
+        figure = figure_of(section, read, style)
+        assert figure is not None
+        (legend,) = figure.legends
+        names = [text.get_text() for text in legend.get_texts()]
+        assert "grown" in names
+        assert len(names) > sum(run.name in names for run in read), section.name  # what the lines mean
+        for axes in figure.axes:
+            unit = "training compute [GFLOPs]" if section.by_compute else "tokens [k]"
+            assert axes.get_xlabel() == unit
+            notes = {note.get_text() for note in axes.texts}
+            assert "growth 1, grown" in notes or notes == {"growth 1"}, section.name
+        sizes.add(tuple(figure.get_size_inches()))
+    assert len(sizes) == 1
+
+
+def test_large_counts_have_large_units(tmp_path: Path) -> None:
+    points = [Point("Train/tokens", samples, 2e6 * samples) for samples in (100, 1000)]
+    points += [Point("Validation/loss", samples, 1.0) for samples in (100, 1000)]
+    event_files.write(tmp_path / "large", points)
+    large = read_runs([tmp_path / "large"])
+    figure = figure_of(SECTIONS[0], large, style_of(large))
+    assert figure is not None
+    (axes,) = figure.axes
+    assert axes.get_xlabel() == "tokens [B]"
+    assert axes.xaxis.get_major_formatter()(1.5e9) == "1.5"
+
+
+def test_activations_are_relative_to_one_point_for_all_runs(tmp_path: Path) -> None:
+    """To the earliest growth: a run that never grew is 1 there, and not where it began."""
+    event_files.grown(tmp_path / "grown", event_files.job(), event_files.diagnosis(rms=2.0))
+    steady = [Point("activation_rms/layers.0", SAMPLES * step, float(step)) for step in range(10, 101, 10)]
+    event_files.write(tmp_path / "steady", steady)
+    read = read_runs([tmp_path / "grown", tmp_path / "steady"])
+    style = style_of(read)
+    assert style.reference == SAMPLES * event_files.GROWN_AT
+    section = next(section for section in SECTIONS if section.name == "activation-drift")
+    figure = figure_of(section, read, style)
+    assert figure is not None
+    lines = [line for line in figure.axes[0].get_lines() if len(np.asarray(line.get_xdata())) == 10]
+    grown, other = (np.asarray(line.get_ydata()) for line in lines)
+    np.testing.assert_allclose(grown, [1.0] * 5 + [2.0] * 5)
+    np.testing.assert_allclose(other, np.arange(1, 11) / 5)
+
+
+def test_a_dense_run_is_told_of_no_routers(tmp_path: Path) -> None:
+    first, second = event_files.diagnosis()
+    dense = [[point for point in file if not point.tag.startswith("router/")] for file in (first, second)]
+    event_files.grown(tmp_path / "dense", event_files.job(), (dense[0], dense[1]))
+    main([str(tmp_path / "dense"), "--output", str(tmp_path / "out")])
+    assert "router" not in "".join(Page(tmp_path / "out" / "report.html").text)
 
 
 def test_names_and_order(runs: list[str], tmp_path: Path) -> None:

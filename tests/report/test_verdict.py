@@ -10,7 +10,7 @@ import pytest
 import event_files
 from ds_sparkling.report.events import ReadRun, TagCurve, read_run
 from ds_sparkling.report.facts import scatter
-from ds_sparkling.report.verdict import Finding, Kind, verdict
+from ds_sparkling.report.verdict import Finding, Kind, headline, shortlist, verdict
 from event_files import SAMPLES, STEPS, Point
 
 
@@ -141,7 +141,7 @@ def test_no_jump_is_read_off_where_none_was_measured(tmp_path: Path) -> None:
     assert "can't be told" in finding.text
 
 
-@pytest.mark.parametrize(("cosine", "text"), [(0.9, "twins have parted"), (0.9995, "twins are locked")])
+@pytest.mark.parametrize(("cosine", "text"), [(0.9, "twins have parted"), (0.999995, "twins are locked")])
 def test_twins(tmp_path: Path, cosine: float, text: str) -> None:
     event_files.grown(tmp_path, event_files.diagnosis(twins=cosine))
     findings = verdict([read_run(tmp_path, "run")])
@@ -163,12 +163,14 @@ def test_twins_on_their_way_are_not_called_locked(tmp_path: Path) -> None:
     assert the_one(verdict([read_run(tmp_path / "stuck", "run")]), "twins are locked").kind is Kind.WATCH
 
 
-def test_some_pairs_may_be_together_when_the_mean_is_not(tmp_path: Path) -> None:
+def test_the_closest_of_many_pairs_is_told_and_no_alarm(tmp_path: Path) -> None:
+    """The largest cosine of thousands is near 1 in any run: an expert that is seldom chosen has such pairs."""
     first, second = event_files.diagnosis()
     second = [p._replace(value=0.9999) if p.tag == "twins/cosine_max" else p for p in second]
     event_files.grown(tmp_path, (first, second))
-    found = the_one(verdict([read_run(tmp_path, "run")]), "some are still together")
-    assert found.kind is Kind.WATCH
+    found = the_one(verdict([read_run(tmp_path, "run")]), "twins have parted")
+    assert found.kind is Kind.GOOD
+    assert "(closest pair 0.9999)" in found.text
 
 
 @pytest.mark.parametrize(("rms", "kind"), [(1.0, Kind.GOOD), (1.03, Kind.GOOD), (0.5, Kind.WATCH)])
@@ -210,3 +212,69 @@ def test_what_was_not_recorded_is_named_for_grown_runs_only(tmp_path: Path, scra
     assert "no twins/cosine" in missing[0]
     assert "activation RMS wasn't recorded" in missing[1]
     assert all(text.startswith("bare") for text in missing)
+
+
+# -- what to buy ------------------------------------------------------------------------------------------------
+
+
+def ended(path: Path, name: str, *, steps: int, shift: float, width: int) -> ReadRun:
+    """A run that never grew, of ``steps`` steps of a model of ``width`` active parameters."""
+    points = []
+    for step in range(10, steps + 1, 10):
+        points += [Point("Validation/loss", SAMPLES * step, event_files.loss_at(step * STEPS // steps) + shift)]
+        points += [
+            p._replace(value=p.value * width / event_files.WIDE) if "flops" in p.tag else p
+            for p in event_files.spent(step, None, event_files.WIDE)
+        ]
+    event_files.write(path / name, points)
+    return read_run(path / name, name)
+
+
+def test_without_a_control_at_its_compute_growing_is_not_said_to_pay(grown: ReadRun, scratch: ReadRun) -> None:
+    for runs in ([grown], [grown, scratch]):
+        assert headline(runs) == (
+            "grown reaches a validation loss of 1.1427 at 2.458e+09 FLOPs; no run that never grew ended there, so "
+            "whether growing pays isn't shown."
+        )
+    found = the_one(verdict([grown, scratch]), "whether growing was its best use")
+    assert found.lead
+    assert "train the narrow model longer, to the same compute" in found.text
+
+
+@pytest.mark.parametrize(("shift", "first"), [(0.1, "grown"), (-0.1, "longer")])
+def test_the_narrow_model_trained_longer_decides(tmp_path: Path, grown: ReadRun, shift: float, first: str) -> None:
+    """Twice the steps at a third of the final parameters: as much as half of the steps narrow and half of them wide."""
+    longer = ended(tmp_path, "longer", steps=2 * STEPS, shift=shift, width=event_files.NARROW)
+    second = {"grown": "longer", "longer": "grown"}[first]
+    low = min(1.1427, 1.1427 + shift)
+    assert headline([grown, longer]) == (
+        f"At 2.458e+09 FLOPs buy {first}: validation loss {low:.4f}, 0.1000 below {second}."
+    )
+    found = the_one(verdict([grown, longer]), "At the same compute longer, which never grew,")
+    assert "after 409,600 tokens and 2.458e+09 FLOPs, and grown at 1.1427 after 204,800 tokens" in found.text
+    assert f"growing is 0.1000 {'lower' if shift > 0 else 'higher'}" in found.text
+    assert not [f for f in verdict([grown, longer]) if "isn't shown" in f.text]
+
+
+def test_what_noise_hides_is_not_bought(tmp_path: Path, grown: ReadRun) -> None:
+    runs = [noisy(tmp_path, "a", 0.0, 0.02), noisy(tmp_path, "b", 0.01, 0.02)]
+    assert headline(runs).startswith("At 1.229e+09 FLOPs a and b can't be told apart: validation losses ")
+
+
+def test_a_headline_needs_a_loss_and_says_what_is_missing(tmp_path: Path) -> None:
+    event_files.write(tmp_path / "train", [Point("Train/loss", 16, 0.1)])
+    assert headline([read_run(tmp_path / "train", "train")]) == "No run has a validation loss to compare."
+    event_files.write(tmp_path / "loss", [Point("Validation/loss", 16, 0.1)])
+    assert "ends lowest, at 0.1000; compute isn't recorded" in headline([read_run(tmp_path / "loss", "loss")])
+
+
+def test_five_sentences_come_first_and_what_to_look_at_is_among_them(tmp_path: Path, scratch: ReadRun) -> None:
+    event_files.grown(tmp_path / "odd", event_files.job(), event_files.diagnosis(rms=0.5, least_load=0.001))
+    findings = verdict([read_run(tmp_path / "odd", "odd"), scratch])
+    first, rest = shortlist(findings)
+    assert len(first) == 5
+    assert [*first, *rest] != findings
+    assert sorted(f.text for f in (*first, *rest)) == sorted(f.text for f in findings)
+    assert first[0].text.startswith("odd ends lowest")
+    assert [f for f in rest if f.kind is Kind.WATCH] == []
+    assert len([f for f in first if f.kind is Kind.WATCH]) == 2

@@ -26,6 +26,8 @@ LAYOUT: dict[str, dict[str, list[Any]]] = {
     }
 }
 
+#: The setting that is looked for first.
+_FIRST = "optimizer.params.lr"
 #: Blocks of a DeepSpeed config that are no settings of the training, and may hold keys to services.
 _MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet")
 
@@ -56,8 +58,8 @@ def introduce_run(engine: DeepSpeedEngine) -> None:
 
 
 def settings(run: GrowingRun) -> dict[str, int | float | str | bool]:
-    """The numbers and words of the DeepSpeed config by their paths, the growths' strategy in full, and the widths that
-    the run starts with. Lists become their JSON."""
+    """The numbers and words of the DeepSpeed config by their paths, the learning rate first, as TensorBoard keeps their
+    order; the growths' strategy in full, and the widths that the run starts with. Lists become their JSON."""
     found: dict[str, int | float | str | bool] = {}
 
     def put(path: str, value: Any) -> None:
@@ -72,7 +74,7 @@ def settings(run: GrowingRun) -> dict[str, int | float | str | bool]:
     config = {key: value for key, value in run.ds_config.items() if key not in _MONITORS}
     put("", {**config, BLOCK: {**config.get(BLOCK, {}), **run.config.strategy.to_dict()}})
     put("widths", run.record.initial_widths)
-    return found
+    return {key: found[key] for key in sorted(found, key=lambda key: key != _FIRST)}
 
 
 def write_by_compute(engine: DeepSpeedEngine, name: str, value: float) -> None:

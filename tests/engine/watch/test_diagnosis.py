@@ -552,6 +552,9 @@ def test_tensorboard_has_a_page_of_curves_and_the_settings_in_the_runs_own_file(
     assert shown["sparkling.rewarmup.ratio"].number_value == 1.3
     assert shown["widths.hidden_size"].number_value == 6
     assert not any(name.startswith(("wandb", "tensorboard")) for name in shown)
+    columns = HParamsPluginData()
+    columns.ParseFromString(first.SummaryMetadata("_hparams_/experiment").plugin_data.content)
+    assert columns.experiment.hparam_infos[0].name == "optimizer.params.lr"
     assert "Run/config/text_summary" in first.Tags()["tensors"]
     assert "_hparams_/session_start_info" not in second.Tags()["tensors"]
     assert "twins/cosines" in second.Tags()["histograms"]
