@@ -174,6 +174,15 @@ def optimizers() -> str:
     return table(("`engine.optimizer`", "adapter"), rows) + f"\n\nChecked against DeepSpeed {versions}."
 
 
+def hooks() -> str:
+    """What is replaced in DeepSpeed, torch and transformers."""
+    from ds_sparkling.engine.hooks import HOOKS
+
+    lasts = {"run": "as long as the engine", "block": "within one block of code"}
+    rows = [(f"`{hook.owner}.{hook.attribute}`", hook.why, lasts[hook.lasts]) for hook in HOOKS]
+    return table(("replaced", "why", "for how long"), rows)
+
+
 def refused() -> str:
     """The settings of DeepSpeed's that growth can't be combined with."""
     from ds_sparkling.spec.unsupported import REFUSED, REFUSED_OPTIMIZERS  # here, so that --help doesn't wait for torch
@@ -187,6 +196,7 @@ def refused() -> str:
 
 #: page -> what is made in it, by the name in its marks
 MADE: dict[str, dict[str, Callable[[], str]]] = {
+    "concepts/architecture.md": {"hooks": hooks},
     "reference/cli.md": {"commands": commands, "checkout tools": checkout_tools},
     "reference/api.md": {"api": api},
     "support.md": {"versions": versions, "optimizers": optimizers, "refused": refused},
