@@ -12,10 +12,13 @@ import ast
 import contextlib
 import importlib
 import inspect
+import itertools
+import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import ds_sparkling
@@ -142,6 +145,34 @@ def _first_sentence(thing: object) -> str:
     return sentence.replace("``", "`")
 
 
+# -- the JSON block ---------------------------------------------------------------------------------------------
+
+
+def config_keys() -> str:
+    """Every key of the ``"sparkling"`` block."""
+    from ds_sparkling.spec.checked import described_keys
+    from ds_sparkling.spec.config import SparklingConfig
+
+    return _keys(described_keys(SparklingConfig))
+
+
+def hint_keys() -> str:
+    """Every key of one dimension in a hint; a part has the same."""
+    from ds_sparkling.spec.axes import Dim
+    from ds_sparkling.spec.checked import described_keys
+
+    return _keys(itertools.takewhile(lambda key: "[]" not in key.path, described_keys(Dim)))
+
+
+def _keys(keys: Iterable[Any]) -> str:
+    rows = []
+    for key in keys:
+        required = key.default is None and "null" not in key.type
+        default = "required" if required else f"`{json.dumps(key.default)}`"
+        rows.append((f"`{key.path}`", f"`{key.type}`" if '"' in key.type else key.type, default, key.meaning))
+    return table(("key", "may hold", "default", "meaning"), rows)
+
+
 # -- what is supported ------------------------------------------------------------------------------------------
 
 
@@ -196,6 +227,8 @@ def refused() -> str:
 
 #: page -> what is made in it, by the name in its marks
 MADE: dict[str, dict[str, Callable[[], str]]] = {
+    "concepts/axes.md": {"hint keys": hint_keys},
+    "reference/config.md": {"keys": config_keys},
     "concepts/architecture.md": {"hooks": hooks},
     "reference/cli.md": {"commands": commands, "checkout tools": checkout_tools},
     "reference/api.md": {"api": api},
