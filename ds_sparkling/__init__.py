@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from ds_sparkling.discovery.proof import prove_function
     from ds_sparkling.engine.adopt import adopt
     from ds_sparkling.engine.averaged import grow_averaged
-    from ds_sparkling.engine.grow import grow, grow_if_due, initialize, rebuild
+    from ds_sparkling.engine.grow import grow, grow_if_due, rebuild
+    from ds_sparkling.engine.initialize import initialize
     from ds_sparkling.errors import (
         CheckpointError,
         ConfigError,
@@ -79,7 +80,8 @@ _PLACES = {
     "ds_sparkling.discovery.proof": ("prove_function",),
     "ds_sparkling.engine.adopt": ("adopt",),
     "ds_sparkling.engine.averaged": ("grow_averaged",),
-    "ds_sparkling.engine.grow": ("grow", "grow_if_due", "initialize", "rebuild"),
+    "ds_sparkling.engine.grow": ("grow", "grow_if_due", "rebuild"),
+    "ds_sparkling.engine.initialize": ("initialize",),
     "ds_sparkling.errors": (
         "CheckpointError",
         "ConfigError",

@@ -64,7 +64,7 @@ CHANGED = {
         "run_of(engine).observations.unseen_losses",
         "run_of(engine).observations.spent",
     },
-    "engine/grow.py": {"growth.checkpoint"},
+    "engine/transition.py": {"transition.checkpoint"},
     "engine/rollcall.py": {"self._attendance.in_step"},
     "engine/watch/diagnosis.py": {"self._step.watch"},
     "engine/watch/token_meter.py": {"run.observations.spent"},

@@ -4,31 +4,29 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
 
-from ds_sparkling.discovery.build import BuildModel, require_factory
+from ds_sparkling.discovery.build import BuildModel
 from ds_sparkling.discovery.forward import Inputs
 from ds_sparkling.engine import access
 from ds_sparkling.engine.carry_over import preserved_rng
-from ds_sparkling.engine.extension_locks import warn_of_left_locks
 from ds_sparkling.engine.fail_together import FailTogether
-from ds_sparkling.engine.grow import check_factories, fit_out
 from ds_sparkling.engine.growing_run import GrowingRun
 from ds_sparkling.engine.hugging_face_build import built_plainly
-from ds_sparkling.engine.internals import check_version
+from ds_sparkling.engine.new_engine import fit_out
 from ds_sparkling.engine.notices import notice_plans
 from ds_sparkling.engine.optimizers import adapter_of
-from ds_sparkling.engine.parallelism import refuse_engine, refuse_parallelism
+from ds_sparkling.engine.parallelism import refuse_engine
 from ds_sparkling.engine.planning import agreed, check_same_model, plan_growth, starting_record
+from ds_sparkling.engine.refusals import accepted
 from ds_sparkling.engine.stepping import check_optimizer
 from ds_sparkling.errors import ConfigError, GrowthError, PlanError, UnsupportedError
-from ds_sparkling.spec.config import sparkling_config
 from ds_sparkling.spec.record import GrowthRecord, find_checkpoint
-from ds_sparkling.spec.unsupported import refuse_unsupported, zero_stage
+from ds_sparkling.spec.unsupported import zero_stage
 
 
 def adopt(
@@ -52,18 +50,18 @@ def adopt(
 
     Args:
         engine: DeepSpeed's plain engine.
-        build_model: as for :func:`~ds_sparkling.engine.grow.initialize`; the engine's model must be what it makes.
-        checkpoint: as for :func:`~ds_sparkling.engine.grow.initialize`, the directory the run's checkpoints live in;
+        build_model: as for :func:`~ds_sparkling.initialize`; the engine's model must be what it makes.
+        checkpoint: as for :func:`~ds_sparkling.initialize`, the directory the run's checkpoints live in;
             the block's ``checkpoint_dir`` by default. If it holds one, the engine is going to load that, and its model
             has been built at the widths recorded there (:func:`~ds_sparkling.spec.record.recorded_widths`); before each
             growth a checkpoint is saved there.
         tag: the checkpoint to look at; the one named in ``latest``, or in ``latest_universal`` where the engine loads
             universal ones, by default.
         optimizer: ``optimizer(params)``, which makes anew, at a growth, an optimizer that was passed to
-            ``deepspeed.initialize``; as for :func:`~ds_sparkling.engine.grow.initialize`.
+            ``deepspeed.initialize``; as for :func:`~ds_sparkling.initialize`.
         lr_scheduler: ``lr_scheduler(optimizer)``, likewise.
         model_parameters: ``model_parameters(model)``, likewise.
-        inputs: to try growths with; as for :func:`~ds_sparkling.engine.grow.initialize`.
+        inputs: to try growths with; as for :func:`~ds_sparkling.initialize`.
         on_growth: called with the engine after each growth.
         read_only: ``checkpoint`` is what is resumed from, if anything, and nothing is saved there, as the loop saves by
             itself; before a growth a checkpoint is saved in the block's ``checkpoint_dir``, if it has one.
@@ -75,20 +73,14 @@ def adopt(
         ConfigError, PlanError, UnsupportedError, CheckpointError: before anything is touched.
         GrowthError: if it has been adopted already, or has loaded a checkpoint of a grown model.
     """
+    factories = {"optimizer": optimizer, "lr_scheduler": lr_scheduler, "model_parameters": model_parameters}
     all_ranks = FailTogether("adopting the engine")
     with all_ranks:
-        check_version()
-        warn_of_left_locks()  # a growth may load another op
-        require_factory(build_model)
-        check_factories(optimizer=optimizer, lr_scheduler=lr_scheduler, model_parameters=model_parameters)
+        ds_config, block = accepted(build_model, copy.deepcopy(engine.config), factories)
         if hasattr(engine, "sparkling"):
             raise GrowthError("this engine can grow already")
         refuse_engine(engine)
-        refuse_parallelism()
-        ds_config = copy.deepcopy(engine.config)
-        block = sparkling_config(ds_config)
-        refuse_unsupported(ds_config)
-        _check_remade(engine, optimizer, lr_scheduler, model_parameters)
+        _check_remade(engine, factories)
     all_ranks.settle()
     looked_at = os.fspath(checkpoint) if checkpoint is not None else None
     directory = block.checkpoint_dir
@@ -107,12 +99,12 @@ def adopt(
     with preserved_rng():
         record = agreed(starting, all_ranks)
     run = GrowingRun(
-        build_model,
-        ds_config,
-        block,
-        {"optimizer": optimizer, "lr_scheduler": lr_scheduler, "model_parameters": model_parameters},
-        record,
-        directory if block.checkpoint_before_growth else None,
+        build_model=build_model,
+        ds_config=ds_config,
+        config=block,
+        arguments=factories,
+        record=record,
+        checkpoint_dir=directory if block.checkpoint_before_growth else None,
         on_growth=on_growth or (lambda _engine: None),
         inputs=inputs,
     )
@@ -129,7 +121,7 @@ def adopt(
     return engine
 
 
-def _check_remade(engine: DeepSpeedEngine, optimizer: object, lr_scheduler: object, model_parameters: object) -> None:
+def _check_remade(engine: DeepSpeedEngine, factories: Mapping[str, Any]) -> None:
     """Raise ConfigError for what was passed to ``deepspeed.initialize`` and a growth couldn't make anew."""
     if engine.mpu is not None:
         raise UnsupportedError("mpu: model parallelism beyond expert parallelism can't be combined with growth yet")
@@ -138,17 +130,18 @@ def _check_remade(engine: DeepSpeedEngine, optimizer: object, lr_scheduler: obje
     groups = [group for group in adapter_of(engine).base.param_groups if not group.get("moe")]
     trained = {name for name, param in engine.module.named_parameters() if param.requires_grad}
     stepped = {name for names in access.group_names(engine) for name in names}
-    if model_parameters is None and stepped != trained:
+    if factories["model_parameters"] is None and stepped != trained:
         raise ConfigError(
             f"the engine's optimizer leaves out {sorted(trained - stepped)[:3]}, and a growth has to make its groups "
             "anew: pass model_parameters=lambda model: ..., or freeze them inside build_model"
         )
-    for name, used, factory in (
-        ("optimizer", engine.client_optimizer is not None, optimizer),
-        ("lr_scheduler", engine.client_lr_scheduler is not None, lr_scheduler),
-        ("model_parameters", len(groups) > 1, model_parameters),
-    ):
-        if used and factory is None:
+    used = {
+        "optimizer": engine.client_optimizer is not None,
+        "lr_scheduler": engine.client_lr_scheduler is not None,
+        "model_parameters": len(groups) > 1,
+    }
+    for name, factory in factories.items():
+        if used[name] and factory is None:
             raise ConfigError(
                 f"the engine's {name} doesn't come from its JSON, and a growth has to make it anew: "
                 f"pass {name}=lambda ...: ..."

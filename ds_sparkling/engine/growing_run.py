@@ -36,7 +36,7 @@ class ClientState:
             self.contents, self.step = dict(contents), step
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GrowingRun:
     """A training run that grows; it hangs on the engine as ``engine.sparkling``.
 
@@ -104,3 +104,10 @@ def run_of(engine: DeepSpeedEngine) -> GrowingRun:
             "this engine can't grow: make it by ds_sparkling.initialize, or pass it to ds_sparkling.adopt"
         )
     return run
+
+
+def gradients_of(engine: DeepSpeedEngine) -> GradientWatch:
+    """What knows whether ``engine``, which can grow, holds gradients."""
+    watch = run_of(engine).gradients
+    assert watch is not None
+    return watch

@@ -54,15 +54,20 @@ def notice_end(run: GrowingRun, end: int | None, whose: str) -> None:
         )
 
 
-def notice_growth(run: GrowingRun, plan: GrowthPlan, step: int) -> None:
+def notice_growth(run: GrowingRun, plan: GrowthPlan, step: int) -> str:
     """Show the plan of a growth that happens now, once, in any script.
 
     It is a warning, which is what Python shows of a library's messages where nobody has set logging up; a growth is
     rare, and changes the model under its user's hands.
+
+    Returns:
+        The plan in words.
     """
     steps = _steps_in_all(run)
     fraction = step / steps if steps is not None and step < steps else None
-    logger.warning("growing at step %d\n%s", step, plan.describe(fraction=fraction))
+    words = plan.describe(fraction=fraction)
+    logger.warning("growing at step %d\n%s", step, words)
+    return words
 
 
 def _to_come(run: GrowingRun) -> list[GrowthConfig]:

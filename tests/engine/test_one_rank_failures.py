@@ -22,13 +22,13 @@ JOINT = {"hidden_size": 12, "moe_intermediate_size": 10}
 UNTOUCHED = (
     "ds_sparkling.engine.gradients.GradientWatch.refuse_held",
     "ds_sparkling.engine.planning.build_on_meta",
-    "ds_sparkling.engine.grow.plan_growth",
-    "ds_sparkling.engine.grow.check_wide",
-    "ds_sparkling.engine.grow.check_optimizer",
+    "ds_sparkling.engine.transition.plan_growth",
+    "ds_sparkling.engine.transition.check_wide",
+    "ds_sparkling.engine.transition.check_optimizer",
     "ds_sparkling.engine.optimizers.zero3.Zero3.partition_group",
     "ds_sparkling.engine.access.shards",
-    "ds_sparkling.engine.grow.Carried",
-    "ds_sparkling.engine.grow.Held",
+    "ds_sparkling.engine.transition.Carried",
+    "ds_sparkling.engine.transition.Held",
     # the checkpoint before the growth
     "deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine.TorchCheckpointEngine.save",
     "deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine.TorchCheckpointEngine.commit",
@@ -42,10 +42,10 @@ LOST = (
     "deepspeed.initialize",
     "deepspeed.runtime.engine.DeepSpeedEngine._configure_optimizer",
     "deepspeed.runtime.engine.DeepSpeedEngine._configure_lr_scheduler",
-    "ds_sparkling.engine.grow.parameter_counts",
-    "ds_sparkling.engine.grow.hook_step",
-    "ds_sparkling.engine.grow.hook_checkpoints",
-    "ds_sparkling.engine.grow.introduce_run",
+    "ds_sparkling.engine.new_engine.parameter_counts",
+    "ds_sparkling.engine.new_engine.hook_step",
+    "ds_sparkling.engine.new_engine.hook_checkpoints",
+    "ds_sparkling.engine.new_engine.introduce_run",
     "ds_sparkling.engine.optimizers.zero3.Zero3.begin_writing",
     "ds_sparkling.engine.access.make_states",
     "ds_sparkling.engine.move_shards.Widener",
@@ -53,7 +53,7 @@ LOST = (
     "ds_sparkling.engine.shard.Shard.gather",
     "ds_sparkling.engine.optimizers.zero3.Zero3.finish_writing",
     "ds_sparkling.engine.carry_over.Carried.restore",
-    "ds_sparkling.engine.grow.mark_growth",
+    "ds_sparkling.engine.transition.mark_growth",
 )
 #: What fails on the second rank while it saves by itself.
 SAVING = (
@@ -64,7 +64,7 @@ SAVING = (
 ALL = os.environ.get("ONE_RANK_FAILURES") == "all"
 SOME = {
     "ds_sparkling.engine.planning.build_on_meta",
-    "ds_sparkling.engine.grow.Carried",
+    "ds_sparkling.engine.transition.Carried",
     "deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine.TorchCheckpointEngine.save",
     "tiny.OlmoeForCausalLM",
     "deepspeed.runtime.engine.DeepSpeedEngine._configure_optimizer",

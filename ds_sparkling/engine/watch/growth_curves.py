@@ -89,7 +89,12 @@ def _copies(engine: DeepSpeedEngine) -> dict[Tensor, int]:
 
 
 def mark_growth(engine: DeepSpeedEngine, text: str) -> None:
-    """Write the grown engine's size and the growth's plan at the engine's present sample count."""
+    """Write the grown engine's size and the growth's plan at the engine's present sample count.
+
+    Args:
+        engine: the grown one.
+        text: the plan in words, where the first rank writes it; anything on others.
+    """
     samples = engine.global_samples
     engine.monitor.write_events([*_size(engine), *spent_events(engine)])
     writer = writer_of(engine)
