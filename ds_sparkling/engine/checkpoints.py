@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -14,7 +16,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from ds_sparkling.engine import hooks
 from ds_sparkling.engine.fail_together import FailTogether
 from ds_sparkling.engine.growing_run import run_of
-from ds_sparkling.engine.internals import clients_own
+from ds_sparkling.engine.internals import clients_own, own_files
 from ds_sparkling.errors import CheckpointError
 from ds_sparkling.files import whole_file
 from ds_sparkling.optim.step import BirthStep
@@ -71,6 +73,11 @@ def hook_checkpoints(engine: DeepSpeedEngine, step: BirthStep) -> None:
         with all_ranks:
             found = find_checkpoint(load_dir, tag, universal=engine.load_universal_checkpoint())
             record = None if found is None else read_record(found)
+            if found is not None and not engine.load_universal_checkpoint():
+                how = inspect.signature(load).bind_partial(load_dir, tag, *args, **kwargs).arguments
+                module_only = how.get("load_module_only", False) or not how.get("load_optimizer_states", True)
+                for file in own_files(engine, load_dir, found.name, module_only=module_only):
+                    _check_whole(file)
             if found is not None:
                 _check_record(run_of(engine).record, record, found)
                 run_of(engine).observations.read(found)
@@ -119,6 +126,26 @@ def _writes_held(checkpoint_engine: Any, all_ranks: FailTogether) -> Iterator[No
         for hook in (hooks.MAKE_DIRECTORIES, hooks.WRITE_FILE, hooks.COMMIT_FILES):
             stack.enter_context(hook.during(checkpoint_engine, held(getattr(checkpoint_engine, hook.attribute))))
         yield
+
+
+def _check_whole(file: Path) -> None:
+    """Look whether a file that torch has saved is there to its end, where a zip archive has its directory.
+
+    DeepSpeed would find out on this rank alone, when the others wait for it in collectives.
+
+    Raises:
+        CheckpointError: if it isn't.
+    """
+    way_out = "copy it again from where it is whole, or load another checkpoint"
+    if not file.is_file():
+        raise CheckpointError(
+            f"{file} is missing, and this rank is to load it: {way_out}; what another number of ranks has saved loads "
+            "from a universal checkpoint"
+        )
+    with file.open("rb") as opened:
+        archive = opened.read(2) in (b"PK", b"P", b"")  # releases of torch before 1.6 saved otherwise
+    if archive and not zipfile.is_zipfile(file):
+        raise CheckpointError(f"{file} is cut off after {file.stat().st_size} bytes: {way_out}")
 
 
 def _check_schedule(engine: DeepSpeedEngine, path: Path | None) -> None:

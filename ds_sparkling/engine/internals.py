@@ -7,6 +7,7 @@ What is replaced there is in :mod:`ds_sparkling.engine.hooks`, and the optimizer
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -79,6 +80,25 @@ def check_version() -> None:
 def clients_own(state: Mapping[str, Any]) -> dict[str, Any]:
     """What of a client state, as ``load_checkpoint`` returned it, isn't DeepSpeed's."""
     return {key: value for key, value in state.items() if key not in _MODEL_STATES}
+
+
+def own_files(engine: DeepSpeedEngine, directory: str, tag: str, *, module_only: bool) -> list[Path]:
+    """The files that ``engine.load_checkpoint`` is going to read on this rank and on no other.
+
+    Not of universal checkpoints, and without the files of single experts.
+
+    Args:
+        engine: about to load.
+        directory, tag: of the checkpoint.
+        module_only: whether the optimizer's state isn't loaded.
+    """
+    found = [Path(engine._get_ckpt_name(directory, tag))]
+    sharded_experts = engine.has_moe_layers and engine.zero_optimization_partition_weights()
+    if engine.zero_optimization() and not engine.zero_nvme_offload_optimizer() and (sharded_experts or not module_only):
+        own = Path(engine._get_zero_ckpt_name(directory, tag))
+        former = own.with_name(own.name.replace("_optim_states.pt", "optim_states.pt"))
+        found.append(former if former.exists() and not own.exists() else own)
+    return found
 
 
 def boundary_by_hand(engine: DeepSpeedEngine) -> bool | None:
