@@ -58,7 +58,8 @@ class GrowthPlan:
         growths: one :class:`AxisGrowth` per grown axis.
         strategy: how new entries, scales and optimizer state are made.
         params: one :class:`ParamPlan` per parameter, in the model's order.
-        active_share: share of the experts that one token uses; 1 for a dense model, None if it isn't known.
+        active_share: share of the experts that one token uses, for all stacked experts or by parameter; 1 for a dense
+            model, None if it isn't known.
         buffers: one :class:`ParamPlan` per buffer that checkpoints hold and that follows an axis.
     """
 
