@@ -16,12 +16,13 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 
 from ds_sparkling.errors import CheckpointError
 from ds_sparkling.files import whole_file
-from ds_sparkling.spec.axes import ParamAxes
+from ds_sparkling.spec.axes import Norm, ParamAxes
 from ds_sparkling.spec.checked import Checked, Integer, Number, Text, checked
 from ds_sparkling.spec.strategy import Strategy
 
 FILE_NAME = "ds_sparkling.json"
-_FORMAT = 2
+#: 2 said "stages" where 3 says "growths"; 1 also knew only norms that divide by the RMS, and didn't say so.
+_FORMAT = 3
 
 
 @checked()
@@ -102,7 +103,7 @@ class GrowthRecord(Checked):
             "format": _FORMAT,
             "initial_widths": data["initial_widths"],
             "widths": self.widths,
-            "stages": data["growths"],
+            "growths": data["growths"],
             "tried": data["tried"],
             "spent": data["spent"],
             "proved": data["proved"],
@@ -115,14 +116,21 @@ class GrowthRecord(Checked):
         if not isinstance(data, Mapping):
             return data
         data = dict(data)
-        for key in ("format", "initial_widths", "stages", "tried", "axes"):
+        found = data.pop("format", None)
+        if type(found) is int and found > _FORMAT:
+            raise ValueError(
+                f"is of format {found}, which a newer release of ds_sparkling wrote; this one reads 1 to {_FORMAT}"
+            )
+        if type(found) is not int or found < 1:
+            raise ValueError(f"is of format {found!r}; known are 1 to {_FORMAT}")
+        if found < 3 and "stages" in data:
+            data["growths"] = data.pop("stages")
+        if found == 1:
+            data = {**data, "tried": [], "axes": _with_norms(data.get("axes"))}
+        for key in ("growths", "tried"):
             if key not in data:
                 raise ValueError(f"lacks {key!r}")
-        found = data.pop("format")
-        if found != _FORMAT:
-            raise ValueError(f"format {found!r}, expected {_FORMAT}")
         data.pop("widths", None)
-        data["growths"] = data.pop("stages")
         return data
 
     def write(self, checkpoint: Path) -> None:
@@ -134,6 +142,14 @@ class GrowthRecord(Checked):
         with whole_file(checkpoint / FILE_NAME) as part:
             checkpoint.mkdir(parents=True, exist_ok=True)
             part.write_text(json.dumps(self.to_dict(), indent=1))
+
+
+def _with_norms(axes: Any) -> Any:
+    """Axes of format 1, each gain that of a norm that divides by the RMS."""
+    if not isinstance(axes, Mapping):
+        return axes
+    gains = {name for name, entry in axes.items() if '"gain"' in json.dumps(entry)}
+    return {name: {**entry, "norm": Norm.RMS} if name in gains else entry for name, entry in axes.items()}
 
 
 def read_record(checkpoint: Path) -> GrowthRecord | None:

@@ -16,8 +16,20 @@ from hypothesis import strategies as st
 from ds_sparkling.errors import CheckpointError, SparklingError
 from ds_sparkling.growth import make_plan
 from ds_sparkling.spec.axes import FIXED, Dim, Norm, ParamAxes, Role
-from ds_sparkling.spec.record import FILE_NAME, GrowthRecord, RecordedGrowth, find_checkpoint, read_record
-from ds_sparkling.spec.strategy import Init, NewIndex, OptimizerState, Scaling, Strategy
+from ds_sparkling.spec.record import FILE_NAME, GrowthRecord, RecordedGrowth, Spent, find_checkpoint, read_record
+from ds_sparkling.spec.state_kinds import StateKind
+from ds_sparkling.spec.strategy import (
+    BiasCorrection,
+    Init,
+    NewIndex,
+    OptimizerState,
+    Rewarmup,
+    RewarmupCurve,
+    Scaling,
+    Scope,
+    Split,
+    Strategy,
+)
 
 AXES = {
     "embed.weight": ParamAxes((FIXED, Dim("hidden", Role.FAN_OUT))),
@@ -73,7 +85,7 @@ def test_asking_does_not_change_the_record() -> None:
     record.width_history.clear()
     data = record.to_dict()
     data["initial_widths"]["hidden"] = 0
-    data["stages"][0]["widths"]["inner"] = 0
+    data["growths"][0]["widths"]["inner"] = 0
     assert record == GrowthRecord({"hidden": 4}, AXES, RECORD.growths)
     assert RECORD.growths[0].widths == {"inner": 4}
 
@@ -150,7 +162,7 @@ def test_the_file_tells_the_widths_without_any_of_this_package(tmp_path: Path) -
     RECORD.write(tmp_path)
     data = json.loads((tmp_path / "ds_sparkling.json").read_text())
     assert data["widths"] == {"hidden": 12, "inner": 6, "heads": 3}
-    assert data["stages"][1]["step"] == 205
+    assert data["growths"][1]["step"] == 205
 
 
 def test_writing_again_replaces_the_record(tmp_path: Path) -> None:
@@ -211,14 +223,122 @@ def test_a_damaged_file_is_an_error_that_names_it(tmp_path: Path, content: bytes
     expect_named_error(tmp_path, content)
 
 
-@pytest.mark.parametrize("version", [0, 1, 3, "2", None])
-def test_another_format_is_refused_with_both_numbers(tmp_path: Path, version: Any) -> None:
+@pytest.mark.parametrize("version", [0, -1, True, 2.0, "2", None])
+def test_a_format_that_never_was_is_refused_with_those_that_are(tmp_path: Path, version: Any) -> None:
     (tmp_path / FILE_NAME).write_text(json.dumps({**valid(), "format": version}))
-    with pytest.raises(CheckpointError, match=f"format {version!r}, expected 2"):
+    with pytest.raises(CheckpointError, match=f"format {version!r}; known are 1 to 3"):
         read_record(tmp_path)
 
 
-@pytest.mark.parametrize("key", ["format", "initial_widths", "stages", "axes"])
+def test_the_record_of_a_newer_release_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / FILE_NAME).write_text(json.dumps({"format": 4, "whatever": "it holds"}))
+    with pytest.raises(CheckpointError, match=r"ds_sparkling\.json .*format 4, which a newer release"):
+        read_record(tmp_path)
+
+
+# -- files of earlier releases -------------------------------------------------------------------------------------
+
+FORMAT_1 = """{
+ "format": 1,
+ "initial_widths": {"hidden": 4, "inner": 2},
+ "widths": {"hidden": 4, "inner": 4},
+ "stages": [
+  {"step": 100, "planned_step": 90, "widths": {"inner": 4}, "strategy": {
+    "init": {"fan_out": "random", "fan_in": "zero", "norm": "copy"},
+    "scaling": "rms",
+    "optimizer_state": "asymmetric_reset",
+    "rewarmup": {"ratio": 1.5, "steps": 20, "scope": "all", "curve": "factor"},
+    "bias_correction": "inherit",
+    "seed": 3}}
+ ],
+ "axes": {
+  "up.weight": {"dims": [
+    {"axis": "inner", "role": "fan_out", "block": 1, "segments": 2, "alive": [0]},
+    {"axis": "hidden", "role": "fan_in", "block": 1, "segments": 1, "alive": []}],
+   "stacked_experts": false, "head_gain": false},
+  "norm.weight": {"dims": [{"axis": "hidden", "role": "gain", "block": 1, "segments": 1, "alive": []}],
+   "stacked_experts": false, "head_gain": true},
+  "bias": {"dims": [{}], "stacked_experts": false, "head_gain": false}
+ }
+}"""
+
+FORMAT_2 = """{
+ "format": 2,
+ "initial_widths": {"hidden": 4},
+ "widths": {"hidden": 8},
+ "stages": [
+  {"step": 7, "planned_step": null, "widths": {"hidden": 8}, "strategy": {
+    "init": {"fan_out": "copy", "fan_in": "copy", "norm": "copy", "vocabulary": "random", "split": "1:2",
+     "perturbation": 0.5},
+    "scaling": "none",
+    "optimizer_state": "copy_scaled",
+    "rewarmup": {"ratio": 1.0, "steps": 0, "scope": "new", "curve": "auto", "faster_decay": 0.0, "from_step": 5,
+     "decay_steps": null},
+    "bias_correction": "restart",
+    "seed": 0,
+    "state_kinds": {"theirs": "weights"}}}
+ ],
+ "tried": ["hidden"],
+ "spent": {"tokens": 12, "flops": 7.0},
+ "axes": {
+  "norm.weight": {"dims": [{"axis": "hidden", "role": "gain"}], "norm": "layer"},
+  "head.weight": {"dims": [{}, {"axis": "hidden", "role": "fan_in", "power": -1.0}], "powers": {"inner": 0.5}}
+ }
+}"""
+
+
+def test_a_record_of_format_1_is_read(tmp_path: Path) -> None:
+    """Every norm that it knew divides by the RMS."""
+    (tmp_path / FILE_NAME).write_text(FORMAT_1)
+    strategy = Strategy(
+        fan_out=Init.RANDOM,
+        fan_in=Init.ZERO,
+        rewarmup=Rewarmup(ratio=1.5, steps=20, scope=Scope.ALL, curve=RewarmupCurve.FACTOR),
+        bias_correction=BiasCorrection.INHERIT,
+        seed=3,
+    )
+    assert read_record(tmp_path) == GrowthRecord(
+        {"hidden": 4, "inner": 2},
+        {
+            "up.weight": ParamAxes(
+                (Dim("inner", Role.FAN_OUT, segments=2, alive=(0,)), Dim("hidden", Role.FAN_IN)),
+            ),
+            "norm.weight": ParamAxes((Dim("hidden", Role.GAIN),), head_gain=True, norm=Norm.RMS),
+            "bias": ParamAxes((FIXED,)),
+        },
+        (RecordedGrowth(100, 90, {"inner": 4}, strategy),),
+    )
+
+
+def test_a_record_of_format_2_is_read(tmp_path: Path) -> None:
+    (tmp_path / FILE_NAME).write_text(FORMAT_2)
+    strategy = Strategy(
+        vocabulary=NewIndex.RANDOM,
+        split=Split((1.0, 2.0)),
+        perturbation=0.5,
+        scaling=Scaling.NONE,
+        optimizer_state=OptimizerState.COPY_SCALED,
+        rewarmup=Rewarmup(ratio=1.0, steps=0, from_step=5),
+        state_kinds={"theirs": StateKind.WEIGHTS},
+    )
+    found = read_record(tmp_path)
+    assert found == GrowthRecord(
+        {"hidden": 4},
+        {
+            "norm.weight": ParamAxes((Dim("hidden", Role.GAIN),), norm=Norm.LAYER),
+            "head.weight": ParamAxes((FIXED, Dim("hidden", Role.FAN_IN, power=-1.0)), powers=(("inner", 0.5),)),
+        },
+        (RecordedGrowth(7, None, {"hidden": 8}, strategy),),
+        ("hidden",),
+    )
+    assert found.spent == Spent(12, 7.0)
+    found.write(tmp_path)
+    data = json.loads((tmp_path / FILE_NAME).read_text())
+    assert (data["format"], data["growths"][0]["step"], "stages" in data) == (3, 7, False)
+    assert read_record(tmp_path) == found
+
+
+@pytest.mark.parametrize("key", ["format", "initial_widths", "growths", "tried", "axes"])
 def test_a_missing_key_is_an_error(tmp_path: Path, key: str) -> None:
     data = valid()
     del data[key]
