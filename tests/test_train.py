@@ -40,7 +40,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data["training"] |= {"steps": 8, "sequence_length": 32, "evaluate_every": 2, "evaluate_batches": 2}
     data["training"] |= {"save_every": 2, "log_every": 1}
     data["sparkling"]["log_every"] = data["sparkling"]["diagnose_every"] = 1
-    data["sparkling"]["stages"] = [{"at_step": 4, "widths": {"hidden_size": 32, "moe_intermediate_size": 16}}]
+    data["sparkling"]["growths"] = [{"at_step": 4, "widths": {"hidden_size": 32, "moe_intermediate_size": 16}}]
     path = tmp_path_factory.mktemp("config") / "short.json"
     path.write_text(json.dumps(data))
     return path

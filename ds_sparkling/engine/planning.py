@@ -245,7 +245,7 @@ def check_growths(build_model: BuildModel, config: SparklingConfig, record: Grow
         try:
             check_wide(build_model, record.axes, widths, growth.widths)
         except PlanError as error:
-            raise ConfigError(f"{BLOCK}.stages[{number - 1}]: {error}") from error
+            raise ConfigError(f"{BLOCK}.{config.growths_key}[{number - 1}]: {error}") from error
         widths = {**widths, **growth.widths}
 
 

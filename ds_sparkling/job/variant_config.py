@@ -40,8 +40,9 @@ def as_variant(config: Mapping[str, Any], variant: Variant) -> dict[str, Any]:
     if variant is Variant.GROWN:
         return dict(config)
     if not block.growths:
-        raise ConfigError(f"{BLOCK}.stages is empty: the config plans no growth, so nothing can be {variant.value}")
-    changed = {**config[BLOCK], "stages": []}
+        key = f"{BLOCK}.{block.growths_key}"
+        raise ConfigError(f"{key} is empty: the config plans no growth, so nothing can be {variant.value}")
+    changed = {key: value for key, value in config[BLOCK].items() if key != block.growths_key} | {"growths": []}
     if variant is Variant.FROM_SCRATCH:
         changed["widths"] = {**(block.widths or {}), **_final(block)}
     result = {**config, BLOCK: changed}

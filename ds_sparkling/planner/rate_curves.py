@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ds_sparkling.errors import ConfigError
 from ds_sparkling.growth.schedule import Birth
 from ds_sparkling.optim.scheduler import RewarmupScheduler
-from ds_sparkling.spec.config import GrowthConfig, SparklingConfig
+from ds_sparkling.spec.config import BLOCK, GrowthConfig, SparklingConfig
 from ds_sparkling.spec.strategy import Scope
 
 #: A rate this close to the base rate, as a share of it, counts as having met it.
@@ -107,7 +107,7 @@ def simulate(
         ConfigError: if no growth is planned, or a scheduler doesn't get through.
     """
     if not config.growths:
-        raise ConfigError("no growth is planned: sparkling.stages is missing or empty")
+        raise ConfigError(f"no growth is planned: {BLOCK}.{config.growths_key} is missing or empty")
     optimizer = torch.optim.AdamW([torch.zeros(1)], lr=lr)
     scheduler = RewarmupScheduler(make_scheduler(optimizer), optimizer)
     optimizer.step()  # torch's schedulers warn if the optimizer never steps

@@ -162,21 +162,22 @@ def _planned(config: Mapping[str, Any], options: Options, steps: int | None) -> 
     """(share of the tokens, widths) of every growth."""
     if options.widths:
         return [(options.share, dict(options.widths))]
-    planned = sparkling_config(config).growths
-    if not planned:
-        raise ConfigError(f"no growth is planned: pass --widths AXIS=WIDTH, or give {BLOCK}.stages in a DeepSpeed JSON")
+    block = sparkling_config(config)
+    where = f"{BLOCK}.{block.growths_key}"
+    if not block.growths:
+        raise ConfigError(f"no growth is planned: pass --widths AXIS=WIDTH, or give {where} in a DeepSpeed JSON")
     if steps is None:
         raise ConfigError(
             "the config doesn't tell how many steps the run has (training.steps or scheduler.params.total_num_steps): "
             "pass --steps N"
         )
-    for index, growth in enumerate(planned):
+    for index, growth in enumerate(block.growths):
         if not 0 < growth.at_step < steps:
             raise ConfigError(
-                f"{BLOCK}.stages[{index}].at_step is {growth.at_step}, which isn't within the run's {steps} steps; "
+                f"{where}[{index}].at_step is {growth.at_step}, which isn't within the run's {steps} steps; "
                 "correct it or pass --steps N"
             )
-    return [(growth.at_step / steps, growth.widths) for growth in planned]
+    return [(growth.at_step / steps, growth.widths) for growth in block.growths]
 
 
 def _tokens(config: Mapping[str, Any], steps: int | None) -> float:

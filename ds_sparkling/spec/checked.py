@@ -108,6 +108,11 @@ class Checked:
         keys = json_keys(cls)
         _refuse_unknown(data, keys, "{path}.")
         data = dict(data)
+        for name, entry in _fields(cls).items():
+            twice = [spelling[0] for spelling in _spellings(name, entry) if len(spelling) == 1 and spelling[0] in data]
+            if len(twice) > 1:
+                both = " and ".join(map(repr, twice))
+                raise ValueError(f"{{path}} has both {both}, which mean the same; keep the first")
         for group, members in keys.items():
             if members is None or group not in data:
                 continue

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import AliasChoices, BeforeValidator, Field, ModelWrapValidatorHandler, field_validator, model_validator
 
 from ds_sparkling.errors import ConfigError
 from ds_sparkling.spec.axes import ParamAxes
@@ -54,9 +54,13 @@ class SparklingConfig(Checked):
     """The whole block."""
 
     SPREAD = "strategy"
+    #: The key that the growths stood under, for errors.
+    growths_key = "growths"
 
     growths: tuple[GrowthConfig, ...] = Field(
-        default=(), validation_alias="stages", description="The planned growths, by at_step."
+        default=(),
+        validation_alias=AliasChoices("growths", "stages"),
+        description='The planned growths, by at_step. "stages", the key of version 0.1, is still read.',
     )
     widths: Widths | None = Field(
         default=None, description="Widths to start with, where they aren't build_model's defaults."
@@ -94,6 +98,14 @@ class SparklingConfig(Checked):
     patience: Integer = Field(
         default=50, ge=1, description="Seconds that ranks may come later than others to where a growth begins."
     )
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _remember_the_key(cls, data: Any, handler: ModelWrapValidatorHandler[SparklingConfig]) -> SparklingConfig:
+        config = handler(data)
+        if isinstance(data, Mapping) and "stages" in data:
+            object.__setattr__(config, "growths_key", "stages")
+        return config
 
     @field_validator("growths")
     @classmethod

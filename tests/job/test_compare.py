@@ -34,7 +34,7 @@ def config(tmp_path: Path) -> Path:
     data: dict[str, Any] = read_json(ROOT / "configs" / "quickstart.json")
     data["model"] |= {"hidden_size": 16, "moe_intermediate_size": 8, "num_hidden_layers": 1, "head_dim": 8}
     data["training"] |= {"steps": 4, "sequence_length": 32, "evaluate_every": 1, "evaluate_batches": 1, "log_every": 1}
-    data["sparkling"]["stages"] = [{"at_step": 2, "widths": {"hidden_size": 32, "moe_intermediate_size": 16}}]
+    data["sparkling"]["growths"] = [{"at_step": 2, "widths": {"hidden_size": 32, "moe_intermediate_size": 16}}]
     path = tmp_path / "short.json"
     path.write_text(json.dumps(data))
     return path
@@ -200,7 +200,7 @@ def test_the_directory_is_found_again(
     [
         ({"sparkling": {}}, "plans no growth"),
         ({"tensorboard": {"enabled": True}}, "would mix the runs' curves"),
-        ({"sparkling": {"stages": [{"at_step": 1}]}}, "lacks 'widths'"),
+        ({"sparkling": {"growths": [{"at_step": 1}]}}, "lacks 'widths'"),
         ({"scheduler": {"type": "StepLR", "params": {"step_size": 2}}}, "scheduler.type is 'StepLR', whose length"),
         (
             {"scheduler": {"type": "WarmupCosineLR", "params": {"total_num_steps": 4}}},
@@ -221,16 +221,16 @@ def test_configs_that_cannot_be_compared(
 def test_variants_of_a_config() -> None:
     block = {
         "widths": {"a": 1, "b": 2},
-        "stages": [{"at_step": 1, "widths": {"b": 4}}, {"at_step": 2, "widths": {"b": 8, "c": 3}}],
+        "growths": [{"at_step": 1, "widths": {"b": 4}}, {"at_step": 2, "widths": {"b": 8, "c": 3}}],
         "seed": 7,
     }
     config = {"optimizer": {}, "sparkling": block}
     assert as_variant(config, Variant.GROWN) == config
     scratch = as_variant(config, Variant.FROM_SCRATCH)
-    assert scratch == {"optimizer": {}, "sparkling": {"widths": {"a": 1, "b": 8, "c": 3}, "stages": [], "seed": 7}}
+    assert scratch == {"optimizer": {}, "sparkling": {"widths": {"a": 1, "b": 8, "c": 3}, "growths": [], "seed": 7}}
     narrow = as_variant(config, Variant.NEVER_GROWN)
-    assert narrow == {"optimizer": {}, "sparkling": {"widths": {"a": 1, "b": 2}, "stages": [], "seed": 7}}
-    assert len(block["stages"]) == 2  # type: ignore[arg-type]
+    assert narrow == {"optimizer": {}, "sparkling": {"widths": {"a": 1, "b": 2}, "growths": [], "seed": 7}}
+    assert len(block["growths"]) == 2  # type: ignore[arg-type]
     assert as_variant({}, Variant.GROWN) == {}
     with pytest.raises(ConfigError, match="nothing can be from-scratch"):
         as_variant({}, Variant.FROM_SCRATCH)
@@ -247,7 +247,7 @@ def test_the_narrow_model_trained_longer_has_a_schedule_of_its_own(config: Path)
     after = longer["scheduler"]["params"]
     assert (after["total_num_steps"], after["warmup_num_steps"]) == (steps, round(2 * steps / 4))
     assert {**after, "total_num_steps": 4, "warmup_num_steps": 2} == before
-    assert longer["sparkling"]["stages"] == []
+    assert longer["sparkling"]["growths"] == []
     assert (data["training"]["steps"], before["total_num_steps"]) == (4, 4)  # the config itself stays
     constant = as_variant({key: value for key, value in data.items() if key != "scheduler"}, Variant.NARROW_LONGER)
     assert "scheduler" not in constant

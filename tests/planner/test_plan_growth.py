@@ -59,7 +59,7 @@ def two_stages(path: Path, second: int = 300) -> Path:
         {"at_step": 150, "widths": {"hidden_size": 128}},
         {"at_step": second, "widths": {"moe_intermediate_size": 64}},
     ]
-    return written(path, sparkling={"stages": stages})
+    return written(path, sparkling={"growths": stages})
 
 
 # Text, JSON, picture
@@ -181,7 +181,7 @@ def test_a_hugging_face_config(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 def test_a_model_beside_a_deepspeed_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = written(
-        tmp_path / "ds.json", model=None, sparkling={"stages": [{"at_step": 9, "widths": {"hidden_size": 12}}]}
+        tmp_path / "ds.json", model=None, sparkling={"growths": [{"at_step": 9, "widths": {"hidden_size": 12}}]}
     )
     status, _, err = run(capsys, "--config", path, "--no-picture")
     assert status == 2
@@ -272,7 +272,7 @@ def test_experts_per_token_where_the_config_does_not_tell(capsys: pytest.Capture
             ("--config", QUICKSTART, "--two-stage", ".5", ".5", "--no-picture"),
             "--two-stage takes two shares .* in order",
         ),
-        (("--config", QUICKSTART, "--steps", "300", "--no-picture"), r"stages\[0\].at_step is 300, .* 300 steps"),
+        (("--config", QUICKSTART, "--steps", "300", "--no-picture"), r"growths\[0\].at_step is 300, .* 300 steps"),
     ],
 )
 def test_what_cannot_be_planned_is_refused(

@@ -35,7 +35,7 @@ PLAIN: dict[str, Any] = {
     "training": {"steps": 100},
     "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
     "sparkling": {
-        "stages": [{"at_step": step, "widths": {"hidden_size": step}} for step in (20, 60, 100)],
+        "growths": [{"at_step": step, "widths": {"hidden_size": step}} for step in (20, 60, 100)],
         "rewarmup": {"ratio": 1.5, "steps": 10},
     },
 }
@@ -145,7 +145,7 @@ def engine_rates(case: tiny.Case, steps: int) -> list[list[float]]:
 def test_an_engine_gives_the_same_rates(scope: str, workers: Callable[[int], Workers]) -> None:
     stages = [{"at_step": at, "widths": {"hidden_size": width}} for at, width in ((2, 8), (6, 12))]
     rewarmup = {"ratio": 1.5, "steps": 3, "scope": scope, "curve": "auto"}
-    case = tiny.Case(1, 3, sparkling={"stages": stages, "rewarmup": rewarmup})
+    case = tiny.Case(1, 3, sparkling={"growths": stages, "rewarmup": rewarmup})
     (found,) = workers(1).run(engine_rates, case, 10)
     curves = curves_of(case.config, 10)
     assert [birth.base is None for birth in curves.births] == [True, False]
@@ -222,7 +222,7 @@ def test_growths_that_do_not_happen_or_not_wholly_say_so() -> None:
 
 def test_a_growth_at_the_first_step_and_a_run_of_one() -> None:
     made = config()
-    made["sparkling"]["stages"] = [{"at_step": 0, "widths": {"hidden_size": 8}}]
+    made["sparkling"]["growths"] = [{"at_step": 0, "widths": {"hidden_size": 8}}]
     assert row(describe(curves_of(made, 1)), 0) == ["1.000e-03", "1.000e-03", "1.00x", "start,", "growth", "1,", "end"]
 
 
@@ -240,7 +240,7 @@ def test_where_the_number_of_steps_comes_from() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"sparkling": {}}, "no growth is planned: sparkling.stages is missing or empty"),
+        ({"sparkling": {}}, "no growth is planned: sparkling.growths is missing or empty"),
         ({"training": {}}, "pass --steps N"),
         ({"training": {"steps": "many"}}, "training.steps must be a positive integer, got 'many'"),
         ({"optimizer": {}}, "optimizer.params.lr must be the optimizer's learning rate, got None"),
@@ -297,7 +297,7 @@ def test_the_picture_has_all_curves_and_growths(scope: str) -> None:
 
 def test_a_long_run_is_thinned_out_but_not_where_it_turns() -> None:
     made = config()
-    made["sparkling"]["stages"] = [{"at_step": 12_345, "widths": {"hidden_size": 8}}]
+    made["sparkling"]["growths"] = [{"at_step": 12_345, "widths": {"hidden_size": 8}}]
     (axes,) = picture(curves_of(made, 50_000), "title").axes
     steps = np.asarray(axes.get_lines()[1].get_xdata()).tolist()
     assert {12_344, 12_345, 12_355} <= set(steps)

@@ -18,7 +18,7 @@ from ds_sparkling.spec.config import GrowthConfig, SparklingConfig, read_json, s
 from ds_sparkling.spec.strategy import INIT_PAIRS, Init, NewIndex, OptimizerState, Scaling, Strategy
 
 FULL = {
-    "stages": [
+    "growths": [
         {"at_step": 0, "widths": {"moe_intermediate_size": 64}},
         {"at_step": 1000, "widths": {"hidden_size": 128, "moe_intermediate_size": 96}},
     ],
@@ -62,7 +62,7 @@ def test_the_defaults_are_the_papers() -> None:
     )
     assert SparklingConfig() == expected
     assert sparkling_config({"sparkling": {}}) == expected
-    assert sparkling_config({"sparkling": {"init": {}, "stages": []}}) == expected
+    assert sparkling_config({"sparkling": {"init": {}, "growths": []}}) == expected
     assert sparkling_config({"train_batch_size": 8, "zero_optimization": {"stage": 3}}) == expected
 
 
@@ -108,11 +108,25 @@ def test_every_strategy_survives_its_dict(pair: tuple[Init, Init], state: Optimi
 def test_the_config_keeps_no_hold_of_the_json() -> None:
     block = json.loads(json.dumps(FULL))
     config = sparkling_config({"sparkling": block})
-    block["stages"][0]["widths"]["moe_intermediate_size"] = 1
+    block["growths"][0]["widths"]["moe_intermediate_size"] = 1
     block["widths"].clear()
     assert config == sparkling_config({"sparkling": FULL})
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.checkpoint_dir = "elsewhere"  # type: ignore[misc]
+
+
+def test_the_key_of_version_0_1_is_read_and_named_as_it_was_written() -> None:
+    old = {("stages" if key == "growths" else key): value for key, value in FULL.items()}
+    assert sparkling_config({"sparkling": old}) == sparkling_config({"sparkling": FULL})
+    assert sparkling_config({"sparkling": old}).growths_key == "stages"
+    assert sparkling_config({"sparkling": FULL}).growths_key == SparklingConfig().growths_key == "growths"
+    for key in ("growths", "stages"):
+        assert refusal({key: [stage("1")]}).startswith(f"sparkling.{key}[0].at_step must be an integer")
+        text = refusal({key: [stage(5), stage(3)]})
+        assert text == f"sparkling.{key}[1].at_step (3) must come after sparkling.{key}[0].at_step (5)"
+    assert refusal({"growths": [], "stages": []}) == (
+        "sparkling has both 'growths' and 'stages', which mean the same; keep the first"
+    )
 
 
 # -- unknown keys --------------------------------------------------------------------------------------------------
@@ -122,6 +136,7 @@ def test_the_config_keeps_no_hold_of_the_json() -> None:
     ("block", "path", "nearest"),
     [
         ({"stage": []}, "sparkling.stage;", "stages"),
+        ({"growth": []}, "sparkling.growth;", "growths"),
         ({"scalling": "rms"}, "sparkling.scalling;", "scaling"),
         ({"optimiser_state": "drop"}, "sparkling.optimiser_state;", "optimizer_state"),
         ({"Seed": 1}, "sparkling.Seed;", "seed"),
@@ -129,8 +144,8 @@ def test_the_config_keeps_no_hold_of_the_json() -> None:
         ({"init": {"fanout": "copy"}}, "sparkling.init.fanout;", "fan_out"),
         ({"init": {"norms": "copy"}}, "sparkling.init.norms;", "norm"),
         ({"init": {"vocab": "mean"}}, "sparkling.init.vocab;", "vocabulary"),
-        ({"stages": [stage(), stage(2, at_steps=3)]}, "sparkling.stages[1].at_steps;", "at_step"),
-        ({"stages": [{"at_step": 1, "width": {}}]}, "sparkling.stages[0].width;", "widths"),
+        ({"growths": [stage(), stage(2, at_steps=3)]}, "sparkling.growths[1].at_steps;", "at_step"),
+        ({"growths": [{"at_step": 1, "width": {}}]}, "sparkling.growths[0].width;", "widths"),
     ],
 )
 def test_a_near_miss_is_named_by_its_path_with_the_key_that_was_meant(
@@ -149,16 +164,17 @@ def test_a_far_miss_lists_what_is_known() -> None:
         assert key in text
 
 
-@given(st.text(min_size=1), st.sampled_from(["", "init", "stages"]))
+@given(st.text(min_size=1), st.sampled_from(["", "init", "growths"]))
 def test_no_unknown_key_is_accepted_anywhere(key: str, where: str) -> None:
-    known = {*FULL, "rewarmup", "bias_correction", "log_every", "diagnose_every", "axes", "check", "inputs", "patience"}
+    known = {*FULL, "stages", "rewarmup", "bias_correction", "log_every", "diagnose_every", "axes", "check", "inputs"}
+    known |= {"patience", "state_kinds"}
     known |= {"fan_out", "fan_in", "norm", "vocabulary", "split", "perturbation", "at_step"}
     if key in known:
         return
     blocks: dict[str, dict[str, Any]] = {
         "": {key: 1},
         "init": {"init": {key: "copy"}},
-        "stages": {"stages": [stage(**{key: 1})]},
+        "growths": {"growths": [stage(**{key: 1})]},
     }
     assert key in refusal(blocks[where])
 
@@ -166,7 +182,7 @@ def test_no_unknown_key_is_accepted_anywhere(key: str, where: str) -> None:
 @pytest.mark.parametrize("key", ["Sparkling", "SPARKLING", "sparklng", "sparkling_"])
 def test_a_misspelt_block_is_not_taken_for_a_missing_one(key: str) -> None:
     with pytest.raises(ConfigError, match=f"'{key}'.*did you mean 'sparkling'"):
-        sparkling_config({key: {"stages": []}})
+        sparkling_config({key: {"growths": []}})
 
 
 def test_deepspeeds_own_keys_are_not_taken_for_the_block() -> None:
@@ -184,8 +200,8 @@ OBJECTS: list[tuple[str, Callable[[Any], Any]]] = [
     ("sparkling", lambda value: value),
     ("sparkling.init", lambda value: {"init": value}),
     ("sparkling.widths", lambda value: {"widths": value}),
-    ("sparkling.stages[0]", lambda value: {"stages": [value]}),
-    ("sparkling.stages[1].widths", lambda value: {"stages": [stage(), {"at_step": 2, "widths": value}]}),
+    ("sparkling.growths[0]", lambda value: {"growths": [value]}),
+    ("sparkling.growths[1].widths", lambda value: {"growths": [stage(), {"at_step": 2, "widths": value}]}),
 ]
 
 
@@ -210,8 +226,8 @@ def test_what_must_be_an_object_is(path: str, wrap: Callable[[Any], Any], value:
     [
         ("sparkling.seed", lambda value: {"seed": value}),
         ("sparkling.widths.hidden_size", lambda value: {"widths": {"hidden_size": value}}),
-        ("sparkling.stages[0].at_step", lambda value: {"stages": [stage(value)]}),
-        ("sparkling.stages[0].widths.inner", lambda value: {"stages": [stage(widths={"inner": value})]}),
+        ("sparkling.growths[0].at_step", lambda value: {"growths": [stage(value)]}),
+        ("sparkling.growths[0].widths.inner", lambda value: {"growths": [stage(widths={"inner": value})]}),
     ],
 )
 def test_what_must_be_an_integer_is(path: str, wrap: Callable[[Any], Any], value: Any) -> None:
@@ -224,13 +240,13 @@ def test_what_must_be_an_integer_is(path: str, wrap: Callable[[Any], Any], value
 @pytest.mark.parametrize(
     ("block", "path", "more"),
     [
-        ({"stages": {}}, "sparkling.stages must be a list", "{}"),
-        ({"stages": None}, "sparkling.stages must be a list", "None"),
-        ({"stages": [{"widths": {"hidden_size": 8}}]}, "sparkling.stages[0]", "lacks 'at_step'"),
-        ({"stages": [stage(), {"at_step": 9}]}, "sparkling.stages[1]", "lacks 'widths'"),
-        ({"stages": [stage(-1)]}, "sparkling.stages[0].at_step", "-1"),
-        ({"stages": [stage(widths={})]}, "sparkling.stages[0].widths", "empty"),
-        ({"stages": [stage(widths={"inner": 0})]}, "sparkling.stages[0].widths.inner", "positive"),
+        ({"growths": {}}, "sparkling.growths must be a list", "{}"),
+        ({"growths": None}, "sparkling.growths must be a list", "None"),
+        ({"growths": [{"widths": {"hidden_size": 8}}]}, "sparkling.growths[0]", "lacks 'at_step'"),
+        ({"growths": [stage(), {"at_step": 9}]}, "sparkling.growths[1]", "lacks 'widths'"),
+        ({"growths": [stage(-1)]}, "sparkling.growths[0].at_step", "-1"),
+        ({"growths": [stage(widths={})]}, "sparkling.growths[0].widths", "empty"),
+        ({"growths": [stage(widths={"inner": 0})]}, "sparkling.growths[0].widths.inner", "positive"),
         ({"widths": {"inner": -4}}, "sparkling.widths.inner", "-4"),
         ({"checkpoint_dir": 1}, "sparkling.checkpoint_dir", "1"),
         ({"checkpoint_dir": ["a"]}, "sparkling.checkpoint_dir", "['a']"),
@@ -278,10 +294,10 @@ def test_a_nearly_right_choice_is_answered_with_the_nearest(block: dict[str, Any
 
 @pytest.mark.parametrize("steps", [(5, 5), (5, 3), (1, 2, 2), (1, 9, 4)])
 def test_stages_come_one_after_the_other(steps: tuple[int, ...]) -> None:
-    text = refusal({"stages": [stage(step) for step in steps]})
+    text = refusal({"growths": [stage(step) for step in steps]})
     last = len(steps) - 1
-    assert text.startswith(f"sparkling.stages[{last}].at_step ({steps[-1]})")
-    assert f"sparkling.stages[{last - 1}].at_step ({steps[-2]})" in text
+    assert text.startswith(f"sparkling.growths[{last}].at_step ({steps[-1]})")
+    assert f"sparkling.growths[{last - 1}].at_step ({steps[-2]})" in text
 
 
 # -- strategies that contradict themselves -------------------------------------------------------------------------

@@ -92,7 +92,7 @@ class _Job:
 
         self.length = config["training"]["sequence_length"]
         self.corpus = Corpus.standard_library()
-        widths = config["sparkling"].pop("stages")[0]["widths"]
+        widths = config["sparkling"].pop("growths")[0]["widths"]
         model = OlmoeConfig(**config.pop("model"))
         torch.manual_seed(0)
         self.engine = ds_sparkling.initialize(olmoe_factory(model), config)

@@ -293,7 +293,7 @@ def job_config(steps: int, *, birth_aware: bool) -> dict[str, Any]:
     config["training"] |= {"steps": steps, "evaluate_every": steps, "save_every": 0, "log_every": 1}
     config["scheduler"]["params"] |= {"total_num_steps": steps, "warmup_num_steps": round(0.03 * steps)}
     block = config["sparkling"]
-    block["stages"][0]["at_step"] = steps // 3
+    block["growths"][0]["at_step"] = steps // 3
     if not birth_aware:
         block["rewarmup"]["scope"] = "none"
         block["bias_correction"] = "inherit"
@@ -355,7 +355,7 @@ def _job(steps: int, *, birth_aware: bool) -> list[float]:
             stdout=subprocess.DEVNULL,
             env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
         )
-        after = config["sparkling"]["stages"][0]["at_step"] + _SKIP
+        after = config["sparkling"]["growths"][0]["at_step"] + _SKIP
         return step_times(output / "tensorboard", after=after, batch=config["train_batch_size"])
 
 
@@ -374,7 +374,7 @@ PRICE_LEGEND = "Times of a step without and with a diagnosis every 50, two CPU p
 def diagnosed_config(hidden: int | None, inner: int | None) -> dict[str, Any]:
     """The quickstart's config, if need be with other widths before the growth and twice those after it."""
     config = read_json(QUICKSTART)
-    widths = config["sparkling"]["stages"][0]["widths"]
+    widths = config["sparkling"]["growths"][0]["widths"]
     for axis, width in (("hidden_size", hidden), ("moe_intermediate_size", inner)):
         if width is not None:
             config["model"][axis], widths[axis] = width, 2 * width

@@ -138,7 +138,7 @@ class TrainingRun:
         from ds_sparkling.spec.config import SparklingConfig
 
         stages = [{"at_step": stage.at_step, "widths": dict(stage.widths)} for stage in self.stages]
-        return SparklingConfig.from_dict({**json.loads(self.block), "seed": self.seed, "stages": stages})
+        return SparklingConfig.from_dict({**json.loads(self.block), "seed": self.seed, "growths": stages})
 
 
 def block_text(block: Mapping[str, Any]) -> str:

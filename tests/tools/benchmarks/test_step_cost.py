@@ -92,7 +92,7 @@ def test_the_price_of_a_diagnosis_is_shared_by_its_window() -> None:
 def test_the_diagnosed_model_doubles_its_widths() -> None:
     config = diagnosed_config(96, None)
     assert (config["model"]["hidden_size"], config["model"]["moe_intermediate_size"]) == (96, 32)
-    assert config["sparkling"]["stages"][0]["widths"] == {"hidden_size": 192, "moe_intermediate_size": 64}
+    assert config["sparkling"]["growths"][0]["widths"] == {"hidden_size": 192, "moe_intermediate_size": 64}
 
 
 def test_step_times_begin_after_the_growth(tmp_path: Path) -> None:
