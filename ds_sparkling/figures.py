@@ -1,4 +1,4 @@
-"""What the commands that draw have in common: their options, an empty figure, and a PNG that is whole or not there."""
+"""The commands that draw share this: their options, an empty figure, and a PNG that is whole or not there."""
 
 from __future__ import annotations
 

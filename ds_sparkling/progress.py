@@ -83,7 +83,7 @@ def progress_bar(
         items: what to iterate over, if anything.
         shown: whether there is anything to see; None: on a terminal only.
         leave: whether the bar stays when all went well, too.
-        options: of tqdm.
+        **options: of tqdm.
     """
     if shown and not sys.stderr.isatty():
         made: tqdm[Any] = _Lines(items, **options)

@@ -1,1 +1,1 @@
-"""Growing a small instance of a model before anything is trained, and comparing it with what it was."""
+"""Grow a small instance of a model before anything is trained, and compare it with what it was."""

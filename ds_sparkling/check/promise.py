@@ -1,4 +1,4 @@
-"""What a strategy promises of a growth, and whether it was kept."""
+"""Tell what a strategy promises of a growth, and whether it was kept."""
 
 from __future__ import annotations
 

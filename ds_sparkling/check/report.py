@@ -145,6 +145,9 @@ def check_growth(
         dtype: what to run in; float32 where the model's modules don't know it.
         seed: of parameters and token ids.
 
+    Returns:
+        What the growth did, what its strategy promises, and what of that is broken.
+
     Raises:
         PlanError: if the model can't grow so or can't be run; the message names what is in the way.
     """

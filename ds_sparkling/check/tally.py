@@ -1,4 +1,4 @@
-"""What a growth did to each kind of tensor: how much of it is old, copied, random or zero, and its RMS."""
+"""Count what a growth did to each kind of tensor: how much of it is old, copied, random or zero, and its RMS."""
 
 from __future__ import annotations
 

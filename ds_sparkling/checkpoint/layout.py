@@ -1,4 +1,4 @@
-"""Which rank's flat tensors hold which elements of which parameter, in a checkpoint of any ZeRO stage. No I/O.
+"""Tell which rank's flat tensors hold which elements of which parameter, at any ZeRO stage. Nothing is read here.
 
 Positions are in *logical* parameters: all experts of a layer in one tensor ``[experts, ...]``, flattened. A rank of an
 expert-parallel group holds a contiguous share of it.

@@ -1,4 +1,4 @@
-"""What DeepSpeed's metadata says about a checkpoint: its layout, its experts, and whether all of that is known here."""
+"""Read DeepSpeed's metadata of a checkpoint: its layout, its experts, and whether all of that is known here."""
 
 from __future__ import annotations
 

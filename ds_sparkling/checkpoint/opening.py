@@ -1,4 +1,4 @@
-"""Finding a checkpoint, opening it, and looking at all of its files."""
+"""Find a checkpoint, open it, and look at all of its files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the dimensions of a checkpoint's parameters are: from its growth record, a model to probe, or a hints file."""
+"""Find the axes of a checkpoint's parameters: in its growth record, by probing a model, or in a hints file."""
 
 from __future__ import annotations
 

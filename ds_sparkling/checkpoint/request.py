@@ -1,4 +1,4 @@
-"""What is asked of the file room. Knows no torch, so that the command's help is quick."""
+"""A request says what is asked of the file room. It imports no torch, so that the command's help is quick."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What can be had from a checkpoint, whatever its format: metadata, and any stretch of any logical parameter."""
+"""A source gives a checkpoint's metadata and any stretch of any logical parameter, whatever the format."""
 
 from __future__ import annotations
 

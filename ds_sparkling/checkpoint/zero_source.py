@@ -1,4 +1,4 @@
-"""Reading what ``engine.save_checkpoint`` wrote under ZeRO stage 1, 2 or 3."""
+"""Read what ``engine.save_checkpoint`` wrote under ZeRO stage 1, 2 or 3."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Which dimension of which parameter belongs to which axis: read on the meta device, tried, and proved."""
+"""Find which dimension of which parameter belongs to which axis: read on the meta device, try, and prove."""

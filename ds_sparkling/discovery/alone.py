@@ -1,4 +1,4 @@
-"""Building and running a model on one rank alone, whatever it says to the others.
+"""Build and run a model on one rank alone, whatever it says to the others.
 
 Models are tried where no other rank takes part, so a collective in a constructor or a forward pass would wait for ever.
 Within :func:`without_peers` none reaches a process group. What one rank can answer is answered as if every rank held

@@ -1,4 +1,4 @@
-"""Building a model from its widths, without storage."""
+"""Build a model from its widths, without storage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Growing a small model and comparing the wide one with it, module by module."""
+"""Grow a small model and compare the wide one with it, module by module."""
 
 from __future__ import annotations
 

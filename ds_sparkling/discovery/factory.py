@@ -1,4 +1,4 @@
-"""What builds a model from its widths: a function of the user's, or a Hugging Face config alone."""
+"""Factories build a model from its widths: a function of the user's, or a Hugging Face config alone."""
 
 from __future__ import annotations
 
@@ -67,7 +67,10 @@ def own_name(config: Mapping[str, Any], name: str) -> str:
 
 
 def import_transformers() -> Any:
-    """The transformers library.
+    """Import the transformers library.
+
+    Returns:
+        The module.
 
     Raises:
         ConfigError: if it isn't installed, or in a version that AutoEP of this DeepSpeed doesn't work with.
@@ -88,7 +91,13 @@ def import_transformers() -> Any:
 
 
 def named_factory(name: str) -> BuildModel:
-    """What ``module:function`` names, in the working directory or installed.
+    """Find what ``module:function`` names, in the working directory or installed.
+
+    Args:
+        name: ``module:function``.
+
+    Returns:
+        The function.
 
     Raises:
         ConfigError: if there is no such thing, or it can't be called.
@@ -106,7 +115,13 @@ def named_factory(name: str) -> BuildModel:
 
 
 def named_inputs(name: str) -> Any:
-    """What the function that ``module:function`` names gives: inputs to try a model with.
+    """Call the function that ``module:function`` names, which gives inputs to try a model with.
+
+    Args:
+        name: ``module:function``.
+
+    Returns:
+        What the function gives.
 
     Raises:
         ConfigError: if there is no such function, or it fails.
@@ -120,6 +135,12 @@ def named_inputs(name: str) -> Any:
 
 def find_factory(reference: str) -> BuildModel:
     """The model factory that a command line names: ``module:function``, or the path of a ``config.json``.
+
+    Args:
+        reference: what the command line has.
+
+    Returns:
+        A function that builds the model from its widths.
 
     Raises:
         ConfigError: if it is neither.

@@ -1,4 +1,4 @@
-"""Running any language model on made-up tokens, and what comes out of it and of each of its modules."""
+"""Run any language model on made-up tokens, and watch what comes out of it and of each of its modules."""
 
 from __future__ import annotations
 

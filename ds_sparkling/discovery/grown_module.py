@@ -1,4 +1,4 @@
-"""Growing a plain module, without an engine: what an engine's growth does to weights and buffers."""
+"""Grow a plain module as an engine's growth does, without an engine: its weights and its buffers."""
 
 from __future__ import annotations
 

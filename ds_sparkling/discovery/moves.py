@@ -1,4 +1,4 @@
-"""Which dimensions of which parameters move when a width does, and by how much.
+"""Find which dimensions of which parameters move when a width does, and by how much.
 
 The ancestor is mup's base and delta shapes.
 """

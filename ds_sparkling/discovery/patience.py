@@ -1,4 +1,4 @@
-"""How long trying may take, and a word while it does."""
+"""Limit how long trying may take, and say so while it does."""
 
 from __future__ import annotations
 

@@ -85,7 +85,16 @@ def prove_function(
 def prove_growth(
     build_model: BuildModel, axes: Mapping[str, ParamAxes], growth: TrialGrowth, inputs: Inputs | None
 ) -> Proof:
-    """The same of a growth.
+    """Show that a growth keeps the function, as :func:`prove_function` does.
+
+    Args:
+        build_model: builds the model from its widths.
+        axes: what each parameter's dimensions are.
+        growth: the growth.
+        inputs: of the model's forward; random token ids if None.
+
+    Returns:
+        A proof, or why there is none.
 
     Raises:
         PlanError: as :func:`prove_function`.
@@ -101,6 +110,14 @@ def prove_growth(
 
 def kept(trials: Sequence[Trial], axes: Mapping[str, ParamAxes], patience: Patience) -> float:
     """How far outputs are off, at most, in trials that all keep the function.
+
+    Args:
+        trials: the trials.
+        axes: what each parameter's dimensions are.
+        patience: how long trying may take.
+
+    Returns:
+        The largest relative difference.
 
     Raises:
         PlanError: if one doesn't; names the first module that takes or gives something else.

@@ -1,4 +1,4 @@
-"""What a model's parameters may be, as far as shapes, types and names tell.
+"""Read what a model's parameters may be, as far as shapes, types and names tell.
 
 The model is built with one width moved at a time: the dimensions that move belong to that axis. Types of modules and
 names of parameters tell the roles. Where they leave more than one way, a reading lists them all, the likeliest first,

@@ -1,4 +1,4 @@
-"""Finding a model's axes: probing lists what they may be, growing a small instance tells which it is."""
+"""Find a model's axes: probing lists what they may be, growing a small instance tells which it is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a dimension that moves may be: candidates by the module's type and the parameter's name, likeliest first.
+"""List what a dimension that moves may be, by the module's type and the parameter's name, likeliest first.
 
 A buffer holds numbers per unit, which new units take over from their sources.
 """

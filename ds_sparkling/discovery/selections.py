@@ -1,4 +1,4 @@
-"""What of its tokens a model selects, and how a small instance comes to select as well.
+"""Find out which of its tokens a model selects, and make a small instance long enough to select as well.
 
 A sliding window, the best tokens of an indexer, chunks of attention and the capacity of an expert do nothing as long as
 there are fewer tokens than they let through. So the small instances of a config let fewer through, and a model that

@@ -1,4 +1,4 @@
-"""Making the config of a Hugging Face model smaller, whichever architecture it is."""
+"""Make the config of a Hugging Face model smaller, whichever architecture it is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each rank holds of every parameter and its optimizer state, whichever of DeepSpeed's optimizers it trains by.
+"""Read and write what each rank holds of every parameter and its optimizer state, in any of DeepSpeed's optimizers.
 
 What differs between these is in :mod:`ds_sparkling.engine.optimizers`.
 """

@@ -1,4 +1,4 @@
-"""Engines that somebody else's training loop has made by ``deepspeed.initialize``, and that shall grow."""
+"""Enable growth on an engine that another training loop has made by ``deepspeed.initialize``."""
 
 from __future__ import annotations
 
@@ -70,7 +70,10 @@ def adopt(
         The engine itself.
 
     Raises:
-        ConfigError, PlanError, UnsupportedError, CheckpointError: before anything is touched.
+        ConfigError: if a setting is wrong, or a function is missing; like those below, before anything is touched.
+        PlanError: if a planned growth doesn't fit, or the model isn't what ``build_model`` makes.
+        UnsupportedError: if a setting can't be combined with growth.
+        CheckpointError: if the checkpoint's growth record can't be read.
         GrowthError: if it has been adopted already, or has loaded a checkpoint of a grown model.
     """
     factories = {"optimizer": optimizer, "lr_scheduler": lr_scheduler, "model_parameters": model_parameters}

@@ -1,4 +1,4 @@
-"""What a grown engine takes over from the old one besides parameters and optimizer state."""
+"""Carry over what a grown engine takes from the old one besides parameters and optimizer state."""
 
 from __future__ import annotations
 

@@ -33,9 +33,12 @@ def grow_if_due(engine: DeepSpeedEngine, *, client_state: Mapping[str, Any] | No
         client_state: what ``save_checkpoint`` shall put into the checkpoint written before the growth. Without it, a
             run that has saved or loaded a client state gets that one, and a checkpoint that isn't named in ``latest``.
 
+    Returns:
+        The engine to go on with.
+
     Raises:
-        GrowthError: if a growth is due and the call is between ``backward`` and ``step``.
-        As :func:`grow`.
+        GrowthError: if a growth is due and the call is between ``backward`` and ``step``, or a rank fails.
+        PlanError: if the planned widths don't fit; the engine is untouched.
     """
     while (growth := run_of(engine).due(engine.global_steps)) is not None and not gradients_of(engine).waiting:
         if engine.global_steps > growth.at_step and engine.global_rank == 0:
@@ -74,8 +77,14 @@ def grow(
 def rebuild(engine: DeepSpeedEngine) -> DeepSpeedEngine:
     """Replace ``engine`` by a fresh one at the same widths that goes on bit for bit as if nothing had happened.
 
+    Args:
+        engine: as for :func:`grow`, which refuses unchanged widths.
+
+    Returns:
+        The engine to go on with.
+
     Raises:
-        As :func:`grow`, which refuses unchanged widths.
+        GrowthError: as for :func:`grow`.
     """
     return _replaced(engine, Rebuild())
 

@@ -1,4 +1,4 @@
-"""What an engine needs to know to grow."""
+"""A growing run holds what an engine needs to know to grow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the transformers library has to know, and not to know, while its models are built."""
+"""Tell the transformers library what it has to know, and hide what it must not know, while its models are built."""
 
 from __future__ import annotations
 

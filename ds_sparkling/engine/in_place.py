@@ -1,4 +1,4 @@
-"""Growing an engine that others hold: their objects become the grown ones.
+"""Grow an engine that others hold: their objects become the grown ones.
 
 A training loop that isn't ours holds the engine, its module, its optimizer and its scheduler in many places: the local
 variables of ``transformers.Trainer``'s inner loop, its ``model`` and ``model_wrapped``, accelerate's lists, callbacks,

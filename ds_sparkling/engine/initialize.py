@@ -57,13 +57,16 @@ def initialize(
         model_parameters: ``model_parameters(model) -> parameters or groups``; all parameters by default.
         inputs: to try growths with, for a model that takes more than token ids: what it is called with, as a mapping of
             keyword arguments, a sequence of positional ones, or the only one; ``"inputs"`` of the block by default.
-        arguments: further arguments of ``deepspeed.initialize`` (``training_data``, ``collate_fn`` ...).
+        **arguments: further arguments of ``deepspeed.initialize`` (``training_data``, ``collate_fn`` ...).
 
     Returns:
         The engine alone, with its :class:`~ds_sparkling.engine.growing_run.GrowingRun` as ``engine.sparkling``.
 
     Raises:
-        ConfigError, PlanError, UnsupportedError, CheckpointError: before any memory is taken.
+        ConfigError: if a setting or an argument is wrong; like those below, before any memory is taken.
+        PlanError: if a planned growth doesn't fit the model.
+        UnsupportedError: if a setting can't be combined with growth.
+        CheckpointError: if the checkpoint's growth record can't be read.
     """
     factories = {"optimizer": optimizer, "lr_scheduler": lr_scheduler, "model_parameters": model_parameters}
     all_ranks = FailTogether("starting")

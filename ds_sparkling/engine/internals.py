@@ -1,4 +1,4 @@
-"""What is read of DeepSpeed's and torch's private parts, beside the optimizers': in one place, checked by version.
+"""Read private parts of DeepSpeed and torch, beside the optimizers': in one place, checked by version.
 
 What is replaced there is in :mod:`ds_sparkling.engine.hooks`, and the optimizers' own are in
 :mod:`ds_sparkling.engine.optimizers`.

@@ -1,4 +1,4 @@
-"""Moving one engine's state into a wider one: gather, grow, repartition, parameter by parameter.
+"""Move one engine's state into a wider one: gather, grow, repartition, parameter by parameter.
 
 No rank ever holds more than its own shards and one whole parameter of one state kind. Expert parameters move within
 their expert-data-parallel group.

@@ -1,4 +1,4 @@
-"""What a run is told on its first rank: at the start what it hasn't planned, and at a growth the plan."""
+"""Tell a run, on its first rank: at the start what it hasn't planned, and at a growth the plan."""
 
 from __future__ import annotations
 

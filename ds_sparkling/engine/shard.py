@@ -1,4 +1,4 @@
-"""What one rank holds of one parameter, and the collectives that make whole parameters of it."""
+"""A shard is what one rank holds of one parameter; its collectives make whole parameters."""
 
 from __future__ import annotations
 

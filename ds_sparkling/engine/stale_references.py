@@ -1,4 +1,4 @@
-"""What a growth leaves of the objects that it replaces: each says what became of it when it is used."""
+"""Leave word on the objects that a growth replaces: each says what became of it when it is used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every rank does before anything else: meet the others, and take its device."""
+"""Meet the other ranks and take this one's device, before anything else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Widening of one parameter, and of its optimizer state, any contiguous piece at a time.
+"""Widen one parameter, and its optimizer state, any contiguous piece at a time.
 
 Every element of a grown tensor is a function of the old tensor and of its own index alone. So a rank, or a tool that
 streams through files, can make just the piece it owns, and all pieces fit together bit for bit.

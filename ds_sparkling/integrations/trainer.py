@@ -49,6 +49,10 @@ class SparklingCallback(TrainerCallback):
             :func:`ds_sparkling.adopt`.
         model_parameters: makes its groups anew; as for :func:`ds_sparkling.adopt`.
         inputs: to try growths with; as for :func:`ds_sparkling.adopt`.
+
+    Raises:
+        ConfigError: if ``checkpoint`` isn't a path.
+        UnsupportedError: if the Trainer's arguments change the model in a way that a growth would lose.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""How the main job is started."""
+"""Start the main job."""
 
 from __future__ import annotations
 

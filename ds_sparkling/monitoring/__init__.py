@@ -1,1 +1,1 @@
-"""What tells whether a growth goes well: statistics of tensors, knowing no engine."""
+"""Statistics of tensors tell whether a growth goes well. Nothing here knows an engine."""

@@ -1,4 +1,4 @@
-"""When a run should be looked at: each alarm is told what was measured and answers with a message once per event."""
+"""Alarms say when a run should be looked at: each is told what was measured, and answers once per event."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where in a model of any kind its repeated blocks and its routers are."""
+"""Find the repeated blocks and the routers in a model of any kind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a mixture of experts spreads its tokens: the routers' entropy and each expert's load, added up over calls."""
+"""Measure how a mixture of experts spreads its tokens: the routers' entropy and each expert's load, over calls."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ class Routing:
 class RoutingMeter:
     """Counts while it is switched on.
 
-    A router that gives the experts it chose (as AutoEP's does), int64 [..., k], is taken at its word; for others they
-    are the ``top_k`` largest logits of each token. Of what else it gives nothing is asked.
+    If a router gives the experts that it chose (int64 [..., k], as AutoEP's does), these are counted. Of other routers
+    the ``top_k`` largest logits of each token are. Other outputs are ignored.
 
     Args:
         routers: what to measure, by name.

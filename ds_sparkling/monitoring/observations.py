@@ -1,4 +1,4 @@
-"""What a run's diagnostics remember from one engine to the next."""
+"""Observations are what a run's diagnostics remember from one engine to the next."""
 
 from __future__ import annotations
 

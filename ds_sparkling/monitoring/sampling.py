@@ -1,4 +1,4 @@
-"""Which tensors, and which of their elements, a statistic looks at when all of them would be too many."""
+"""Choose which tensors, and which of their elements, a statistic looks at when all would be too many."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many directions of its space a matrix makes use of."""
+"""Measure how many directions of its space a matrix makes use of."""
 
 from __future__ import annotations
 

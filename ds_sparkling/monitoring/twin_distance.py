@@ -1,4 +1,4 @@
-"""Whether copied units have parted from their sources."""
+"""Measure whether copied units have parted from their sources."""
 
 from __future__ import annotations
 

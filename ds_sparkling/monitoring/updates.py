@@ -1,4 +1,4 @@
-"""How far an optimizer step moves the elements of each birth, measured on a random sample of them."""
+"""Measure how far an optimizer step moves the elements of each birth, on a random sample of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the elements of one birth get in an optimizer step."""
+"""The elements of one birth get a learning rate and an age of their own in an optimizer step."""
 
 from __future__ import annotations
 

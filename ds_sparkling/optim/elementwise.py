@@ -1,4 +1,4 @@
-"""Whether an optimizer can be stepped piece by piece: found out by trying."""
+"""Find out, by trying, whether an optimizer can be stepped piece by piece."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trying an optimizer out on tensors of its own making: what state it keeps of a tensor, and that it can be grown.
+"""Try an optimizer out on made-up tensors: which state it keeps of a tensor, and that the state can be grown.
 
 An optimizer may keep state of other shapes of larger tensors, or make state at its first step only. So a small and a
 large tensor are stepped for real, and the optimizer is put back as it was.
@@ -65,7 +65,7 @@ def step_apart(
         group: one of its parameter groups.
         starts: what the tensors are before.
         gradients: of every step, those of all tensors.
-        settings: what is set otherwise than in the group.
+        **settings: what is set otherwise than in the group.
 
     Raises:
         UnsupportedError: if the optimizer fails, or has another one within it that would step its real parameters.

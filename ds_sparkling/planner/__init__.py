@@ -1,1 +1,1 @@
-"""What a growth will cost and save, told before the run: compute, memory, bytes moved, pause. Needs no DeepSpeed."""
+"""Tell, before the run, what a growth costs and saves: compute, memory, bytes moved, pause. Needs no DeepSpeed."""

@@ -1,4 +1,4 @@
-"""What is assumed where neither config nor command line tells. Knows no torch, so that the command's help is quick."""
+"""Assume what neither config nor command line tells. Imports no torch, so that the command's help is quick."""
 
 from __future__ import annotations
 

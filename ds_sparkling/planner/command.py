@@ -1,4 +1,4 @@
-"""What a growth will cost and save, before the run: as text, as JSON and as a picture.
+"""Tell what a growth costs and saves, before the run: as text, as JSON and as a picture.
 
     python tools/plan_growth.py --config configs/olmoe-0.5b-2.5b-joint2x.json --world-size 64
     python tools/plan_growth.py --config config.json --widths moe_intermediate_size=4096 --tokens 1e12 --zero 3

@@ -1,4 +1,4 @@
-"""What each growth of a run takes: memory, bytes and the pause, which rests on assumptions."""
+"""Estimate what each growth of a run takes: memory, bytes and the pause, which rests on assumptions."""
 
 from __future__ import annotations
 

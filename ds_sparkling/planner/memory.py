@@ -1,7 +1,7 @@
 """Bytes that one rank holds before, during and after a growth, and bytes that it receives on the way.
 
-Counted is what lasts, as DeepSpeed 0.19.8 lays it out: weights, fp32 master weights, optimizer state, gradients. Not
-counted are activations, communication buckets, weights that ZeRO-3 gathers in passing, the fp32 gradients of an
+This counts what lasts, as DeepSpeed 0.19.8 lays it out: weights, fp32 master weights, optimizer state, gradients. It
+doesn't count activations, communication buckets, weights that ZeRO-3 gathers in passing, the fp32 gradients of an
 optimizer step, and what allocators waste. With d = data-parallel ranks, e = expert-parallel ranks, a dense parameter is
 partitioned over d ranks and an expert's over d / e.
 
@@ -12,7 +12,8 @@ partitioned over d ranks and an expert's over d / e.
 | 2 | whole | partitioned | partitioned |
 | 3 | partitioned | partitioned | partitioned |
 
-Weights in fp32 are their own masters without ZeRO. ZeRO-3 means to do so too, but compares a device with its name.
+Without ZeRO, fp32 weights are their own masters. ZeRO-3 intends the same, but its check compares a device with a string
+and never matches, so masters are always separate.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a planning is about: the model, its growths, how the run is spread, from a config and the command line."""
+"""The subject of a planning: the model, its growths, how the run is spread, from a config and the command line."""
 
 from __future__ import annotations
 

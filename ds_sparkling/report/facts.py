@@ -1,4 +1,4 @@
-"""What a run's curves say, as numbers: the end, the jump at a growth, twins, drift, experts. No words here."""
+"""Read off a run's curves, as numbers: the end, the jump at a growth, twins, drift, experts. No words here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the runs show, in words: each sentence with its figures, and never more than was recorded.
+"""Say in words what the runs show: each sentence with its figures, and never more than was recorded.
 
 First comes what to buy: which run ended lowest among those that ended at the same compute. That growing is better than
 not growing is only said where a run that never grew ended there, too.

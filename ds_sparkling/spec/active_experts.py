@@ -1,4 +1,4 @@
-"""How much of a mixture-of-experts model one token uses."""
+"""Tell how much of a mixture-of-experts model one token uses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a user says of parameters that probing can't read, by patterns that match their names."""
+"""Match what a user says of parameters that probing can't read, by patterns of their names."""
 
 from __future__ import annotations
 

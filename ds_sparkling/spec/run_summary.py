@@ -1,4 +1,4 @@
-"""What a finished run of the main job leaves in its directory: ``summary.json``, whole or not there."""
+"""A finished run of the main job leaves a summary in its directory: ``summary.json``, whole or not there."""
 
 from __future__ import annotations
 

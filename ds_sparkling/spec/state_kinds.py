@@ -1,4 +1,4 @@
-"""What an optimizer's per-element state is, by its name: that decides how it grows.
+"""Tell by its name what an optimizer's per-element state is: that decides how it grows.
 
 A moment sums up gradients, and is empty where there were none. Weights are a second set of the model's (an average, or
 the iterate that an average is taken of), and have to grow as the weights themselves do.

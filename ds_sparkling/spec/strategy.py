@@ -1,4 +1,4 @@
-"""How a growth fills new entries, rescales tensors and treats optimizer state; the names used in the JSON block."""
+"""A strategy says how a growth fills new entries, rescales tensors and treats optimizer state."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What is measured on a running engine and shown in its monitors."""
+"""Measure a running engine, and show the measurements in its monitors."""

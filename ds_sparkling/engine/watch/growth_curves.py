@@ -1,4 +1,4 @@
-"""What a growth shows in the monitors: a marker and the plan, and from then on the curves of old and new elements."""
+"""Show a growth in the monitors: a marker and the plan, and from then on the curves of old and new elements."""
 
 from __future__ import annotations
 

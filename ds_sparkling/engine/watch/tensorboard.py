@@ -1,4 +1,4 @@
-"""What only TensorBoard can show: a page of the curves that matter, and the run's settings."""
+"""Show what only TensorBoard can: a page of the curves that matter, and the run's settings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run spends, counted as it is spent."""
+"""Count the tokens and the compute that a run spends, as it spends them."""
 
 from __future__ import annotations
 

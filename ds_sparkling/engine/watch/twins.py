@@ -1,4 +1,4 @@
-"""How far the units that a growth copied have parted from their sources, over all ranks of an engine."""
+"""Measure how far the units that a growth copied have parted from their sources, over all ranks of an engine."""
 
 from __future__ import annotations
 
