@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ds_sparkling.engine.extension_locks import warn_of_left_locks
 
 if TYPE_CHECKING:
-    from ds_sparkling.check.report import check_growth
+    from ds_sparkling.check.growth_report import check_growth
     from ds_sparkling.discovery.factory import HuggingFaceFactory
     from ds_sparkling.discovery.proof import prove_function
     from ds_sparkling.engine.adopt import adopt
@@ -75,7 +75,7 @@ __version__ = "0.2.0"
 #: Where the public names are. Each is imported when it is first asked for, so that the package, growth maths and tools
 #: start without DeepSpeed, and the package itself without torch.
 _PLACES = {
-    "ds_sparkling.check.report": ("check_growth",),
+    "ds_sparkling.check.growth_report": ("check_growth",),
     "ds_sparkling.discovery.factory": ("HuggingFaceFactory",),
     "ds_sparkling.discovery.proof": ("prove_function",),
     "ds_sparkling.engine.adopt": ("adopt",),

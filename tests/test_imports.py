@@ -50,7 +50,7 @@ FREE = [
     ".growth",
     ".spec.config",
     ".spec.record",
-    ".discovery.resolve",
+    ".discovery.find_axes",
     ".monitoring.alarms",
     ".models.olmoe",
     ".optim.step",

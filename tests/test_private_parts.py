@@ -21,7 +21,7 @@ ROOMS = ("engine/", "optim/", "discovery/", "integrations/")
 #: Private names elsewhere, by file, and why.
 PRIVATE = {
     # The room below the engine room, which can't import it: torch's process groups are replaced by a context there.
-    "discovery/alone.py": {
+    "discovery/one_rank.py": {
         "_C",
         "_c10d_functional",
         "_c10d_functional_autograd",
@@ -53,7 +53,7 @@ PRIVATE = {
 #: Attributes set on objects that aren't a class's own ``self``, by file, and why.
 CHANGED = {
     # Layers get the groups that DeepSpeed would give them, within a context; what is replaced, as above.
-    "discovery/alone.py": {"layer.ep_group", "layer.gate.ep_group", "setattr(owner, name)"},
+    "discovery/one_rank.py": {"layer.ep_group", "layer.gate.ep_group", "setattr(owner, name)"},
     # A module of the user's own that averages; tensors' data, and modes of modules that are the grown model's.
     "engine/averaged.py": {"averaged.module", "wide.get_buffer(name).data", "param.data", "module.training"},
     # What a fresh engine takes over.

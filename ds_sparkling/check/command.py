@@ -28,7 +28,7 @@ from ds_sparkling.spec.strategy import INIT_PAIRS, Init, Scaling, Strategy
 from ds_sparkling.spec.widths import parse_widths
 
 if TYPE_CHECKING:
-    from ds_sparkling.check.report import GrowthReport
+    from ds_sparkling.check.growth_report import GrowthReport
 
 _DTYPES = ("float64", "float32")
 _PAIRS = {f"{fan_out.value}-{fan_in.value}": (fan_out, fan_in) for fan_out, fan_in in INIT_PAIRS}
@@ -37,7 +37,7 @@ _PAIRS = {f"{fan_out.value}-{fan_in.value}": (fan_out, fan_in) for fan_out, fan_
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point: write the report, then the picture."""
     options = _parse(argv)
-    from ds_sparkling.check.picture import picture  # here, so that --help doesn't wait for torch
+    from ds_sparkling.check.rms_picture import picture  # here, so that --help doesn't wait for torch
 
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     try:
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _check(options: argparse.Namespace) -> GrowthReport:
     import torch
 
-    from ds_sparkling.check.report import check_growth
+    from ds_sparkling.check.growth_report import check_growth
     from ds_sparkling.discovery.factory import HuggingFaceFactory, find_factory, named_inputs
     from ds_sparkling.spec.config import read_json, sparkling_config
 

@@ -15,8 +15,8 @@ from ds_sparkling.checkpoint.names import OwnNames, some
 from ds_sparkling.checkpoint.source import Source
 from ds_sparkling.discovery.build import BuildModel, base_widths, check_wide
 from ds_sparkling.discovery.factory import HuggingFaceFactory, named_factory, named_inputs
+from ds_sparkling.discovery.find_axes import axes_to_grow
 from ds_sparkling.discovery.reading import UnreadableError
-from ds_sparkling.discovery.resolve import axes_to_grow
 from ds_sparkling.errors import CheckpointError, ConfigError, PlanError
 from ds_sparkling.spec.autoep import BlockNames, block_axes
 from ds_sparkling.spec.axes import ParamAxes

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ds_sparkling.discovery.alone import frames_of, missing_group, without_peers
+from ds_sparkling.discovery.one_rank import frames_of, missing_group, without_peers
 from ds_sparkling.errors import ConfigError, PlanError, UnsupportedError
 from ds_sparkling.spec.axes import ParamAxes
 

@@ -24,13 +24,13 @@ from ds_sparkling.discovery.forward import (
     watch,
     with_labels,
 )
-from ds_sparkling.discovery.grown_module import grow_into, plan_of, randomize, randomize_buffers, settled
-from ds_sparkling.discovery.instance import Instance
 from ds_sparkling.discovery.moves import Move
+from ds_sparkling.discovery.plain_growth import grow_into, plan_of, randomize, randomize_buffers, settled
 from ds_sparkling.discovery.reading import key_value_heads
-from ds_sparkling.discovery.selections import enough_tokens
+from ds_sparkling.discovery.small_instance import Instance
+from ds_sparkling.discovery.token_selection import enough_tokens
 from ds_sparkling.errors import PlanError
-from ds_sparkling.growth import GrowthPlan
+from ds_sparkling.growth import GrowthPlan, GrowthTables
 from ds_sparkling.spec.axes import Dim, ParamAxes, Role
 from ds_sparkling.spec.strategy import Strategy
 
@@ -395,7 +395,7 @@ def _expected_factors(plan: GrowthPlan) -> dict[str, float]:
     These are norms that take the factor of a head tied to the embedding, and what a model multiplies by a power of its
     own width.
     """
-    scales = plan.scales()
+    scales = GrowthTables(plan).scales
     factors = {}
     for param in plan.params:
         for dim in param.axes.dims:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from ds_sparkling.discovery.alone import frames_of, groups_made, missing_group, without_peers
+from ds_sparkling.discovery.one_rank import frames_of, groups_made, missing_group, without_peers
 from ds_sparkling.errors import PlanError
 
 #: Made-up token ids: sequences, and tokens per sequence if nothing in the model asks for more.

@@ -16,7 +16,7 @@ from torch import nn
 from ds_sparkling.discovery.build import BuildModel
 from ds_sparkling.discovery.comparison import Change, Comparison
 from ds_sparkling.discovery.forward import Inputs, NotRunnableError, Side
-from ds_sparkling.discovery.heads import functional_head
+from ds_sparkling.discovery.functional_heads import functional_head
 from ds_sparkling.discovery.moves import HEADS
 from ds_sparkling.discovery.patience import Patience
 from ds_sparkling.discovery.roles import makes_queries

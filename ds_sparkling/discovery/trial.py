@@ -27,10 +27,10 @@ from ds_sparkling.discovery.comparison import (
     tolerance,
 )
 from ds_sparkling.discovery.forward import Inputs, NotRunnableError, leads_to_outputs
-from ds_sparkling.discovery.grown_module import grow_into, plan_of, settled
-from ds_sparkling.discovery.instance import instances
 from ds_sparkling.discovery.patience import Patience
-from ds_sparkling.discovery.selections import selects
+from ds_sparkling.discovery.plain_growth import grow_into, plan_of, settled
+from ds_sparkling.discovery.small_instance import instances
+from ds_sparkling.discovery.token_selection import selects
 from ds_sparkling.errors import PlanError
 from ds_sparkling.growth import GrowthPlan
 from ds_sparkling.growth.plan import ParamPlan, axis_growths

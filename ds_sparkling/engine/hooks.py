@@ -3,7 +3,7 @@ here alone, and taken out again by :func:`unhook`.
 
 Two more stand where they are, because those rooms know no engine: the optimizer's ``step``, which
 :class:`~ds_sparkling.optim.step.BirthStep` takes and gives back, and torch's process groups, which
-:mod:`ds_sparkling.discovery.alone` replaces while a model is tried.
+:mod:`ds_sparkling.discovery.one_rank` replaces while a model is tried.
 """
 
 from __future__ import annotations

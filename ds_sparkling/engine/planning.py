@@ -20,10 +20,10 @@ from ds_sparkling.discovery.build import (
     saved_buffers,
 )
 from ds_sparkling.discovery.factory import named_inputs
+from ds_sparkling.discovery.find_axes import axes_to_grow, planned
 from ds_sparkling.discovery.fingerprint import fingerprint
 from ds_sparkling.discovery.forward import Inputs
 from ds_sparkling.discovery.proof import Proof, prove_growth
-from ds_sparkling.discovery.resolve import axes_to_grow, planned
 from ds_sparkling.discovery.trial import TrialGrowth
 from ds_sparkling.engine.carry_over import preserved_rng
 from ds_sparkling.engine.fail_together import FailTogether, of_first_rank

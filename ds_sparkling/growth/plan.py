@@ -13,7 +13,8 @@ from functools import cached_property
 from typing import Any
 
 from ds_sparkling.errors import PlanError
-from ds_sparkling.growth.scaling import AxisGrowth, Factors, UnitScales, unit_scales
+from ds_sparkling.growth.scaling import AxisGrowth
+from ds_sparkling.growth.tables import GrowthTables
 from ds_sparkling.spec.axes import Dim, Norm, ParamAxes, Role
 from ds_sparkling.spec.strategy import Strategy
 
@@ -49,7 +50,7 @@ class ParamPlan:
         }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GrowthPlan:
     """One growth of one model.
 
@@ -84,18 +85,6 @@ class GrowthPlan:
     @cached_property
     def _by_name(self) -> dict[str, ParamPlan]:
         return {param.name: param for param in (*self.params, *self.buffers)}
-
-    def scales(self) -> dict[str, UnitScales]:
-        """The :class:`UnitScales` of every grown axis.
-
-        Raises:
-            PlanError: if the strategy's scaling can't hold on an axis.
-        """
-        return {growth.axis: unit_scales(growth, self.strategy, self.number) for growth in self.growths}
-
-    def factors(self) -> Factors:
-        """The :class:`Factors` of dimensions."""
-        return Factors({growth.axis: growth for growth in self.growths}, self.scales())
 
     def parameters(self, *, active: bool = False) -> tuple[int, int]:
         """Total (or active per token) parameters before and after.
@@ -156,13 +145,13 @@ class GrowthPlan:
 
     def _table(self) -> list[str]:
         rows: dict[tuple[str, ...], tuple[int, int]] = {}
-        factors = self.factors()
+        tables = GrowthTables(self)
         for param in self.params:
-            rescaled = param.axes.head_gain and param.axes.axes & factors.scales.keys()
-            if not (param.grows or rescaled or factors.multiplier(param.axes) != 1.0):
+            rescaled = param.axes.head_gain and param.axes.axes & tables.growths.keys()
+            if not (param.grows or rescaled or tables.multiplier(param.axes) != 1.0):
                 continue
-            roles = _roles(param.axes, factors.scales)
-            kind = (_shape(param.before), _shape(param.after), roles, _factor(param, factors))
+            roles = _roles(param.axes, tables.growths)
+            kind = (_shape(param.before), _shape(param.after), roles, _factor(param, tables))
             count, new = rows.get(kind, (0, 0))
             rows[kind] = count + 1, new + param.new_elements
         unchanged = sum(not param.grows for param in self.params)
@@ -216,8 +205,15 @@ def make_plan(
     growths = axis_growths(axes, before, after)
     params = tuple(_param_plan(name, shape, axes[name], before, after) for name, shape in shapes.items())
     followers = tuple(_param_plan(name, shape, axes[name], before, after) for name, shape in held.items())
-    plan = GrowthPlan(number, growths, strategy, params, active_share, followers)
-    plan.scales()  # refuses a scaling that can't hold, before anything is touched
+    plan = GrowthPlan(
+        number=number,
+        growths=growths,
+        strategy=strategy,
+        params=params,
+        active_share=active_share,
+        buffers=followers,
+    )
+    GrowthTables(plan)  # refuses a scaling that can't hold, before anything is touched
     return plan
 
 
@@ -296,10 +292,10 @@ def _roles(axes: ParamAxes, among: Collection[str] | None = None) -> str:
     return ", ".join(dim.describe() if dim.axes & set(among or dim.axes) else "-" for dim in axes.dims)
 
 
-def _factor(param: ParamPlan, factors: Factors) -> str:
-    product = 1 / factors.multiplier(param.axes)
+def _factor(param: ParamPlan, tables: GrowthTables) -> str:
+    product = 1 / tables.multiplier(param.axes)
     for dim in param.axes.dims:
-        factor = factors.weight(dim, param.axes.head_gain)
+        factor = tables.weight_scale(dim, param.axes.head_gain)
         if not isinstance(factor, float):
             return "per part" if dim.parts else "per unit"
         product *= factor

@@ -8,7 +8,7 @@ before they are consumed.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from ds_sparkling.errors import PlanError
 from ds_sparkling.growth.random import standard_normal, stream_key
 from ds_sparkling.growth.units import check_widths, multiplicities, old_units, source_units
-from ds_sparkling.spec.axes import Dim, ParamAxes, Role
+from ds_sparkling.spec.axes import Dim, Role
 from ds_sparkling.spec.strategy import Init, Scaling, Strategy
 
 #: A factor: the same for all entries of a dimension, or float64 per entry.
@@ -104,52 +104,6 @@ class UnitScales:
     @property
     def _ones(self) -> Tensor:
         return torch.ones_like(self.gain)
-
-
-@dataclass(frozen=True)
-class Factors:
-    """The factors of whole dimensions, from those of the units of the grown axes.
-
-    Attributes:
-        growths: of the grown axes.
-        scales: of their units.
-    """
-
-    growths: Mapping[str, AxisGrowth]
-    scales: Mapping[str, UnitScales]
-
-    def weight(self, dim: Dim, head_gain: bool) -> Scale:
-        """The factors of the entries of a dimension that is settled for this growth."""
-        return self._of(dim, lambda scales, leaf: scales.weight(leaf, head_gain), -dim.power)
-
-    def gradient(self, dim: Dim, head_gain: bool) -> Scale:
-        """The factors of the gradients of its old entries."""
-        return self._of(dim, lambda scales, leaf: scales.gradient(leaf, head_gain), dim.power)
-
-    def multiplier(self, axes: ParamAxes) -> float:
-        """How many times as much the model multiplies what a parameter gives, by widths that it doesn't carry."""
-        grown = ((self.growths[axis], power) for axis, power in axes.powers if axis in self.growths)
-        return math.prod((growth.after / growth.before) ** power for growth, power in grown)
-
-    def _of(self, dim: Dim, choose: Callable[[UnitScales, Dim], Tensor], power: float) -> Scale:
-        if not dim.axes & self.scales.keys():
-            return 1.0
-
-        def of_leaf(leaf: Dim) -> Tensor:
-            if leaf.axis is None:
-                return torch.ones(leaf.fixed, dtype=torch.float64)
-            per_unit = choose(self.scales[leaf.axis], leaf)
-            return per_unit[leaf.units(len(per_unit))]
-
-        factors = dim.laid(of_leaf)
-        if dim.parts:
-            factors = factors * self._stretch(dim) ** power
-        return float(factors[0]) if bool((factors == factors[0]).all()) else factors
-
-    def _stretch(self, dim: Dim) -> float:
-        """How many times as many entries a segment of a dimension of parts gets."""
-        before = sum(dim.sizes({axis: growth.before for axis, growth in self.growths.items()}))
-        return sum(dim.sizes({axis: growth.after for axis, growth in self.growths.items()})) / before
 
 
 def consumed_shares(growth: AxisGrowth, strategy: Strategy, number: int) -> Tensor:

@@ -6,20 +6,23 @@ plan holds no tensor: tables are made when they are first asked for, and go with
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ds_sparkling.growth.noise import consumed_twins
-from ds_sparkling.growth.plan import GrowthPlan
-from ds_sparkling.growth.scaling import Scale
+from ds_sparkling.growth.scaling import AxisGrowth, Scale, UnitScales, unit_scales
 from ds_sparkling.growth.units import old_units, paired_units, source_units
-from ds_sparkling.spec.axes import Dim, Role
+from ds_sparkling.spec.axes import Dim, ParamAxes, Role
 from ds_sparkling.spec.strategy import Init, NewIndex
+
+if TYPE_CHECKING:
+    from ds_sparkling.growth.plan import GrowthPlan
 
 _T = TypeVar("_T")
 
@@ -78,11 +81,17 @@ class GrowthTables:
 
     Args:
         plan: the growth.
+
+    Raises:
+        PlanError: if the strategy's scaling can't hold on an axis.
     """
 
     def __init__(self, plan: GrowthPlan) -> None:
         self.plan = plan
-        self.factors = plan.factors()
+        self.growths: dict[str, AxisGrowth] = {growth.axis: growth for growth in plan.growths}
+        self.scales: dict[str, UnitScales] = {
+            growth.axis: unit_scales(growth, plan.strategy, plan.number) for growth in plan.growths
+        }
         self._made: dict[Hashable, Any] = {}
 
     def indices(self, dim: Dim, size: int) -> IndexTable:
@@ -101,15 +110,26 @@ class GrowthTables:
 
     def weight_scale(self, dim: Dim, head_gain: bool) -> Scale:
         """The factor of a weight's entries: a float where it is the same for all, whatever piece is asked for."""
-        return self._once(("weight", dim, head_gain), lambda: self.factors.weight(dim, head_gain))
+        return self._once(
+            ("weight", dim, head_gain),
+            lambda: self._scale(dim, lambda scales, leaf: scales.weight(leaf, head_gain), -dim.power),
+        )
 
     def gradient_scale(self, dim: Dim, head_gain: bool) -> Scale:
-        """The factor of its gradient's entries."""
-        return self._once(("gradient", dim, head_gain), lambda: self.factors.gradient(dim, head_gain))
+        """The factor of the gradient's old entries."""
+        return self._once(
+            ("gradient", dim, head_gain),
+            lambda: self._scale(dim, lambda scales, leaf: scales.gradient(leaf, head_gain), dim.power),
+        )
+
+    def multiplier(self, axes: ParamAxes) -> float:
+        """How many times as much the model multiplies what a parameter gives, by widths that it doesn't carry."""
+        grown = ((self.growths[axis], power) for axis, power in axes.powers if axis in self.growths)
+        return math.prod((growth.after / growth.before) ** power for growth, power in grown)
 
     def twins(self, dim: Dim) -> Tensor:
         """The indices that are consumed alike, as :func:`~ds_sparkling.growth.noise.consumed_twins` gives them."""
-        return self._once(("twins", dim), lambda: consumed_twins(dim, self.factors.growths))
+        return self._once(("twins", dim), lambda: consumed_twins(dim, self.growths))
 
     def noise_strength(self, dim: Dim) -> Tensor:
         """RMS of the noise on each entry over that of the weights, times d/d'; float64."""
@@ -117,7 +137,7 @@ class GrowthTables:
 
     def consumes_grown(self, leaf: Dim) -> bool:
         """Whether a leaf consumes the units of an axis that grows."""
-        return leaf.role is Role.FAN_IN and leaf.axis in self.factors.growths
+        return leaf.role is Role.FAN_IN and leaf.axis in self.growths
 
     def _once(self, key: Hashable, make: Callable[[], _T]) -> _T:
         if key not in self._made:
@@ -125,8 +145,29 @@ class GrowthTables:
         found: _T = self._made[key]
         return found
 
+    def _scale(self, dim: Dim, choose: Callable[[UnitScales, Dim], Tensor], power: float) -> Scale:
+        """The factors of a dimension's entries, from those of the units of its leaves."""
+        if not dim.axes & self.scales.keys():
+            return 1.0
+
+        def of_leaf(leaf: Dim) -> Tensor:
+            if leaf.axis is None:
+                return torch.ones(leaf.fixed, dtype=torch.float64)
+            per_unit = choose(self.scales[leaf.axis], leaf)
+            return per_unit[leaf.units(len(per_unit))]
+
+        factors = dim.laid(of_leaf)
+        if dim.parts:
+            factors = factors * self._stretch(dim) ** power
+        return float(factors[0]) if bool((factors == factors[0]).all()) else factors
+
+    def _stretch(self, dim: Dim) -> float:
+        """How many times as many entries a segment of a dimension of parts gets."""
+        before = sum(dim.sizes({axis: growth.before for axis, growth in self.growths.items()}))
+        return sum(dim.sizes({axis: growth.after for axis, growth in self.growths.items()})) / before
+
     def _indices(self, dim: Dim, size: int) -> IndexTable:
-        growths = self.factors.growths
+        growths = self.growths
         if not dim.axes & growths.keys():
             return _unmoved(size)
         before = {axis: growth.before for axis, growth in growths.items()}
@@ -143,7 +184,7 @@ class GrowthTables:
     def _leaf_indices(self, leaf: Dim) -> IndexTable:
         if leaf.axis is None:
             return _unmoved(leaf.fixed)
-        growth = self.factors.growths[leaf.axis]
+        growth = self.growths[leaf.axis]
         sizes = growth.before, growth.after, growth.groups
         new = torch.tensor([self._new_kind(leaf, segment) for segment in range(leaf.segments)], dtype=torch.uint8)
         old = old_units(*sizes)[leaf.units(growth.after)]
@@ -174,7 +215,7 @@ class GrowthTables:
     def _noise_strength(self, leaf: Dim) -> Tensor:
         if leaf.axis is None:
             return torch.zeros(leaf.fixed, dtype=torch.float64)
-        growth = self.factors.growths[leaf.axis]
+        growth = self.growths[leaf.axis]
         strength = self.plan.strategy.perturbation * growth.before / growth.after
         return torch.full((leaf.size(growth.after),), strength, dtype=torch.float64)
 

@@ -118,7 +118,7 @@ class Widener:
 
     @property
     def _unmoved(self) -> bool:
-        return self._multiplier == 1.0 and not any(dim.axes & self._tables.factors.growths.keys() for dim in self._dims)
+        return self._multiplier == 1.0 and not any(dim.axes & self._tables.growths.keys() for dim in self._dims)
 
     # -- the two public operations ------------------------------------------------------------------------------
 
@@ -217,7 +217,7 @@ class Widener:
 
     @cached_property
     def _multiplier(self) -> float:
-        return self._tables.factors.multiplier(self.param.axes)
+        return self._tables.multiplier(self.param.axes)
 
     def _scales(self, of_dim: Callable[[Dim, bool], Scale], multiplier: float) -> list[Scale]:
         """The factor of every dimension, the first one's with what the whole parameter is multiplied by."""

@@ -38,8 +38,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point: write the text or the JSON, then the picture."""
     args = _parse(argv)
     # Here, so that --help doesn't wait for torch.
-    from ds_sparkling.planner.picture import picture
-    from ds_sparkling.planner.report import Planning
+    from ds_sparkling.planner.planning_report import Planning
+    from ds_sparkling.planner.savings_picture import picture
     from ds_sparkling.planner.subject import read_subject
 
     try:

@@ -13,8 +13,8 @@ import pytest
 from torch import nn
 
 from ds_sparkling.check.command import main
-from ds_sparkling.check.picture import picture
-from ds_sparkling.check.report import check_growth
+from ds_sparkling.check.growth_report import check_growth
+from ds_sparkling.check.rms_picture import picture
 from ds_sparkling.cli import main as ds_sparkling
 from ds_sparkling.models.olmoe import OlmoeConfig, OlmoeForCausalLM
 

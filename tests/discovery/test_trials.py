@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.family_list import FAMILIES
-from ds_sparkling.check.report import check_growth
+from ds_sparkling.check.growth_report import check_growth
 from ds_sparkling.discovery import patience
 from ds_sparkling.discovery.build import BuildModel, base_widths
 from ds_sparkling.discovery.factory import HuggingFaceFactory
+from ds_sparkling.discovery.find_axes import Found, axes_to_grow, find_axes
 from ds_sparkling.discovery.forward import LENGTH
-from ds_sparkling.discovery.resolve import Found, axes_to_grow, find_axes
-from ds_sparkling.discovery.selections import enough_tokens, selecting
+from ds_sparkling.discovery.token_selection import enough_tokens, selecting
 from ds_sparkling.errors import PlanError
 from ds_sparkling.spec.axes import Dim, ParamAxes, Role
 from ds_sparkling.spec.strategy import Scaling, Split, Strategy

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from distributed import Workers
-from ds_sparkling.check.report import check_growth
+from ds_sparkling.check.growth_report import check_growth
 from ds_sparkling.errors import SparklingError, UnsupportedError
 
 Pool = Callable[[int], Workers]

@@ -14,7 +14,7 @@ import checkpoint_files
 import shared_factory
 import tiny
 from distributed import Workers
-from ds_sparkling.discovery.resolve import axes_to_grow
+from ds_sparkling.discovery.find_axes import axes_to_grow
 from ds_sparkling.errors import PlanError
 from ds_sparkling.spec.strategy import OptimizerState, Strategy
 from shared_factory import SHARE, WIDE, WIDTHS

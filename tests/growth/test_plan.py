@@ -14,7 +14,7 @@ import torch
 from ds_sparkling.discovery.build import base_widths, build_on_meta
 from ds_sparkling.discovery.reading import probe
 from ds_sparkling.errors import PlanError
-from ds_sparkling.growth import GrowthPlan, make_plan
+from ds_sparkling.growth import GrowthPlan, GrowthTables, make_plan
 from ds_sparkling.growth.scaling import AxisGrowth
 from ds_sparkling.models.olmoe import OlmoeConfig, OlmoeForCausalLM
 from ds_sparkling.spec.axes import FIXED, Dim, Norm, ParamAxes, Role
@@ -97,7 +97,7 @@ def test_only_the_axes_of_the_stage_grow() -> None:
     assert [param.name for param in made.params if param.grows] == ["experts.gate_up_proj", "experts.down_proj"]
     assert made.param("experts.gate_up_proj").after == (8, 14, 4)
     assert made.growths == (AxisGrowth("inner", 3, 7, normed=False),)
-    assert made.scales().keys() == {"inner"}
+    assert GrowthTables(made).scales.keys() == {"inner"}
 
 
 def test_an_axis_is_normed_if_a_gain_carries_it() -> None:
@@ -201,7 +201,8 @@ def test_what_does_not_fit_is_refused_by_name(changes: dict[str, Any], named: li
 
 
 def test_function_scaling_holds_on_a_rigid_axis_at_whole_ratios() -> None:
-    scales = plan(strategy=Strategy(scaling=Scaling.FUNCTION), after={"hidden": 12}).scales()["hidden"]
+    made = plan(strategy=Strategy(scaling=Scaling.FUNCTION), after={"hidden": 12})
+    scales = GrowthTables(made).scales["hidden"]
     assert scales.fan_out.tolist() == [1.0] * 12
     assert scales.fan_in.tolist() == [1 / 3] * 12
 

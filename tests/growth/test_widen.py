@@ -11,7 +11,6 @@ import itertools
 import math
 import pickle
 import random
-import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -28,6 +27,7 @@ from torch import Tensor
 
 from ds_sparkling.errors import PlanError
 from ds_sparkling.growth import GrowthPlan, GrowthTables, Widener, make_plan
+from ds_sparkling.growth import tables as tables_module
 from ds_sparkling.growth.spread import Spread, spread
 from ds_sparkling.spec.axes import FIXED, Dim, Norm, ParamAxes, Role
 from ds_sparkling.spec.state_kinds import StateKind
@@ -1208,8 +1208,7 @@ def test_tables_are_made_once_for_all_parameters_of_one_layout(monkeypatch: pyte
     )
     made: Counter[str] = Counter()
     for function in ("source_units", "unit_scales"):
-        module = sys.modules["ds_sparkling.growth.tables" if function == "source_units" else "ds_sparkling.growth.plan"]
-        monkeypatch.setattr(module, function, counted(getattr(module, function), made))
+        monkeypatch.setattr(tables_module, function, counted(getattr(tables_module, function), made))
     tables = GrowthTables(plan)
     for name in names:
         Widener(plan, name, tables=tables).weight(torch.ones(2, 3), torch.empty(24))

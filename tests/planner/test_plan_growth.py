@@ -17,9 +17,9 @@ import tiny
 from ds_sparkling.cli import main as ds_sparkling
 from ds_sparkling.planner.assumptions import Assumptions
 from ds_sparkling.planner.command import main
-from ds_sparkling.planner.picture import picture
+from ds_sparkling.planner.planning_report import Planning
 from ds_sparkling.planner.recipes import splits
-from ds_sparkling.planner.report import Planning
+from ds_sparkling.planner.savings_picture import picture
 from ds_sparkling.planner.subject import Options, read_subject
 from olmoe_factory import build_tied
 

@@ -18,8 +18,8 @@ from benchmarks.common import free_port
 from benchmarks.family_list import DENSE, Family
 from ds_sparkling.discovery.comparison import difference_after, first_runnable
 from ds_sparkling.discovery.factory import HuggingFaceFactory, import_transformers
-from ds_sparkling.discovery.instance import Instance
-from ds_sparkling.discovery.resolve import find_axes
+from ds_sparkling.discovery.find_axes import find_axes
+from ds_sparkling.discovery.small_instance import Instance
 from ds_sparkling.errors import ConfigError, PlanError
 from ds_sparkling.progress import progress_bar
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
-from ds_sparkling.discovery.resolve import find_axes
+from ds_sparkling.discovery.find_axes import find_axes
 from ds_sparkling.files import whole_file
 from ds_sparkling.growth import Block, GrowthPlan, GrowthTables, Widener, birth_blocks, make_plan
 from ds_sparkling.models.olmoe import DecoderLayer, OlmoeConfig, OlmoeForCausalLM

@@ -14,7 +14,6 @@ from torch import nn
 from ds_sparkling.discovery.build import BuildModel, build_alone, build_on_meta
 from ds_sparkling.discovery.factory import HuggingFaceFactory
 from ds_sparkling.discovery.moves import Moves, find_moves
-from ds_sparkling.discovery.selections import selecting
 from ds_sparkling.discovery.small_config import (
     TOKENS,
     VOCABULARY,
@@ -28,6 +27,7 @@ from ds_sparkling.discovery.small_config import (
     safe_tokens,
     with_widths,
 )
+from ds_sparkling.discovery.token_selection import selecting
 from ds_sparkling.errors import PlanError
 
 #: Parameters of a narrow model that is run without being made smaller: fractions of a second on one core.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_sparkling.discovery.factory import HuggingFaceFactory
-from ds_sparkling.discovery.resolve import axes_to_grow, find_axes
+from ds_sparkling.discovery.find_axes import axes_to_grow, find_axes
 from ds_sparkling.errors import PlanError
 from ds_sparkling.spec.axes import FIXED, Dim, Norm, ParamAxes, Role
 from ds_sparkling.spec.axes_by_pattern import parse_hints

@@ -12,9 +12,9 @@ from torch import nn
 import ds_sparkling
 from ds_sparkling.discovery.comparison import Runnable, first_runnable
 from ds_sparkling.discovery.factory import HuggingFaceFactory
-from ds_sparkling.discovery.instance import SMALL, instances, layer_kinds
 from ds_sparkling.discovery.reading import probe
 from ds_sparkling.discovery.small_config import fewer_experts, narrower, resolved
+from ds_sparkling.discovery.small_instance import SMALL, instances, layer_kinds
 from ds_sparkling.errors import PlanError
 from ds_sparkling.models.olmoe import OlmoeConfig, OlmoeForCausalLM
 

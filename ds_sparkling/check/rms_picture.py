@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ds_sparkling.check.report import GrowthReport
+from ds_sparkling.check.growth_report import GrowthReport
 from ds_sparkling.errors import SparklingError
 
 if TYPE_CHECKING:

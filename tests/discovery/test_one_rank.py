@@ -15,9 +15,9 @@ import torch.distributed._functional_collectives as functional
 from torch import Tensor, nn
 
 from distributed import Workers
-from ds_sparkling.discovery.alone import group_of, without_peers
 from ds_sparkling.discovery.build import build_on_meta
 from ds_sparkling.discovery.forward import run, token_calls
+from ds_sparkling.discovery.one_rank import group_of, without_peers
 from ds_sparkling.errors import PlanError, UnsupportedError
 
 Pool = Callable[[int], Workers]

@@ -13,11 +13,11 @@ from ds_sparkling.check.promise import Promise, promise_of
 from ds_sparkling.check.tally import Tally, tallies
 from ds_sparkling.discovery.build import BuildModel, base_widths, build_on_meta, saved_buffers
 from ds_sparkling.discovery.comparison import Runnable, compare, first_runnable, fitting_axes
+from ds_sparkling.discovery.find_axes import axes_to_grow
 from ds_sparkling.discovery.forward import Inputs
-from ds_sparkling.discovery.instance import Instance, instances
 from ds_sparkling.discovery.proof import RefutedError, refuted
 from ds_sparkling.discovery.reading import UnreadableError, read
-from ds_sparkling.discovery.resolve import axes_to_grow
+from ds_sparkling.discovery.small_instance import Instance, instances
 from ds_sparkling.discovery.trial import Trial, TrialModel
 from ds_sparkling.growth import GrowthPlan, make_plan
 from ds_sparkling.spec.axes import ParamAxes

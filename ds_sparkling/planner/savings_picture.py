@@ -8,7 +8,7 @@ import numpy as np
 
 from ds_sparkling.figures import empty_picture
 from ds_sparkling.planner.compute import Recipe
-from ds_sparkling.planner.report import Planning
+from ds_sparkling.planner.planning_report import Planning
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
