@@ -1,4 +1,4 @@
-"""What :func:`~ds_sparkling.initialize` and :func:`~ds_sparkling.adopt` refuse alike, before anything is touched."""
+"""Refuse what neither :func:`~ds_sparkling.initialize` nor :func:`~ds_sparkling.adopt` takes, at once."""
 
 from __future__ import annotations
 
