@@ -11,8 +11,9 @@ import launching
 from distributed import Workers
 
 # A busy machine is no failure.
-settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("unhurried")
+settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=50)
+settings.register_profile("thorough", settings.get_profile("unhurried"), max_examples=1000)
+settings.load_profile("unhurried")  # --hypothesis-profile thorough for the other
 
 pytest_plugins = ["damage"]
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import functools
+import io
 import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +16,21 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from distributed import Workers
 from ds_sparkling.discovery.build import build_on_meta
 from ds_sparkling.discovery.reading import probe
-from ds_sparkling.errors import ConfigError
+from ds_sparkling.errors import CheckpointError, ConfigError, SparklingError
 from ds_sparkling.growth import make_plan
+from ds_sparkling.job import main_job
+from ds_sparkling.job.command import job_parser
 from ds_sparkling.models.olmoe import OlmoeConfig, OlmoeForCausalLM
 from ds_sparkling.models.text import Corpus
 from ds_sparkling.spec.config import read_json, sparkling_config
 from launching import Launch
 
+Pool = Callable[[int], Workers]
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.json"))
-
-
-@pytest.fixture(scope="session")
-def train(launch: Launch) -> Launch:
-    return functools.partial(launch, "ds_sparkling/train.py")
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +49,21 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(
-    config: Path, train: Launch, tmp_path_factory: pytest.TempPathFactory
+    config: Path, launch: Launch, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, subprocess.CompletedProcess[str]]:
     output = tmp_path_factory.mktemp("run")
-    return output, train("--deepspeed_config", str(config), "--output", str(output))
+    return output, launch("ds_sparkling/train.py", "--deepspeed_config", str(config), "--output", str(output))
+
+
+def again(*arguments: str) -> tuple[str, str]:
+    """What the job prints on a rank that outlives it, and its error."""
+    printed = io.StringIO()
+    with redirect_stdout(printed):
+        try:
+            main_job.run(job_parser("train").parse_args(arguments))
+        except SparklingError as error:
+            return printed.getvalue(), str(error)
+    return printed.getvalue(), ""
 
 
 def table(text: str) -> list[str]:
@@ -104,20 +116,21 @@ def test_tensorboard_shows_the_run(finished: tuple[Path, subprocess.CompletedPro
 
 
 def test_resume_ends_like_the_run_that_never_stopped(
-    config: Path, train: Launch, finished: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
+    config: Path, workers: Pool, finished: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
     output, run = finished
     for tag in ("global_step2", "global_step6"):
         stopped = tmp_path / tag
         shutil.copytree(output / "checkpoints" / tag, stopped / "checkpoints" / tag)
         (stopped / "checkpoints" / "latest").write_text(tag)
-        resumed = train("--deepspeed_config", str(config), "--output", str(stopped), "--resume")
-        assert resumed.returncode == 0, resumed.stderr[-3000:]
-        assert table(resumed.stdout) == table(run.stdout)
+        arguments = "--deepspeed_config", str(config), "--output", str(stopped), "--resume"
+        printed, error = workers(2).run(again, *arguments)[0]
+        assert not error
+        assert table(printed) == table(run.stdout)
 
 
 def test_a_finished_run_that_is_given_more_steps_ends_anew(
-    config: Path, train: Launch, finished: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
+    config: Path, workers: Pool, finished: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
     output, run = finished
     more = read_json(config)
@@ -126,10 +139,11 @@ def test_a_finished_run_that_is_given_more_steps_ends_anew(
     (tmp_path / "checkpoints").mkdir()
     shutil.copytree(output / "checkpoints" / "global_step8", tmp_path / "checkpoints" / "global_step8")
     (tmp_path / "checkpoints" / "latest").write_text("global_step8")
-    resumed = train("--deepspeed_config", str(tmp_path / "more.json"), "--output", str(tmp_path), "--resume")
-    assert resumed.returncode == 0, resumed.stderr[-3000:]
-    assert table(resumed.stdout)[:3] == table(run.stdout)[:3]
-    (name, step, loss), (_, _, earlier) = (row.split() for row in (table(resumed.stdout)[3], table(run.stdout)[3]))
+    arguments = "--deepspeed_config", str(tmp_path / "more.json"), "--output", str(tmp_path), "--resume"
+    printed, error = workers(2).run(again, *arguments)[0]
+    assert not error
+    assert table(printed)[:3] == table(run.stdout)[:3]
+    (name, step, loss), (_, _, earlier) = (row.split() for row in (table(printed)[3], table(run.stdout)[3]))
     assert (name, step) == ("end", "9")
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["steps"] == 9
@@ -138,12 +152,27 @@ def test_a_finished_run_that_is_given_more_steps_ends_anew(
 
 
 def test_a_finished_run_is_not_overwritten(
-    config: Path, train: Launch, finished: tuple[Path, subprocess.CompletedProcess[str]]
+    config: Path, workers: Pool, finished: tuple[Path, subprocess.CompletedProcess[str]]
 ) -> None:
     output, _ = finished
-    again = train("--deepspeed_config", str(config), "--output", str(output))
-    assert again.returncode != 0
-    assert "pass --resume to go on, or another --output" in again.stderr
+    for _, error in workers(2).run(again, "--deepspeed_config", str(config), "--output", str(output)):
+        assert "pass --resume to go on, or another --output" in error
+
+
+def test_what_a_user_can_mend_is_a_line_and_a_status(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(_: object) -> None:
+        raise CheckpointError("no checkpoint")
+
+    monkeypatch.setattr(main_job, "run", fails)
+    monkeypatch.setattr("deepspeed.init_distributed", lambda: None)
+    monkeypatch.setattr(main_job.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(main_job.dist, "destroy_process_group", lambda: None)
+    with pytest.raises(SystemExit) as ended:
+        main_job.train(job_parser("train").parse_args(["--deepspeed_config", "c.json"]))
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: no checkpoint\n"
 
 
 def test_help() -> None:

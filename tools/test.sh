@@ -1,9 +1,6 @@
 #!/usr/bin/env bash
-# The whole test suite. Arguments go to pytest (python -m pytest --help).
+# The whole test suite, in two processes at a time. Further arguments go to pytest.
 
-if [ "${1:-}" = --help ] || [ "${1:-}" = -h ]; then
-    sed -n '2s/^# //p' "$0"
-    exit
-fi
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-exec python -m pytest "$@"
+python tools/compile_ops.py
+exec python -m pytest -n 2 --dist loadfile "$@"

@@ -31,7 +31,7 @@ from ds_sparkling.errors import CheckpointError
 TOOL = Path(__file__).parents[2] / "tools/expand_zero_ckpt.py"
 
 
-RANDOM_KILLS = 6
+RANDOM_KILLS = 4
 
 
 def test_killed_at_random_it_leaves_nothing_that_harms(tmp_path: Path) -> None:

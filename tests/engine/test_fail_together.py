@@ -16,6 +16,7 @@ import torch
 
 from benchmarks.common import free_port
 from distributed import forking
+from hurry import WAITS, in_a_hurry
 
 pytestmark = pytest.mark.ranks
 
@@ -42,7 +43,8 @@ def serve(rank: int, ranks: int, port: int, answer: Connection, job: Callable[..
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.distributed.init_process_group("gloo")
     torch.distributed.barrier()
-    answer.send(job(*args))
+    with in_a_hurry():
+        answer.send(job(*args))
     time.sleep(60)  # until all have answered: the first rank has the store
 
 
@@ -71,13 +73,6 @@ def run(ranks: int, job: Callable[..., Any], *args: Any) -> list[Any]:
     return answers
 
 
-def quickly() -> None:
-    """Let seconds be tenths of them."""
-    from ds_sparkling.engine import rollcall
-
-    rollcall._BEAT, rollcall._GONE, rollcall._GOODBYE = 0.2, 3.0, 1.0
-
-
 def misbehave(how: str) -> None:
     if how.startswith("raises"):
         raise KeyError("mine")
@@ -91,7 +86,6 @@ def privately(how: str) -> str:
     from ds_sparkling.engine.fail_together import FailTogether
     from ds_sparkling.errors import GrowthError
 
-    quickly()
     last = torch.distributed.get_rank() == 2
     if last and how == "never comes":
         time.sleep(8)
@@ -113,7 +107,6 @@ def together(how: str) -> str:
     from ds_sparkling.engine.fail_together import FailTogether, of_first_rank
     from ds_sparkling.errors import GrowthError
 
-    quickly()
     last = torch.distributed.get_rank() == 2
     all_ranks = FailTogether("testing", patience=4.0)
     try:
@@ -131,6 +124,13 @@ def together(how: str) -> str:
             FailTogether("going on").settle()
         return str(error)
     return "went through"
+
+
+def test_waits_are_long_enough_for_busy_machines() -> None:
+    from ds_sparkling.engine import rollcall
+
+    for name, (shipped, _) in WAITS.items():
+        assert getattr(rollcall, name) == shipped
 
 
 @pytest.mark.parametrize("how", PRIVATE)
@@ -205,7 +205,7 @@ def slowly() -> str:
     from ds_sparkling.engine import rollcall
     from ds_sparkling.engine.fail_together import FailTogether
 
-    rollcall._BEAT, rollcall._GONE = 0.1, 0.5
+    rollcall._GONE = 0.9  # signs of life come three times as often
     all_ranks = FailTogether("working", patience=0.5)
     with all_ranks:
         if torch.distributed.get_rank() == 1:

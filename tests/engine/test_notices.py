@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-import subprocess
-import sys
+import runpy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 from deepspeed.runtime.lr_schedules import WarmupCosineLR, WarmupDecayLR, WarmupLR
 
 import tiny
-from distributed import Workers
+from distributed import Workers, forking
 from ds_sparkling.integrations.trainer import SparklingCallback
 from ds_sparkling.optim.scheduler import planned_end
 from tiny import Case, Logged
@@ -100,7 +99,7 @@ def test_schedulers_tell_where_they_end() -> None:
 def test_the_trainers_last_step_counts(caplog: pytest.LogCaptureFixture) -> None:
     from ds_sparkling.spec.config import SparklingConfig
 
-    run = SimpleNamespace(config=SparklingConfig.from_dict({"stages": STAGES}), record=SimpleNamespace(stages=[]))
+    run = SimpleNamespace(config=SparklingConfig.from_dict({"stages": STAGES}), record=SimpleNamespace(growths=[]))
     arguments = SimpleNamespace(gradient_checkpointing=False)
     accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=object()), prepare=None)
     model, engine = SimpleNamespace(config=SimpleNamespace()), SimpleNamespace(sparkling=run)
@@ -116,8 +115,7 @@ def test_the_trainers_last_step_counts(caplog: pytest.LogCaptureFixture) -> None
 
 #: A user's script that grows, with a line of its own about logging.
 _SCRIPT = """
-import logging, os, sys
-sys.path[:0] = sys.argv[1:]
+import logging
 {logging}
 import deepspeed, ds_sparkling, tiny
 deepspeed.utils.logger.setLevel(logging.{deepspeed})
@@ -128,6 +126,15 @@ engine = ds_sparkling.grow(engine, {{"hidden_size": 12}})
 """
 
 
+def run_script(script: Path, said: Path) -> None:
+    """A user's script in a process of its own, which writes what it says into a file."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    with said.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    runpy.run_path(str(script), run_name="__main__")
+
+
 @pytest.mark.ranks
 @pytest.mark.parametrize(
     ("logging", "deepspeed"),
@@ -135,14 +142,10 @@ engine = ds_sparkling.grow(engine, {{"hidden_size": 12}})
     ids=["unconfigured", "configured", "by default"],
 )
 def test_a_growths_plan_is_seen_once_in_any_script(logging: str, deepspeed: str, tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
+    script, said = tmp_path / "script.py", tmp_path / "said"
     script.write_text(_SCRIPT.format(logging=logging, deepspeed=deepspeed))
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    done = subprocess.run(
-        [sys.executable, str(script), *sys.path[:1], str(Path(__file__).parents[1])],
-        env={**os.environ, **place, "DS_ACCELERATOR": "cpu"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert (done.stdout + done.stderr).count("growth 1: hidden_size 6 -> 12") == 1
+    process = forking().Process(target=run_script, args=(script, said))
+    process.start()
+    process.join()
+    assert process.exitcode == 0, said.read_text()
+    assert said.read_text().count("growth 1: hidden_size 6 -> 12") == 1

@@ -15,6 +15,7 @@ import pytest
 
 import tiny
 from distributed import Workers
+from hurry import in_a_hurry
 
 Pool = Callable[[int], Workers]
 JOINT = {"hidden_size": 12, "moe_intermediate_size": 10}
@@ -92,7 +93,7 @@ def fail_on_second_rank(patch: pytest.MonkeyPatch, place: str) -> None:
 def attempt(action: Callable[[], Any], place: str) -> tuple[str, str, float]:
     """Kind and text of the error of ``action``, and how long it took."""
     began = time.monotonic()
-    with pytest.MonkeyPatch.context() as patch:
+    with in_a_hurry(), pytest.MonkeyPatch.context() as patch:
         fail_on_second_rank(patch, place)
         try:
             action()
@@ -174,7 +175,7 @@ def check_the_same(heard: list[tuple[str, str, float]]) -> None:
     assert len(set(texts)) == len(set(kinds)) == 1, heard
     assert "rank 1" in texts[0]
     assert "injected" in texts[0]
-    assert max(times) < 60
+    assert max(times) < 30
 
 
 def chosen(places: tuple[str, ...]) -> list[str]:
