@@ -1,17 +1,18 @@
-"""Compile what the tests and the quickstart would otherwise compile at their first use, a minute or two each."""
+"""Compile what the tests would otherwise compile at their first use, a minute or two each: DeepSpeed's ops for CPUs."""
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
-import deepspeed
-from deepspeed.ops.op_builder.cpu import CPUAdamBuilder, FusedAdamBuilder, PinMemoryBuilder, ShareMemCommBuilder
-
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed  # here, so that --help doesn't wait for it
+    from deepspeed.ops.op_builder.cpu import CPUAdamBuilder, FusedAdamBuilder, PinMemoryBuilder, ShareMemCommBuilder
+
     deepspeed.utils.logger.setLevel(logging.WARNING)
     for builder in (ShareMemCommBuilder, CPUAdamBuilder, FusedAdamBuilder, PinMemoryBuilder):
         builder().load(verbose=False)
