@@ -118,7 +118,9 @@ BROKEN_LINES = (
         "growth.widths.get(axis, widths[0])",
         "tests/spec/test_record.py",
     ),
-    BrokenLine("spec/record.py", "if found != _FORMAT:", "if False:", "tests/spec/test_record.py"),
+    BrokenLine(
+        "spec/record.py", "if type(found) is int and found > _FORMAT:", "if False:", "tests/spec/test_record.py"
+    ),
     # -- what the config refuses
     BrokenLine("spec/config.py", "if not widths:", "if False:", "tests/spec/test_config.py"),
     BrokenLine(
