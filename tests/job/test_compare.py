@@ -97,7 +97,8 @@ def test_three_runs_and_their_comparison(
     ]
     assert (output / "loss.png").read_bytes().startswith(PNG)
     assert (output / "grown" / "loss.png").read_bytes().startswith(PNG)
-    assert [point[0] for point in grown.validations].count(2 * 16 * 32) == 2  # before the growth and after it
+    # As every step, and right before and right after the growth.
+    assert [point[0] for point in grown.validations].count(2 * 16 * 32) == 3
     assert (grown.validations[-1][0], grown.validations[-1][2]) == (grown.tokens, grown.validation_loss)
     assert f"tensorboard --logdir {output}" in printed
     command = next(line for line in printed.splitlines() if "tools/report.py" in line).split("tools/report.py ")[1]
