@@ -132,9 +132,8 @@ class GrowthPlan:
             active = self.parameters(active=True)
             lines.append(f"  active per token  {active[0]:>15,} -> {active[1]:>15,}")
         if fraction is not None:
-            lines.append(
-                f"  compute saved     {self.compute_saved(fraction):.1%} of training the wide model throughout"
-            )
+            saved = f"{self.compute_saved(fraction):.1%} of the wide model's for as many tokens, to another loss"
+            lines.append(f"  compute saved     {saved}")
         lines.append(f"  new units         {self.strategy.units_meaning}")
         lines.append(f"  rescaled by       {self.strategy.scaling.value}: the factors below")
         lines.append(
