@@ -32,6 +32,12 @@ def runs(tmp_path: Path) -> list[str]:
     return [str(tmp_path / name) for name in ("grown", "<b>bare", "scratch")]
 
 
+@pytest.fixture
+def sketched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures that take no time to draw, where others are looked at than they."""
+    monkeypatch.setattr("ds_sparkling.report.pictures._png", lambda figure: PNG)
+
+
 class Page(HTMLParser):
     """What a page is made of; fails if a tag isn't closed."""
 
@@ -86,6 +92,7 @@ def test_the_page_has_everything_in_it(runs: list[str], tmp_path: Path, capsys: 
     assert f"report: {path}" in printed
 
 
+@pytest.mark.usefixtures("sketched")
 def test_a_run_that_recorded_little_gets_a_page_that_says_so(tmp_path: Path) -> None:
     event_files.write(tmp_path / "run", [Point("Train/Samples/train_loss", SAMPLES * n, 1.0 / n) for n in (1, 2, 3)])
     main([str(tmp_path / "run"), "--output", str(tmp_path / "page.html")])
@@ -99,6 +106,7 @@ def test_a_run_that_recorded_little_gets_a_page_that_says_so(tmp_path: Path) -> 
     assert "twins/cosine" not in text  # nothing has grown, so there can't be any
 
 
+@pytest.mark.usefixtures("sketched")
 def test_five_sentences_and_the_rest_folded_away(runs: list[str], tmp_path: Path) -> None:
     main([*runs, "--output", str(tmp_path / "out")])
     html = (tmp_path / "out" / "report.html").read_text()
@@ -164,6 +172,7 @@ def test_activations_are_relative_to_one_point_for_all_runs(tmp_path: Path) -> N
     np.testing.assert_allclose(other, np.arange(1, 11) / 5)
 
 
+@pytest.mark.usefixtures("sketched")
 def test_a_dense_run_is_told_of_no_routers(tmp_path: Path) -> None:
     first, second = event_files.diagnosis()
     dense = [[point for point in file if not point.tag.startswith("router/")] for file in (first, second)]
@@ -172,6 +181,7 @@ def test_a_dense_run_is_told_of_no_routers(tmp_path: Path) -> None:
     assert "router" not in "".join(Page(tmp_path / "out" / "report.html").text)
 
 
+@pytest.mark.usefixtures("sketched")
 def test_names_and_order(runs: list[str], tmp_path: Path) -> None:
     main([*runs, "--names", "one", "two & three", "four", "--output", str(tmp_path / "out"), "--smooth", "3"])
     text = "".join(Page(tmp_path / "out" / "report.html").text)
@@ -185,6 +195,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("sketched")
 def test_nothing_is_overwritten_without_force(
     runs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -208,6 +219,7 @@ def test_nothing_is_overwritten_without_force(
     assert "exists; pass --force" in refused([runs[2], "--output", str(out)], capsys)
 
 
+@pytest.mark.usefixtures("sketched")
 def test_a_failure_leaves_the_earlier_report_and_no_rest(
     runs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
