@@ -16,7 +16,8 @@ find_python() {
 }
 
 stamp=.venv/installed
-wanted=$(cat pyproject.toml setup.py constraints.txt | cksum)
+# Without the settings of ruff and what comes after them, which need no other environment.
+wanted=$(sed '/^\[tool\.ruff\]/,$d' pyproject.toml | cat - setup.py constraints.txt | cksum)
 if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     python=$(find_python)
     echo "setting up .venv with $("$python" --version), about a minute" >&2

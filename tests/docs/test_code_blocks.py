@@ -18,7 +18,7 @@ from docs_pages import EXAMPLES, NAMES, Block, all_blocks, blocks
 from ds_sparkling.spec.config import SparklingConfig
 
 #: Growth is planned when two steps are done; where a block takes an engine as given, they are.
-CASE = tiny.Case(2, 1, sparkling={"stages": [{"at_step": 2, "widths": {"hidden_size": 12}}], "check": False})
+CASE = tiny.Case(2, 1, sparkling={"growths": [{"at_step": 2, "widths": {"hidden_size": 12}}], "check": False})
 SHOWN = [path.read_text() for path in EXAMPLES]
 PYTHON = [block for block in all_blocks("python") if not any(block.text in text for text in SHOWN)]
 
@@ -105,7 +105,7 @@ def trained_by(config: dict[str, Any]) -> int:
     """The steps of an engine that is made by a config, with widths as small as the tiny model's."""
     import ds_sparkling
 
-    config["sparkling"]["stages"][0]["widths"] = {"hidden_size": 12}
+    config["sparkling"]["growths"][0]["widths"] = {"hidden_size": 12}
     engine = ds_sparkling.initialize(CASE.build_model, {**config, "steps_per_print": 10**9})
     tiny.train(engine, 1)
     return int(engine.global_steps)

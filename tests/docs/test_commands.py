@@ -210,7 +210,7 @@ def words_of(*programs: str) -> list[tuple[str, ...]]:
 
 
 def save_tiny(directory: str) -> None:
-    engine = tiny.initialize(tiny.Case(2, 3, 2, sparkling={"stages": [{"at_step": 9, "widths": TINY_WIDTHS}]}))
+    engine = tiny.initialize(tiny.Case(2, 3, 2, sparkling={"growths": [{"at_step": 9, "widths": TINY_WIDTHS}]}))
     engine.save_checkpoint(directory)
 
 

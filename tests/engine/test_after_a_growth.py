@@ -16,7 +16,7 @@ from ds_sparkling.errors import GrowthError, PlanError
 from tiny import Case
 
 WIDER = {"hidden_size": 12}
-PLANNED: dict[str, Any] = {"stages": [{"at_step": 1, "widths": WIDER}], "check": False}
+PLANNED: dict[str, Any] = {"growths": [{"at_step": 1, "widths": WIDER}], "check": False}
 Pool = Callable[[int], Workers]
 
 

@@ -30,7 +30,7 @@ IDS = torch.arange(3, 35)[None]
 def short(name: str, path: Path, **changes: Any) -> str:
     """An example's JSON, growing at step ``GROWTH`` of ``STEPS``, with ``changes`` to its blocks (None: without)."""
     config = json.loads((EXAMPLES / name).read_text())
-    config["sparkling"]["stages"][0]["at_step"] = GROWTH
+    config["sparkling"]["growths"][0]["at_step"] = GROWTH
     config["sparkling"]["rewarmup"]["steps"] = 2
     if config["scheduler"]["params"]["total_num_steps"] != "auto":
         config["scheduler"]["params"]["total_num_steps"] = STEPS
