@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from io import TextIOWrapper
 from pathlib import Path
+
+from filelock import BaseFileLock, FileLock, Timeout
 
 from ds_sparkling.errors import CheckpointError
 from ds_sparkling.files import beside, longest_name
 
 _LOCK = "lock"
 _DATA = "data"
+_MOMENT = 0.3
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
 
@@ -84,37 +85,36 @@ def _locked(out: Path) -> Iterator[None]:
     """Hold the lock in the staging directory, which is made and removed with it."""
     incomplete = staging(out).parent
     path = incomplete / _LOCK
-    with _acquire(out, path):
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
-                incomplete.rmdir()
+    lock = _acquire(out, path)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            incomplete.rmdir()
+        lock.release()
 
 
-def _acquire(out: Path, path: Path) -> TextIOWrapper:
-    """The open lock file, locked.
+def _acquire(out: Path, path: Path) -> BaseFileLock:
+    """The lock, held; not held where the file system knows no locks.
 
     Raises:
         CheckpointError: if another process holds it.
     """
     while True:
         path.parent.mkdir(exist_ok=True)
+        # With a moment to try again: its last holder may have removed the file between open and lock.
+        lock = FileLock(path, timeout=_MOMENT, fallback_to_soft=False)
         try:
-            lock = open(path, "a")  # noqa: SIM115 (it stays open)
+            lock.acquire()
         except FileNotFoundError:
             continue  # another call has just removed the directory
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except Timeout as error:
+            raise CheckpointError(f"another process is writing {out} (it holds {path})") from error
         except OSError as error:
             if error.errno not in _NO_LOCKS:
-                lock.close()
-                raise CheckpointError(f"another process is writing {out} (it holds {path})") from error
-        # Its last holder may have removed the file between open and lock; then it locks nothing.
-        if path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat()):
-            return lock
-        lock.close()
+                raise
+        return lock
 
 
 def sync_tree(root: Path) -> None:

@@ -9,20 +9,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from scipy import special
+
 from ds_sparkling.files import whole_file
 from experiments.catalogue import Claim, Contender, Experiment, Lab
 from experiments.runs import Outcome
 
-#: Student's t for a two-sided interval of 95%, by degrees of freedom from 1 on.
-_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
-
 
 def _t95(freedom: int) -> float:
-    """Student's t for a two-sided interval of 95%; beyond the table by Fisher's expansion about the normal's."""
-    if freedom <= len(_T95):
-        return _T95[freedom - 1]
-    z = statistics.NormalDist().inv_cdf(0.975)
-    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+    """Student's t for a two-sided interval of 95%."""
+    return float(special.stdtrit(freedom, 0.975))
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import TextIO
+
+from filelock import BaseFileLock, FileLock, Timeout
 
 from ds_sparkling.errors import SparklingError
 from experiments.runs import Outcome, TrainingRun
@@ -31,7 +32,10 @@ class Store:
         self.path = path
         self.corpus = corpus
         self.outcomes: dict[str, Outcome] = {}
-        self._file = _locked(path) if adding else None
+        self._lock: BaseFileLock | None = None
+        self._file: TextIO | None = None
+        if adding:
+            self._lock, self._file = _locked(path)
         try:
             self._read()
         except SparklingError:
@@ -43,6 +47,8 @@ class Store:
         if self._file is not None:
             self._file.close()
             self._file = None
+        if self._lock is not None:
+            self._lock.release()
 
     def _read(self) -> None:
         path = self.path
@@ -79,20 +85,21 @@ class Store:
         self.outcomes[run.key] = outcome
 
 
-def _locked(path: Path) -> TextIO:
-    """The file, open for adding to it, by no other process.
+def _locked(path: Path) -> tuple[BaseFileLock, TextIO]:
+    """The lock on the file, a file of its own beside it, and the file, open for adding to it.
 
     Raises:
-        SparklingError: if another one has it, or it can't be made.
+        SparklingError: if another one holds it, or it can't be made.
     """
+    lock = FileLock(path.with_name(f"{path.name}.lock"), blocking=False, fallback_to_soft=False)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a")
     except OSError as error:
         raise SparklingError(f"{path} can't be written: {error.strerror}") from error
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        lock.acquire()
+    except Timeout:
         file.close()
         raise SparklingError(
             f"another process is adding runs to {path}; wait for it, stop it, or pass another --output DIR"
@@ -101,4 +108,4 @@ def _locked(path: Path) -> TextIO:
         if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):  # a file system without locks
             file.close()
             raise SparklingError(f"{path} can't be locked: {error.strerror}") from error
-    return file
+    return lock, file
