@@ -32,7 +32,7 @@ def train_and_save(case: Case, directory: str) -> None:
 
 def run(checkpoint: Path, out: Path, widths: Mapping[str, int] | None = None, **options: Any) -> dict[str, Any]:
     """Expand in this process; the summary."""
-    request = Request(checkpoint, out, widths or {}, **{"workers": 2, **options})
+    request = Request(checkpoint=checkpoint, out=out, widths=widths or {}, **{"workers": 2, **options})
     with Team() as team:
         return expand(prepare(request, team), team)
 

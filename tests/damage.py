@@ -91,7 +91,7 @@ def refused(
     """Assert that a call is refused with these words while it only looks, and that nothing is there or changed then."""
     out = checkpoint.parent / "out" if out is None else out
     before = hashes(checkpoint.parent)
-    request = Request(checkpoint, out, **{"widths": WIDE, "config": FACTORY, "workers": 2, **options})
+    request = Request(checkpoint=checkpoint, out=out, **{"widths": WIDE, "config": FACTORY, "workers": 2, **options})
     with Team() as team, pytest.raises(error) as caught:
         prepare(request, team)
     assert all(word in str(caught.value) for word in words), caught.value

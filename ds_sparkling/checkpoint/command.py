@@ -70,18 +70,18 @@ def _request(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Re
     if options.workers is not None and options.workers < 1:
         parser.error("--workers must be at least 1")
     return Request(
-        options.checkpoint,
-        options.out,
-        widths,
-        options.tag,
-        options.config,
-        options.deepspeed_config,
-        options.world_size,
-        options.expert_parallel,
-        options.format,
-        options.workers or Request.workers,
-        options.verify,
-        options.trust_checkpoint,
+        checkpoint=options.checkpoint,
+        out=options.out,
+        widths=widths,
+        tag=options.tag,
+        config=options.config,
+        deepspeed_config=options.deepspeed_config,
+        world_size=options.world_size,
+        expert_parallel=options.expert_parallel,
+        format=options.format,
+        workers=options.workers or Request.workers,
+        verify=options.verify,
+        trust=options.trust_checkpoint,
     )
 
 

@@ -48,7 +48,7 @@ class Files(Protocol):
     def build(self, name: str) -> OutputFile: ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Expansion:
     """Everything that is decided before anything is written.
 
@@ -170,7 +170,9 @@ def _decide(request: Request, source: Source) -> Expansion:
     if plan is not None and model is not None:
         record = _record(source, model, plan, block)
     files = _files(request, contents, layout, scheduler, source)
-    return Expansion(request, source, plan, contents, layout, record, files)
+    return Expansion(
+        request=request, source=source, plan=plan, contents=contents, layout=layout, record=record, files=files
+    )
 
 
 def expand(expansion: Expansion, team: Team, *, progress: bool = False) -> dict[str, Any]:

@@ -66,7 +66,7 @@ class Group:
         return bool(self.settings.get("moe", False))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """What of the DeepSpeed config decides about the layout.
 
@@ -96,7 +96,7 @@ class Settings:
         return self.ranks // self.expert_parallel if expert else self.ranks
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Flat:
     """One flat tensor that each rank of a partition group holds a part of: a sub-group of stage 3, or a group.
 
@@ -348,7 +348,17 @@ def _sub_groups(
         *offsets, size = itertools.accumulate(sizes[first:last], initial=0)
         members = tuple(names[first:last])
         local = tuple(numels[name] for name in members)
-        yield Flat(group, expert, members, local, tuple(offsets), (0,) * count, size, ranks, window=False)
+        yield Flat(
+            group=group,
+            expert=expert,
+            names=members,
+            numels=local,
+            offsets=tuple(offsets),
+            paddings=(0,) * count,
+            size=size,
+            ranks=ranks,
+            window=False,
+        )
         first = last
 
 
@@ -375,13 +385,13 @@ def _window(
     multiple = _WINDOW_ALIGNMENT * ranks
     size = -(-end // multiple) * multiple // ranks
     return Flat(
-        group,
-        expert,
-        tuple(names),
-        tuple(numels[name] for name in names),
-        tuple(offsets),
-        tuple(paddings),
-        size,
-        ranks,
+        group=group,
+        expert=expert,
+        names=tuple(names),
+        numels=tuple(numels[name] for name in names),
+        offsets=tuple(offsets),
+        paddings=tuple(paddings),
+        size=size,
+        ranks=ranks,
         window=True,
     )

@@ -153,13 +153,13 @@ def read_layout(where: object, model: Mapping[str, Any], groups: list[dict[str, 
     if model["dp_world_size"] % shared:
         raise CheckpointError(f"{where}: {model['dp_world_size']} ranks can't be expert-parallel groups of {shared}")
     settings = Settings(
-        stage,
-        model["dp_world_size"],
-        shared,
-        int(float(zero.get("sub_group_size", 10**9))),
-        bool(zero.get("round_robin_gradients", False)) and stage < 3,
-        bool(zero.get("parameter_alignment", False)) and stage < 3,
-        _device(zero, "offload_optimizer") != "none" or bool(zero.get("cpu_offload")),
+        stage=stage,
+        ranks=model["dp_world_size"],
+        expert_parallel=shared,
+        sub_group_size=int(float(zero.get("sub_group_size", 10**9))),
+        round_robin=bool(zero.get("round_robin_gradients", False)) and stage < 3,
+        parameter_alignment=bool(zero.get("parameter_alignment", False)) and stage < 3,
+        offloaded=_device(zero, "offload_optimizer") != "none" or bool(zero.get("cpu_offload")),
     )
     params = _params(model, shared)
     shapes = list(model["param_shapes"] or [])

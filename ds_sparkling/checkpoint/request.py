@@ -10,7 +10,7 @@ from pathlib import Path
 FORMATS = ("zero", "universal", "hf")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Request:
     """What is asked for.
 

@@ -32,7 +32,7 @@ class _Ratios(Checked):
     ratios_before: dict[str, Measured] = Field(description="Just before the latest growth.")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Observations:
     """Travels over growths with the run. A checkpoint has the ratios, and its growth record what has been spent; alarms
     begin anew when the process does.

@@ -60,17 +60,17 @@ def _options(args: argparse.Namespace) -> Options:
     from ds_sparkling.planner.subject import Options
 
     return Options(
-        args.model,
-        dict(args.widths),
-        args.at,
-        args.tokens,
-        args.steps,
-        args.world_size,
-        args.zero,
-        args.expert_parallel,
-        args.dtype,
-        args.states,
-        args.experts_per_token,
+        model=args.model,
+        widths=dict(args.widths),
+        share=args.at,
+        tokens=args.tokens,
+        steps=args.steps,
+        ranks=args.world_size,
+        stage=args.zero,
+        expert_parallel=args.expert_parallel,
+        dtype=args.dtype,
+        states=args.states,
+        experts_per_token=args.experts_per_token,
     )
 
 

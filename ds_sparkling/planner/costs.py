@@ -22,7 +22,7 @@ class Pause:
         return self.checkpoint + self.engine_start + self.move
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Cost:
     """Of one growth, on the rank that has most.
 
@@ -51,12 +51,12 @@ def cost(subject: PlannedRun, growth: PlannedGrowth, assumed: Assumptions) -> Co
     parameters = model.parameters(growth.widths)
     sent = traffic(before, after, parameters, setting, checkpoint=subject.checkpoint)
     return Cost(
-        training(before, setting),
-        growing(before, after, setting),
-        training(after, setting),
-        built_whole(parameters, setting),
-        sent,
-        _pause(sent, assumed),
+        before=training(before, setting),
+        during=growing(before, after, setting),
+        after=training(after, setting),
+        built=built_whole(parameters, setting),
+        traffic=sent,
+        pause=_pause(sent, assumed),
     )
 
 

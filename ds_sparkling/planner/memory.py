@@ -29,7 +29,7 @@ from ds_sparkling.spec.partition import padded_piece
 _FP32 = 4
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Setting:
     """How a run is spread over its ranks.
 
@@ -88,7 +88,7 @@ class Setting:
         return self.stage == 3 or (self.stage == 1 and mixed and not self.offload_optimizer)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Memory:
     """Bytes by what they are.
 
@@ -132,8 +132,10 @@ def training(tensors: Sequence[ParameterSize], setting: Setting) -> Footprint:
     masters = piece * _FP32 if setting.own_masters else 0
     state = piece * _FP32 * setting.states
     gradients = _gradients(tensors, setting)
-    device = Memory(0 if setting.offload_weights else weights, masters, state, gradients)
-    host = Memory(weights if setting.offload_weights else 0)
+    device = Memory(
+        weights=0 if setting.offload_weights else weights, masters=masters, state=state, gradients=gradients
+    )
+    host = Memory(weights=weights if setting.offload_weights else 0)
     if setting.offload_optimizer:
         device = replace(device, masters=0, state=0, gradients=gradients if setting.stage == 1 else 0)
         host = replace(host, masters=masters, state=state, gradients=_offloaded_gradients(piece, setting))

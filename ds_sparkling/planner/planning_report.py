@@ -19,7 +19,7 @@ SHARES = tuple(tenth / 10 for tenth in range(1, 10))
 _GIB = 2**30
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Planning:
     """What the planner found.
 
@@ -48,12 +48,12 @@ class Planning:
         """
         recipe = planned(subject)
         return cls(
-            subject,
-            assumed,
-            recipe,
-            sweep(recipe.active[0], recipe.active[-1], SHARES),
-            alternatives(subject, two_stage),
-            [cost(subject, growth, assumed) for growth in subject.growths],
+            subject=subject,
+            assumed=assumed,
+            recipe=recipe,
+            sweep=sweep(recipe.active[0], recipe.active[-1], SHARES),
+            others=alternatives(subject, two_stage),
+            costs=[cost(subject, growth, assumed) for growth in subject.growths],
         )
 
     def describe(self) -> str:

@@ -29,7 +29,7 @@ _HALF_STATE = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Options:
     """What the command line says; None or empty where it leaves it to the config.
 
@@ -77,7 +77,7 @@ class PlannedGrowth:
         return ", ".join(f"{axis} {self.before[axis]} -> {width}" for axis, width in self.after.items())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PlannedRun:
     """Everything that the planning needs.
 
@@ -129,15 +129,15 @@ def read_subject(reference: str, options: Options) -> PlannedRun:
     dtype = options.dtype or _dtype(config)
     setting = _setting(config, options, dtype)
     return PlannedRun(
-        Path(reference).name,
-        model,
-        tuple(growths),
-        block.strategy,
-        options.tokens or _tokens(config, steps),
-        steps,
-        setting,
-        dtype,
-        block.checkpoint_before_growth,
+        name=Path(reference).name,
+        model=model,
+        growths=tuple(growths),
+        strategy=block.strategy,
+        tokens=options.tokens or _tokens(config, steps),
+        steps=steps,
+        setting=setting,
+        dtype=dtype,
+        checkpoint=block.checkpoint_before_growth,
     )
 
 

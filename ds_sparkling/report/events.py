@@ -88,7 +88,7 @@ class TagCurve:
         return len(self.values)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ReadGrowth:
     """A growth that a run went through: its number, where, to which widths and parameters, and the plan as text."""
 
@@ -226,7 +226,16 @@ def _growths(curves: dict[str, TagCurve], plans: Sequence[tuple[int, str]]) -> t
             if samples in curve.samples
         }
         parameters, active = values.pop("parameters", None), values.pop("active_parameters", None)
-        growths.append(ReadGrowth(int(number), int(samples), values, parameters, active, texts.get(int(samples))))
+        growths.append(
+            ReadGrowth(
+                number=int(number),
+                samples=int(samples),
+                widths=values,
+                parameters=parameters,
+                active_parameters=active,
+                plan=texts.get(int(samples)),
+            )
+        )
     return tuple(growths)
 
 

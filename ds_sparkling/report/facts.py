@@ -25,7 +25,7 @@ _LAST, _LEAST = 6, 5
 _DEAD_POINTS = 3
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Ending:
     """How a run stands at its last validation.
 
@@ -85,14 +85,14 @@ def ending(run: ReadRun) -> Ending:
     spent = {tag: None if last is None else _value(run.spent(tag, last.samples[-1:])) for tag in (TOKENS, COMPUTE)}
     parameters, active, derived = _parameters(run)
     return Ending(
-        None if losses is None else float(losses.values[-1]),
-        None if losses is None else scatter(losses.since(int(losses.growths[-1]))),
-        spent[TOKENS],
-        spent[COMPUTE],
-        parameters,
-        active,
-        derived,
-        None if run.summary is None else run.summary.seconds,
+        loss=None if losses is None else float(losses.values[-1]),
+        scatter=None if losses is None else scatter(losses.since(int(losses.growths[-1]))),
+        tokens=spent[TOKENS],
+        compute=spent[COMPUTE],
+        parameters=parameters,
+        active_parameters=active,
+        active_derived=derived,
+        seconds=None if run.summary is None else run.summary.seconds,
     )
 
 

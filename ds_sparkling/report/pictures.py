@@ -81,7 +81,7 @@ class Panel:
         return any(tag in self.tags or (families and tag.startswith(families)) for tag in run.curves)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Section:
     """A figure with what is said about it.
 
@@ -388,83 +388,83 @@ _LOG_EVERY = 'set "log_every" in the "sparkling" block and enable a monitor'
 _MEDIAN = (("-", "median"), (SHADE, "least to largest"))
 SECTIONS = (
     Section(
-        "loss-by-tokens",
-        "Loss by tokens",
-        "The same tokens are the same data. The wider a model, the more compute they take.",
-        _AS_THE_JOB,
-        (Panel((*facts.TRAINING, facts.VALIDATION), "loss", _loss),),
-        ((DOT, "validation"), (FAINT, "training")),
+        name="loss-by-tokens",
+        title="Loss by tokens",
+        caption="The same tokens are the same data. The wider a model, the more compute they take.",
+        switch=_AS_THE_JOB,
+        panels=(Panel((*facts.TRAINING, facts.VALIDATION), "loss", _loss),),
+        marks=((DOT, "validation"), (FAINT, "training")),
     ),
     Section(
-        "loss-by-compute",
-        "Loss by compute",
-        "Over 6 x active parameters x tokens. What a run ends at is what its compute buys; a run that is still on its "
-        "way, its learning rate high, shows more than it would have ended at.",
-        _AS_THE_JOB,
-        (Panel((facts.COMPUTE,), "loss", _loss_by_compute),),
-        ((DOT, "validation"), (FAINT, "training")),
+        name="loss-by-compute",
+        title="Loss by compute",
+        caption="Over 6 x active parameters x tokens. What a run ends at is what its compute buys; a run that is "
+        "still on its way, its learning rate high, shows more than it would have ended at.",
+        switch=_AS_THE_JOB,
+        panels=(Panel((facts.COMPUTE,), "loss", _loss_by_compute),),
+        marks=((DOT, "validation"), (FAINT, "training")),
         by_compute=True,
     ),
     Section(
-        "activation-drift",
-        "Activation RMS",
-        "RMS of what comes out of each block, over that of the same run at one point for all runs: right before the "
-        "earliest growth. Below, its ratio to what goes in, over that before the run's latest growth. A growth should "
-        "leave both where they were; training moves them.",
-        _DIAGNOSE_EVERY,
-        (
+        name="activation-drift",
+        title="Activation RMS",
+        caption="RMS of what comes out of each block, over that of the same run at one point for all runs: right "
+        "before the earliest growth. Below, its ratio to what goes in, over that before the run's latest "
+        "growth. A growth should leave both where they were; training moves them.",
+        switch=_DIAGNOSE_EVERY,
+        panels=(
             Panel(("activation_rms/",), "RMS, relative", _rms),
             Panel(("activation_drift/",), "RMS out / in, relative", _drift, _grew),
         ),
-        _MEDIAN,
+        marks=_MEDIAN,
     ),
     Section(
-        "symmetry",
-        "Symmetry of copied units",
-        "Cosine between copied units and their sources, in weights and in gradients. Units that stay at 1 learn the "
-        "same as their sources.",
-        f"{_DIAGNOSE_EVERY}; only growths that copy units have any",
-        (
+        name="symmetry",
+        title="Symmetry of copied units",
+        caption="Cosine between copied units and their sources, in weights and in gradients. Units that stay at 1 "
+        "learn the same as their sources.",
+        switch=f"{_DIAGNOSE_EVERY}; only growths that copy units have any",
+        panels=(
             Panel(("twins/cosine",), "cosine, weights", _twins, _grew),
             Panel(("twins/gradient_cosine",), "cosine, gradients", _twin_gradients, _grew),
         ),
-        (("-", "mean"), (":", "closest pair")),
+        marks=(("-", "mean"), (":", "closest pair")),
     ),
     Section(
-        "learning-rates",
-        "Learning rates",
-        "By birth. Of equal curves one hides the others.",
-        _LOG_EVERY,
-        (Panel(("Train/Samples/lr", "lr/"), "learning rate", _rates),),
-        (("-", "old elements"), ("--", "born in growth 1"), (":", "in growth 2"), ("-.", "in growth 3")),
+        name="learning-rates",
+        title="Learning rates",
+        caption="By birth. Of equal curves one hides the others.",
+        switch=_LOG_EVERY,
+        panels=(Panel(("Train/Samples/lr", "lr/"), "learning rate", _rates),),
+        marks=(("-", "old elements"), ("--", "born in growth 1"), (":", "in growth 2"), ("-.", "in growth 3")),
     ),
     Section(
-        "updates",
-        "Size of updates",
-        "RMS of an optimizer step, since the first growth.",
-        _LOG_EVERY,
-        (Panel(("update_rms/",), "RMS of the update", _updates, _grew),),
-        (("-", "old elements"), ("--", "born in the latest growth")),
+        name="updates",
+        title="Size of updates",
+        caption="RMS of an optimizer step, since the first growth.",
+        switch=_LOG_EVERY,
+        panels=(Panel(("update_rms/",), "RMS of the update", _updates, _grew),),
+        marks=(("-", "old elements"), ("--", "born in the latest growth")),
         log=True,
     ),
     Section(
-        "effective-rank",
-        "Effective rank",
-        "Of the weights that are watched.",
-        _DIAGNOSE_EVERY,
-        (Panel(("effective_rank/",), "effective rank", _rank),),
-        _MEDIAN,
+        name="effective-rank",
+        title="Effective rank",
+        caption="Of the weights that are watched.",
+        switch=_DIAGNOSE_EVERY,
+        panels=(Panel(("effective_rank/",), "effective rank", _rank),),
+        marks=_MEDIAN,
     ),
     Section(
-        "routing",
-        "Routing",
-        "Entropy of the routers, median and range over blocks; and the load of the most and of the least loaded expert "
-        "of any block, over an even load: 0 is dead.",
-        _DIAGNOSE_EVERY,
-        (
+        name="routing",
+        title="Routing",
+        caption="Entropy of the routers, median and range over blocks; and the load of the most and of the least "
+        "loaded expert of any block, over an even load: 0 is dead.",
+        switch=_DIAGNOSE_EVERY,
+        panels=(
             Panel(("router/entropy/",), "entropy [nats]", _entropy, _may_have_experts),
             Panel(("router/load_max/", "router/load_min/"), "load over even load", _load, _may_have_experts),
         ),
-        (("-", "median entropy; most loaded expert"), (SHADE, "over blocks"), ("--", "least loaded expert")),
+        marks=(("-", "median entropy; most loaded expert"), (SHADE, "over blocks"), ("--", "least loaded expert")),
     ),
 )

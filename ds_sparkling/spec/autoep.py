@@ -18,7 +18,7 @@ _ROUTER, _SHARED, _SHARED_GATE = "router", "shared_experts", "shared_experts_gat
 _SHARED_OF_PRESETS = {"qwen3_moe": "shared_expert", "qwen3_5_moe": "shared_expert"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BlockNames:
     """What a block of the model as built calls its parts.
 
@@ -45,13 +45,14 @@ class BlockNames:
         """Those that the ``"expert_parallel"`` block gives; the defaults are those of all of DeepSpeed's presets."""
         block = ds_config.get("expert_parallel") or {}
         return cls(
-            block.get("router_pattern") or cls.router,
-            block.get("expert_pattern") or cls.experts,
-            block.get("expert_w1") or cls.gate,
-            block.get("expert_w2") or cls.down,
-            block.get("expert_w3", cls.up),
-            block.get("shared_experts_pattern") or _SHARED_OF_PRESETS.get(str(block.get("preset_model")), cls.shared),
-            block.get("shared_experts_gate_pattern") or cls.shared_gate,
+            router=block.get("router_pattern") or cls.router,
+            experts=block.get("expert_pattern") or cls.experts,
+            gate=block.get("expert_w1") or cls.gate,
+            down=block.get("expert_w2") or cls.down,
+            up=block.get("expert_w3", cls.up),
+            shared=block.get("shared_experts_pattern")
+            or _SHARED_OF_PRESETS.get(str(block.get("preset_model")), cls.shared),
+            shared_gate=block.get("shared_experts_gate_pattern") or cls.shared_gate,
         )
 
     def found_in(self, block: str, names: Collection[str]) -> BlockNames:

@@ -19,9 +19,9 @@ def layouts(draw: st.DrawFn) -> Layout:
     shared = draw(st.integers(1, 3))
     ranks = shared * draw(st.integers(1, 4))
     settings = Settings(
-        stage,
-        ranks,
-        shared,
+        stage=stage,
+        ranks=ranks,
+        expert_parallel=shared,
         sub_group_size=draw(st.integers(1, 60)),
         round_robin=stage < 3 and draw(st.booleans()),
         parameter_alignment=stage < 3 and draw(st.booleans()),

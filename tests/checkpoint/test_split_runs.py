@@ -91,4 +91,4 @@ def test_runs_that_are_split_otherwise_are_refused_by_what_they_are(kind: str, s
     checkpoint = saved(case)
     change(checkpoint / TAG)
     with Team() as team, pytest.raises(UnsupportedError, match=f"{TAG}.*: checkpoints with {words}.* aren't supported"):
-        prepare(Request(checkpoint, checkpoint.parent / "out"), team)
+        prepare(Request(checkpoint=checkpoint, out=checkpoint.parent / "out"), team)

@@ -33,8 +33,16 @@ CASES = [
 def setting(case: tiny.Case) -> Setting:
     mixed = bool(case.top)
     size = 2 if case.bf16 else 4
-    offload = ["offload_optimizer" in case.zero, "offload_param" in case.zero]
-    return Setting(case.ranks, case.stage, max(case.ep, 1), size, 4 if mixed else size, 2, *offload)
+    return Setting(
+        ranks=case.ranks,
+        stage=case.stage,
+        expert_parallel=max(case.ep, 1),
+        weight_bytes=size,
+        gradient_bytes=4 if mixed else size,
+        states=2,
+        offload_optimizer="offload_optimizer" in case.zero,
+        offload_weights="offload_param" in case.zero,
+    )
 
 
 def probed(case: tiny.Case) -> Model:

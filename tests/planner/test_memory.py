@@ -29,7 +29,7 @@ PIECE = 13 + 15
     ],
 )
 def test_training_by_hand(stage: int, expected: Memory) -> None:
-    found = training(TENSORS, Setting(8, stage, 2))
+    found = training(TENSORS, Setting(ranks=8, stage=stage, expert_parallel=2))
     assert found.device == expected
     assert found.host == Memory()
     assert found.total == sum(vars(expected).values())
@@ -37,17 +37,19 @@ def test_training_by_hand(stage: int, expected: Memory) -> None:
 
 @pytest.mark.parametrize(("stage", "masters"), [(0, 0), (1, 4 * PIECE), (2, 4 * PIECE), (3, 4 * PIECE)])
 def test_fp32_weights_are_their_own_masters_without_zero_only(stage: int, masters: int) -> None:
-    found = training(TENSORS, Setting(8, stage, 2, weight_bytes=4, gradient_bytes=4)).device
+    found = training(TENSORS, Setting(ranks=8, stage=stage, expert_parallel=2, weight_bytes=4, gradient_bytes=4)).device
     assert found.masters == masters
     assert found.weights == 4 * (PIECE + 1 if stage == 3 else 167)
 
 
 def test_offload_by_hand() -> None:
-    found = training(TENSORS, Setting(8, 3, 2, offload_optimizer=True, offload_weights=True))
+    found = training(
+        TENSORS, Setting(ranks=8, stage=3, expert_parallel=2, offload_optimizer=True, offload_weights=True)
+    )
     assert found.device == Memory()
     gradients = (4 + 2) * PIECE
-    assert found.host == Memory(2 * (PIECE + 1), masters=4 * PIECE, state=8 * PIECE, gradients=gradients)
-    flat = training(TENSORS, Setting(8, 1, 2, offload_optimizer=True))
+    assert found.host == Memory(weights=2 * (PIECE + 1), masters=4 * PIECE, state=8 * PIECE, gradients=gradients)
+    flat = training(TENSORS, Setting(ranks=8, stage=1, expert_parallel=2, offload_optimizer=True))
     assert flat.device == Memory(weights=2 * 167, gradients=2 * 160)
     assert flat.host == Memory(masters=4 * PIECE, state=8 * PIECE, gradients=(4 + 2) * PIECE)
 
@@ -58,7 +60,7 @@ WIDER_PIECE = 50 + 60
 
 
 def test_growing_by_hand() -> None:
-    found = growing(TENSORS, WIDER, Setting(8, 3, 2)).device
+    found = growing(TENSORS, WIDER, Setting(ranks=8, stage=3, expert_parallel=2)).device
     assert found == Memory(
         weights=2 * (WIDER_PIECE + 4),
         masters=4 * WIDER_PIECE,
@@ -70,7 +72,7 @@ def test_growing_by_hand() -> None:
 
 
 def test_without_zero_nothing_is_gathered_or_received() -> None:
-    setting = Setting(8, 0, 2)
+    setting = Setting(ranks=8, stage=0, expert_parallel=2)
     found = growing(TENSORS, WIDER, setting).device
     assert found == Memory(weights=2 * 668, masters=4 * 640, state=8 * 640, old=12 * 160 + 2 * 7)
     sent = traffic(TENSORS, WIDER, 10_000, setting, checkpoint=False)
@@ -79,21 +81,21 @@ def test_without_zero_nothing_is_gathered_or_received() -> None:
 
 
 def test_growing_with_offload_keeps_the_old_state_on_the_host() -> None:
-    found = growing(TENSORS, WIDER, Setting(8, 2, 2, offload_optimizer=True))
+    found = growing(TENSORS, WIDER, Setting(ranks=8, stage=2, expert_parallel=2, offload_optimizer=True))
     assert found.host.old == 12 * PIECE
     own = 13 + 50  # pieces before and after of the largest tensor, which pass through the device
     assert found.device == Memory(weights=2 * 668, old=2 * 7, gathered=4 * 104 + 4 * own)
 
 
 def test_traffic_by_hand() -> None:
-    sent = traffic(TENSORS, WIDER, 10_000, Setting(8, 3, 2), checkpoint=True)
+    sent = traffic(TENSORS, WIDER, 10_000, Setting(ranks=8, stage=3, expert_parallel=2), checkpoint=True)
     others = 7 * 13 + 3 * 15
     assert sent.moved == 12 * others + 2 * 7 * 1
     assert sent.start == 2 * 10_000
     assert sent.refreshed == 0
     assert sent.received == sent.moved + sent.start
     assert sent.checkpoint == 2 * (PIECE + 1) + 12 * PIECE
-    flat = traffic(TENSORS, WIDER, 10_000, Setting(8, 1, 2), checkpoint=False)
+    flat = traffic(TENSORS, WIDER, 10_000, Setting(ranks=8, stage=1, expert_parallel=2), checkpoint=False)
     assert flat.moved == 12 * others
     assert flat.refreshed == 2 * (7 * 50 + 3 * 60)
     assert flat.start == 2 * 668
@@ -101,18 +103,18 @@ def test_traffic_by_hand() -> None:
 
 def test_one_rank_receives_nothing() -> None:
     for stage in range(4):
-        sent = traffic(TENSORS, WIDER, 10_000, Setting(1, stage), checkpoint=False)
+        sent = traffic(TENSORS, WIDER, 10_000, Setting(ranks=1, stage=stage), checkpoint=False)
         assert sent.received == 0
-        assert growing(TENSORS, WIDER, Setting(1, stage)).device.gathered == 0
+        assert growing(TENSORS, WIDER, Setting(ranks=1, stage=stage)).device.gathered == 0
 
 
 def test_experts_of_one_rank_each_are_not_broadcast() -> None:
-    sent = traffic(TENSORS, WIDER, 10_000, Setting(2, 0, 2), checkpoint=False)
+    sent = traffic(TENSORS, WIDER, 10_000, Setting(ranks=2, stage=0, expert_parallel=2), checkpoint=False)
     assert sent.start == 2 * (400 + 28)
 
 
 def test_the_model_is_built_whole_unless_zero_3_partitions_it_at_once() -> None:
-    assert [built_whole(5, Setting(4, stage)) for stage in range(4)] == [20, 20, 20, 0]
+    assert [built_whole(5, Setting(ranks=4, stage=stage)) for stage in range(4)] == [20, 20, 20, 0]
 
 
 def tensors() -> st.SearchStrategy[list[ParameterSize]]:
@@ -124,7 +126,7 @@ def test_partitions_hold_and_gather_what_the_pieces_say(
     held: list[ParameterSize], stage: int, expert_parallel: int, replicas: int, states: int
 ) -> None:
     """Against the pieces that the engine room works with, rank by rank."""
-    setting = Setting(expert_parallel * replicas, stage, expert_parallel, states=states)
+    setting = Setting(ranks=expert_parallel * replicas, stage=stage, expert_parallel=expert_parallel, states=states)
     if expert_parallel == 1:
         held = [ParameterSize(tensor.numel, trained=tensor.trained) for tensor in held]
     trained = [tensor for tensor in held if tensor.trained]
@@ -152,10 +154,12 @@ def test_partitions_hold_and_gather_what_the_pieces_say(
 
 @given(tensors(), st.integers(0, 3), st.integers(1, 4), st.integers(1, 4))
 def test_more_partitioning_never_takes_more(held: list[ParameterSize], stage: int, shared: int, replicas: int) -> None:
-    here = training(held, Setting(shared * replicas, stage, shared))
+    here = training(held, Setting(ranks=shared * replicas, stage=stage, expert_parallel=shared))
     if stage < 3:
         # Padding: an element per tensor and kind.
-        assert training(held, Setting(shared * replicas, stage + 1, shared)).total <= here.total + 16 * len(held)
+        assert training(
+            held, Setting(ranks=shared * replicas, stage=stage + 1, expert_parallel=shared)
+        ).total <= here.total + 16 * len(held)
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,9 @@ def grow_both_ways(
     engine.destroy()
     if dist.get_rank() == 0:
         (scratch / "config.json").write_text(json.dumps(dict(config)))
-        request = Request(scratch / "narrow", scratch / "wide", dict(after), config=str(scratch / "config.json"))
+        request = Request(
+            checkpoint=scratch / "narrow", out=scratch / "wide", widths=dict(after), config=str(scratch / "config.json")
+        )
         with Team() as team:
             expand(prepare(request, team), team)
     dist.barrier()

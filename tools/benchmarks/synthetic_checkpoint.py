@@ -75,7 +75,7 @@ class _Synthetic(Source):
             ),
         ]
         super().__init__(Path(_TAG))
-        self.layout = make_layout(Settings(3, ranks, expert_parallel), params, groups)
+        self.layout = make_layout(Settings(stage=3, ranks=ranks, expert_parallel=expert_parallel), params, groups)
         self.record = GrowthRecord(widths, dict(axes), tried=tuple(widths))
         self._config = config
         self._blocks = blocks
