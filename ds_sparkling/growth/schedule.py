@@ -7,8 +7,9 @@ base rate of that moment.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 from pydantic import Field, PlainValidator, model_validator
@@ -70,6 +71,93 @@ class CosineBase(Checked):
         return end + 2.0 * (start - end) / (1.0 + math.cos(math.pi * done))
 
 
+class Curve(ABC):
+    """The learning rate of the elements of one growth."""
+
+    #: Whether the rate is further multiplied by a ratio of weight norms, parameter by parameter.
+    follows_norms = False
+
+    @abstractmethod
+    def rate(self, age: int, group: int, base_rate: float) -> float:
+        """eta_new of a parameter group.
+
+        Args:
+            age: steps done since the growth, t - t_e.
+            group: the parameter group's index.
+            base_rate: its base rate now.
+        """
+
+
+class BaseRate(Curve):
+    """No re-warm-up: the base schedule."""
+
+    def rate(self, age: int, group: int, base_rate: float) -> float:
+        return base_rate
+
+
+class WeightNormRewarmup(BaseRate):
+    """The base schedule, times ||W_new|| / ||W_old|| of each parameter (Yuan et al. 2023, arXiv:2306.12700)."""
+
+    follows_norms = True
+
+
+@dataclass(frozen=True)
+class FactorRewarmup(Curve):
+    """The base rate times a factor that goes from 1 to rho in tau_w steps, and stays there or goes back to 1 along half
+    a cosine."""
+
+    rewarmup: Rewarmup
+
+    def rate(self, age: int, group: int, base_rate: float) -> float:
+        ratio, steps, decay = self.rewarmup.ratio, self.rewarmup.steps, self.rewarmup.decay_steps
+        if decay is not None:
+            return base_rate * warmup_cosine(age, warmup=steps, total=steps + decay, start=1.0, peak=ratio, end=1.0)
+        return base_rate * (1.0 + (ratio - 1.0) * (age / steps if age < steps else 1.0))
+
+
+@dataclass(frozen=True)
+class CosineRewarmup(Curve):
+    """f(t - t_e; tau_w, T - t_e, eta_e, rho eta_e, eta_min) (Eq. 27-28) until the base's end, and the base rate from
+    there on. A faster decay has less than T - t_e steps for it."""
+
+    rewarmup: Rewarmup
+    starts: tuple[float, ...]
+    base: CosineBase
+
+    def rate(self, age: int, group: int, base_rate: float) -> float:
+        if age >= self.base.remaining:
+            return base_rate
+        start = self.starts[group]
+        return warmup_cosine(
+            age,
+            warmup=self.rewarmup.steps,
+            total=round(self.base.remaining * (1.0 - self.rewarmup.faster_decay)),
+            start=start,
+            peak=self.rewarmup.ratio * start,
+            end=self.base.ends[group],
+        )
+
+
+@dataclass(frozen=True)
+class OtherStepRewarmup(Curve):
+    """The base schedule from another step t_s on: f(t_s + t - t_e; T_w, T, 0, eta_max, eta_min), which may not come to
+    its end by T."""
+
+    from_step: int
+    starts: tuple[float, ...]
+    base: CosineBase
+
+    def rate(self, age: int, group: int, base_rate: float) -> float:
+        return warmup_cosine(
+            self.from_step + age,
+            warmup=self.base.warmup,
+            total=self.base.total,
+            start=0.0,
+            peak=self.base.peak(group, self.starts[group]),
+            end=self.base.ends[group],
+        )
+
+
 @checked()
 class Birth(Checked):
     """The schedule of the elements that one growth made."""
@@ -91,50 +179,27 @@ class Birth(Checked):
         return replace(self, age=self.age + 1)
 
     @property
+    def curve(self) -> Curve:
+        """What its elements' rate follows: the one that ``auto`` came to when the growth happened, too."""
+        rewarmup, base = self.rewarmup, self.base
+        if rewarmup.scope is Scope.NONE:
+            return BaseRate()
+        if rewarmup.curve is RewarmupCurve.WEIGHT_NORM:
+            return WeightNormRewarmup()
+        if base is None:
+            return FactorRewarmup(rewarmup)
+        if rewarmup.from_step is not None:
+            return OtherStepRewarmup(rewarmup.from_step, self.starts, base)
+        return CosineRewarmup(rewarmup, self.starts, base)
+
+    @property
     def follows_norms(self) -> bool:
         """Whether the rate is further multiplied by a ratio of weight norms, parameter by parameter."""
-        return self.rewarmup.curve is RewarmupCurve.WEIGHT_NORM
+        return self.curve.follows_norms
 
     def rate(self, group: int, base_rate: float) -> float:
-        """eta_new of parameter group ``group``, whose base rate is now ``base_rate``.
-
-        With a cosine base, f(t - t_e; tau_w, T - t_e, eta_e, rho eta_e, eta_min) (Eq. 27-28) until the base's end, and
-        the base rate from there on; a faster decay has less than T - t_e steps for it. If it goes on from another step
-        t_s of the base schedule, f(t_s + t - t_e; T_w, T, 0, eta_max, eta_min), which may not come to its end by T.
-        Without a cosine base, the base rate times a factor that goes from 1 to rho in tau_w steps, and stays there or
-        goes back to 1 along half a cosine.
-        """
-        ratio, steps = self.rewarmup.ratio, self.rewarmup.steps
-        if self.rewarmup.scope is Scope.NONE:
-            return base_rate
-        if self.base is not None and self.rewarmup.from_step is not None:
-            return warmup_cosine(
-                self.rewarmup.from_step + self.age,
-                warmup=self.base.warmup,
-                total=self.base.total,
-                start=0.0,
-                peak=self.base.peak(group, self.starts[group]),
-                end=self.base.ends[group],
-            )
-        if self.base is not None and self.age >= self.base.remaining:
-            return base_rate
-        if self.base is None:
-            return base_rate * self._factor()
-        start = self.starts[group]
-        return warmup_cosine(
-            self.age,
-            warmup=steps,
-            total=round(self.base.remaining * (1.0 - self.rewarmup.faster_decay)),
-            start=start,
-            peak=ratio * start,
-            end=self.base.ends[group],
-        )
-
-    def _factor(self) -> float:
-        ratio, steps, decay = self.rewarmup.ratio, self.rewarmup.steps, self.rewarmup.decay_steps
-        if decay is None:
-            return 1.0 + (ratio - 1.0) * (self.age / steps if self.age < steps else 1.0)
-        return warmup_cosine(self.age, warmup=steps, total=steps + decay, start=1.0, peak=ratio, end=1.0)
+        """eta_new of parameter group ``group``, whose base rate is now ``base_rate``."""
+        return self.curve.rate(self.age, group, base_rate)
 
 
 def rates_by_birth(births: Sequence[Birth], group: int, base_rate: float) -> list[float]:

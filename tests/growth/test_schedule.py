@@ -10,7 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ds_sparkling.errors import ConfigError
-from ds_sparkling.growth.schedule import Birth, CosineBase, rates_by_birth, warmup_cosine
+from ds_sparkling.growth.schedule import (
+    BaseRate,
+    Birth,
+    CosineBase,
+    CosineRewarmup,
+    Curve,
+    FactorRewarmup,
+    OtherStepRewarmup,
+    WeightNormRewarmup,
+    rates_by_birth,
+    warmup_cosine,
+)
 from ds_sparkling.spec.strategy import Rewarmup, RewarmupCurve, Scope
 
 rates = st.floats(1e-6, 1.0)
@@ -119,3 +130,24 @@ def test_a_birth_survives_json(birth: Birth) -> None:
 def test_a_rewarmup_that_makes_no_sense_is_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=rf"rewarmup\.{next(iter(wrong))}"):
         Rewarmup(**wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("rewarmup", "cosine", "curve"),
+    [
+        ({"scope": Scope.NONE}, True, BaseRate),
+        ({"curve": RewarmupCurve.AUTO}, True, CosineRewarmup),
+        ({"curve": RewarmupCurve.AUTO}, False, FactorRewarmup),
+        ({"curve": RewarmupCurve.COSINE}, True, CosineRewarmup),
+        ({"curve": RewarmupCurve.FACTOR}, False, FactorRewarmup),
+        ({"ratio": 1.0, "steps": 0, "from_step": 3}, True, OtherStepRewarmup),
+        ({"ratio": 1.0, "steps": 0, "curve": RewarmupCurve.WEIGHT_NORM}, False, WeightNormRewarmup),
+    ],
+)
+def test_every_curve_is_a_class_and_auto_becomes_one(
+    rewarmup: dict[str, object], cosine: bool, curve: type[Curve]
+) -> None:
+    base = CosineBase(1000, (0.001, 0.002), 2000, 60) if cosine else None
+    found = birth(0, base, **rewarmup)
+    assert type(found.curve) is curve
+    assert found.follows_norms == (curve is WeightNormRewarmup)
