@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from ds_sparkling.discovery.trial import Trial, TrialModel
 from ds_sparkling.growth import GrowthPlan, make_plan
 from ds_sparkling.spec.axes import ParamAxes
 from ds_sparkling.spec.strategy import Strategy
+from ds_sparkling.tables import text_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +100,7 @@ class GrowthReport:
             )
             for row in self.rows
         ]
-        return _table(("RMS of the output", "before", "after", "ratio"), body)
+        return text_table([("RMS of the output", "before", "after", "ratio"), *body], left=[0])
 
     def _tensors(self) -> list[str]:
         body = [
@@ -114,7 +115,7 @@ class GrowthReport:
             for tally in self.tallies
         ]
         header = ("tensors", "before", "after", "old", "copied", "random", "zero", "RMS before", "RMS after")
-        return _table(header, body)
+        return text_table([header, *body], left=[0])
 
 
 def check_growth(
@@ -209,12 +210,3 @@ def _report(
         promise=promise,
         broken=tuple(broken + ([refusal] if refusal else [])),
     )
-
-
-def _table(header: tuple[str, ...], body: Sequence[tuple[str, ...]]) -> list[str]:
-    """Lines of a table; the first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(header, *body, strict=True)]
-    return [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
-        for row in (header, *body)
-    ]

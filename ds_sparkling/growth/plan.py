@@ -17,6 +17,7 @@ from ds_sparkling.growth.scaling import AxisGrowth
 from ds_sparkling.growth.tables import GrowthTables
 from ds_sparkling.spec.axes import Dim, Norm, ParamAxes, Role
 from ds_sparkling.spec.strategy import Strategy
+from ds_sparkling.tables import text_table
 
 Shape = tuple[int, ...]
 #: Which share of its experts' parameters one token uses (top-k over experts): of all that are stacked, or by name.
@@ -156,10 +157,7 @@ class GrowthPlan:
         unchanged = sum(not param.grows for param in self.params)
         header = ("tensors", "before", "after", "grows along", "factor", "new elements")
         body = [(str(count), *kind, f"{new:,}") for kind, (count, new) in rows.items()]
-        widths = [max(map(len, column)) for column in zip(header, *body, strict=True)]
-        table = [
-            "  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in (header, *body)
-        ]
+        table = text_table([header, *body], left=range(len(header)), indent="  ")
         buffers = sum(buffer.grows for buffer in self.buffers)
         followers = [f"  {buffers} buffers grow along, new entries as their sources'"] if buffers else []
         return [*table, f"  {unchanged} tensors keep their shape", *followers]

@@ -16,6 +16,7 @@ from ds_sparkling.job.variant_config import as_variant
 from ds_sparkling.job.variants import Variant
 from ds_sparkling.spec.config import read_json
 from ds_sparkling.spec.run_summary import RunSummary, read_summary
+from ds_sparkling.tables import text_table
 
 
 def compare(args: argparse.Namespace, job: Sequence[str]) -> str:
@@ -83,11 +84,7 @@ def describe(summaries: Mapping[Variant, RunSummary]) -> str:
         )
         for variant, run in summaries.items()
     ]
-    widths = [max(map(len, column)) for column in zip(header, *body, strict=True)]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
-        for row in (header, *body)
-    ]
+    lines = text_table([header, *body], left=[0])
     grown = summaries[Variant.GROWN]
     for variant, other in summaries.items():
         if variant is not Variant.GROWN:

@@ -12,6 +12,7 @@ from ds_sparkling.planner.costs import Cost, cost
 from ds_sparkling.planner.memory import Footprint, Memory
 from ds_sparkling.planner.recipes import alternatives, equal_share, planned
 from ds_sparkling.planner.subject import PlannedRun
+from ds_sparkling.tables import text_table
 
 #: Shares of the tokens that the table of growth steps has.
 SHARES = tuple(tenth / 10 for tenth in range(1, 10))
@@ -223,16 +224,7 @@ def _of(footprint: Footprint, place: str) -> Memory:
 
 
 def _table(rows: Sequence[tuple[str, ...]], left: tuple[int, ...] = ()) -> str:
-    """Aligned columns, indented; those in ``left`` to the left."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.ljust(width) if index in left else cell.rjust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append(f"  {'  '.join(cells)}".rstrip())
-    return "\n".join(lines)
+    return "\n".join(text_table(rows, left=left, indent="  "))
 
 
 def _si(count: int) -> str:

@@ -6,7 +6,7 @@ They come out of the scheduler that trains, driven as the engine drives it.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from ds_sparkling.growth.schedule import Birth
 from ds_sparkling.optim.scheduler import RewarmupScheduler
 from ds_sparkling.spec.config import BLOCK, GrowthConfig, SparklingConfig
 from ds_sparkling.spec.strategy import Scope
+from ds_sparkling.tables import text_table
 
 #: A rate this close to the base rate, as a share of it, counts as having met it.
 _CLOSE = 0.01
@@ -181,16 +182,9 @@ def _table(curves: RateCurves) -> list[str]:
         rates = [curve[step] for curve in curves.shown.values()]
         cells = ["" if np.isnan(rate) else f"{rate:.3e} {_times(rate, base):>6}" for rate in rates]
         rows.append([str(step), f"{base:.3e}", *cells, ", ".join(notes)])
-    return _aligned(rows)
+    return text_table(rows, left=[len(rows[0]) - 1])
 
 
 def _times(rate: float, base: float) -> str:
     """A rate as a multiple of another; a dash where that is zero."""
     return f"{rate / base:.2f}x" if base else "-"
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of cells as lines: numbers to the right, the last column to the left."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)][:-1]
-    lines = [[*(cell.rjust(width) for cell, width in zip(row, widths, strict=False)), row[-1]] for row in rows]
-    return ["  ".join(line).rstrip() for line in lines]

@@ -11,6 +11,7 @@ from ds_sparkling.report.events import ReadRun
 from ds_sparkling.report.pictures import Section, Style
 from ds_sparkling.report.template import PAGE
 from ds_sparkling.report.verdict import Finding, Kind, headline, shortlist
+from ds_sparkling.tables import text_table
 
 HEADER = ("run", "validation loss", "jump at growth", "tokens", "compute [FLOPs]", "parameters", "active", "time [s]")
 #: The first pictures, which the headline rests on; the others are folded away.
@@ -123,12 +124,7 @@ def _widths(widths: dict[str, int]) -> str:
 
 def text(runs: Sequence[ReadRun], findings: Sequence[Finding]) -> str:
     """The table, the headline and the verdict as plain text."""
-    table = [HEADER, *rows(runs)]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
-        for row in table
-    ]
+    lines = text_table([HEADER, *rows(runs)], left=[0])
     first, rest = shortlist(findings)
     short = ["", headline(runs), "", *(finding.text for finding in first)]
     return "\n".join([*lines, *short, *(["", "In detail:"] if rest else []), *(finding.text for finding in rest)])

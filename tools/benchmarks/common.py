@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ds_sparkling.tables import text_table
+
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
@@ -23,8 +25,7 @@ def table(columns: Columns, rows: Sequence[DataclassInstance]) -> str:
     lines = [[header for header, _ in columns]]
     for row in rows:
         lines.append([form.format(value) for (_, form), value in zip(columns, vars(row).values(), strict=True)])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+    return "\n".join(text_table(lines))
 
 
 def free_port() -> int:
