@@ -18,14 +18,17 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from psutil import NoSuchProcess
+
 from benchmarks.common import free_port
-from patience import QUIET, Patience
+from patience import QUIET, Patience, family
 
 #: Seconds that the others have once a rank has failed.
 AFTER_A_FAILURE = 10.0
@@ -83,7 +86,9 @@ class Workers:
 
     def stop(self) -> None:
         for process in self._processes:
-            process.kill()
+            for one in family(process.pid):  # loaders of data, too, which wouldn't notice
+                with suppress(NoSuchProcess):
+                    one.kill()
         for process in self._processes:
             process.join()
         for file in self._stacks:

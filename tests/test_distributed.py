@@ -14,6 +14,7 @@ import torch
 
 from distributed import Workers
 from launching import outcome
+from patience import family
 
 
 def be_there() -> int:
@@ -71,6 +72,20 @@ def test_the_failure_of_one_rank_is_told_soon(job: Callable[[], None], says: str
     with pytest.raises(AssertionError, match=says):
         ranks.run(job)
     assert time.monotonic() - began < ranks.quiet / 2
+
+
+def start_another() -> int:
+    return subprocess.Popen(["sleep", "1000"]).pid
+
+
+def test_what_ranks_have_started_ends_with_them(ranks: Workers) -> None:
+    started = ranks.run(start_another)
+    assert all(family(pid) for pid in started)
+    ranks.stop()
+    deadline = time.monotonic() + 30
+    while any(one.status() != "zombie" for pid in started for one in family(pid)):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 #: Two processes, of which each waits for the other.
