@@ -97,8 +97,8 @@ BROKEN_LINES = (
     BrokenLine("growth/schedule.py", "0.5 * (peak - end) * (1.0", "0.5 * peak * (1.0", "tests/growth/test_schedule.py"),
     BrokenLine(
         "growth/schedule.py",
-        "self.age >= self.base.remaining",
-        "self.age > self.base.remaining",
+        "if age >= self.base.remaining:",
+        "if age > self.base.remaining:",
         "tests/growth/test_schedule.py tests/optim/test_scheduler.py",
     ),
     # -- which rank holds what, and what a run remembers
