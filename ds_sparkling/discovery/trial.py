@@ -36,6 +36,7 @@ from ds_sparkling.growth import GrowthPlan
 from ds_sparkling.growth.plan import ParamPlan, axis_growths
 from ds_sparkling.growth.scaling import AxisGrowth, keeps_function, whole_ratios
 from ds_sparkling.spec.axes import ParamAxes, Role
+from ds_sparkling.spec.record import growth_in_words
 from ds_sparkling.spec.strategy import Split, Strategy
 
 #: Copies whose consumers' weights are shared at random.
@@ -70,7 +71,7 @@ class TrialGrowth:
     def words(self) -> str:
         """What grows, in words."""
         after = self.after or {}
-        return ", ".join(f"{axis} {self.widths[axis]} -> {after.get(axis, 'wider')}" for axis in sorted(self.axes))
+        return growth_in_words(self.widths, {axis: after.get(axis, "wider") for axis in self.axes})
 
 
 class Wide:

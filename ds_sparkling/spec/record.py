@@ -49,6 +49,11 @@ class Spent(Checked):
         return Spent(self.tokens + tokens, self.flops + 6.0 * active * tokens)
 
 
+def growth_in_words(before: Mapping[str, int], after: Mapping[str, int | str]) -> str:
+    """What grows, in words: every axis in ``after``, from its width in ``before``."""
+    return ", ".join(f"{axis} {before.get(axis, '?')} -> {after[axis]}" for axis in sorted(after))
+
+
 @checked()
 class GrowthRecord(Checked):
     """The widths a run started with, what its parameters' dimensions are, and the growths so far."""
@@ -66,8 +71,8 @@ class GrowthRecord(Checked):
     proved: Annotated[
         dict[str, Text],
         Field(
-            description="Growths, in words, that were shown to keep the model's function, and the fingerprint of what "
-            "that holds for: the growth, the axes and the model."
+            description="Growths to come, in words, that were shown to keep the model's function, and the fingerprint "
+            "of what that holds for: the growth, the axes and the model."
         ),
     ] = field(default_factory=dict, compare=False, kw_only=True)
 
@@ -91,9 +96,11 @@ class GrowthRecord(Checked):
     def after(
         self, widths: Mapping[str, int], strategy: Strategy, *, step: int, planned_step: int | None
     ) -> GrowthRecord:
-        """The record once the axes in ``widths`` have grown to them."""
+        """The record once the axes in ``widths`` have grown to them; what proved this growth has served."""
         growth = RecordedGrowth(step, planned_step, dict(widths), strategy)
-        return replace(self, growths=(*self.growths, growth))
+        done = growth_in_words(self.widths, widths)
+        proved = {words: proof for words, proof in self.proved.items() if words != done}
+        return replace(self, growths=(*self.growths, growth), proved=proved)
 
     @model_serializer(mode="wrap")
     def _as_file(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:

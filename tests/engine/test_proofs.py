@@ -77,6 +77,7 @@ def test_a_planned_growth_is_tried_at_the_start_and_never_again(proofs: Counter[
         record.write(tmp_path)
         assert planning.starting_record(Build(), config, tmp_path, None) == read_record(tmp_path) == record
     assert not proofs
+    assert record.proved == {}  # those of growths that are done have served
 
 
 def test_a_resumed_run_tries_nothing_again(proofs: Counter[str], tmp_path: Path) -> None:
