@@ -79,10 +79,10 @@ def adopt(
     factories = {"optimizer": optimizer, "lr_scheduler": lr_scheduler, "model_parameters": model_parameters}
     all_ranks = FailTogether("adopting the engine")
     with all_ranks:
-        ds_config, block = accepted(build_model, copy.deepcopy(engine.config), factories)
         if hasattr(engine, "sparkling"):
             raise GrowthError("this engine can grow already")
-        refuse_engine(engine)
+        refuse_engine(engine)  # one of another kind may have no config
+        ds_config, block = accepted(build_model, copy.deepcopy(engine.config), factories)
         _check_remade(engine, factories)
     all_ranks.settle()
     looked_at = os.fspath(checkpoint) if checkpoint is not None else None

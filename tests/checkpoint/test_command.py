@@ -181,7 +181,7 @@ def fill_in(hints: dict[str, Any]) -> None:
         (lambda axes: axes.update({r"nothing\..*": {"dims": [{}]}}), r"axes.nothing\\..* matches no parameter"),
         (lambda axes: axes.update({".*": {"dims": [{}]}}), "which differ"),
         (lambda axes: axes.update({r"norm\.weight": {"dims": [{}, {}]}}), "has 2 dims"),
-        (lambda axes: axes.update({r"norm\.weight": {"dims": [{"axis": "hidden_size"}]}}), "'role'"),
+        (lambda axes: axes.update({r"norm\.weight": {"dims": [{"axis": "hidden_size"}]}}), "a role"),
         (lambda axes: axes.update({"(": {"dims": [{}]}}), "unterminated"),
     ],
 )

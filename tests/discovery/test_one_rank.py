@@ -246,7 +246,7 @@ def test_what_needs_other_ranks_is_refused_by_its_name_and_place(case: str) -> N
             call(torch.ones(4), group)
         return nn.Linear(width, width)
 
-    with pytest.raises(UnsupportedError, match=rf"{name}.*test_alone\.py:\d+.*before the engine.*close over"):
+    with pytest.raises(UnsupportedError, match=rf"{name}.*test_one_rank\.py:\d+.*before the engine.*close over"):
         build_on_meta(build_model, {"width": 4})
 
 

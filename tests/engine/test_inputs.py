@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from distributed import Workers
 from ds_sparkling.check.command import main as check_growth
 from ds_sparkling.errors import ConfigError, PlanError
-from ds_sparkling.spec.config import SparklingConfig
+from ds_sparkling.spec.config import SparklingConfig, sparkling_config
 from ds_sparkling.spec.record import GrowthRecord
 
 UNKNOWN = "whether growing keeps the model's function is not known"
@@ -75,7 +75,7 @@ def test_a_name_that_gives_no_inputs_is_an_error_that_says_it(name: str) -> None
 
 def test_the_key_is_a_name() -> None:
     with pytest.raises(ConfigError, match=r"sparkling\.inputs must be module:function"):
-        SparklingConfig.from_dict({"inputs": ["images"]})
+        sparkling_config({"sparkling": {"inputs": ["images"]}})
 
 
 def test_the_check_takes_them(capsys: Any) -> None:

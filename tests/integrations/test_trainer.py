@@ -50,9 +50,11 @@ def test_a_grown_model_is_set_up_as_the_trainer_did_and_the_best_is_forgotten(
     made = trainer(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False})
     callback = SparklingCallback(made, Model)
     callback.on_train_begin(None, SimpleNamespace(is_world_process_zero=False), None)
-    grown, stages = Model(0), [1]
-    made.model_wrapped = SimpleNamespace(module=grown, sparkling=SimpleNamespace(record=SimpleNamespace(stages=stages)))
-    monkeypatch.setattr("ds_sparkling.grow_if_due", lambda _engine: stages.append(2) if grows else None, raising=False)
+    grown, growths = Model(0), [1]
+    made.model_wrapped = SimpleNamespace(
+        module=grown, sparkling=SimpleNamespace(record=SimpleNamespace(growths=growths))
+    )
+    monkeypatch.setattr("ds_sparkling.grow_if_due", lambda _engine: growths.append(2) if grows else None, raising=False)
     state = SimpleNamespace(best_metric=1.0, best_model_checkpoint=None, best_global_step=4, is_world_process_zero=True)
     callback.on_step_begin(None, state, None)
     assert grown.checkpointing == ({"use_reentrant": False} if grows else None)
