@@ -8,7 +8,6 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ds_sparkling.engine.base_scheduler import scheduler_from_json
 from ds_sparkling.errors import ConfigError
 from ds_sparkling.planner.rate_curves import RateCurves, simulate
 from ds_sparkling.spec.config import planned_steps, sparkling_config, value_at
@@ -34,6 +33,8 @@ def curves_of(config: Mapping[str, Any], steps: int | None = None) -> RateCurves
         )
     lr = _lr(config)
     with _quiet():
+        from ds_sparkling.engine.base_scheduler import scheduler_from_json  # DeepSpeed warns when it is imported
+
         return simulate(block, steps, lr, lambda optimizer: scheduler_from_json(config, optimizer))
 
 
