@@ -33,9 +33,10 @@ for checkpoint, out, width in zip(checkpoints[::3], checkpoints[1::3], checkpoin
     gc.collect()
     base = peak = anonymous()
     ended = threading.Event()
-    watcher = threading.Thread(target=watch)
+    watcher = threading.Thread(target=watch, daemon=True)  # an error ends it
     watcher.start()
-    prepared = prepare(Request(Path(checkpoint), Path(out), {"hidden_size": int(width)}, workers=1), Team())
+    request = Request(checkpoint=Path(checkpoint), out=Path(out), widths={"hidden_size": int(width)}, workers=1)
+    prepared = prepare(request, Team())
     expand(prepared, Team())
     ended.set()
     watcher.join()
