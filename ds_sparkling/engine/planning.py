@@ -112,17 +112,18 @@ def knowing(
         started = {axis: record.initial_widths.get(axis, width) for axis, width in widths.items()}
         record = replace(record, initial_widths=started, axes=found.axes, tried=found.tried)
         proofs = [(growth, found.proof) for growth in coming]
-    elif config.check:
+    if not config.check:
+        return record
+    prints = {growth.words: fingerprint(build_model, record.axes, growth, tried_on) for growth in coming}
+    if known:
         proofs = [
             (growth, prove_growth(build_model, record.axes, growth, inputs))
             for growth in coming
-            if record.proved.get(growth.words) != fingerprint(build_model, record.axes, growth, tried_on)
+            if record.proved.get(growth.words) != prints[growth.words]
         ]
-    for doubt in dict.fromkeys(proof.doubt for _, proof in proofs if config.check and proof.doubt):
+    for doubt in dict.fromkeys(proof.doubt for _, proof in proofs if proof.doubt):
         logger.warning("%s", doubt)
-    proved = {
-        growth.words: fingerprint(build_model, record.axes, growth, tried_on) for growth, proof in proofs if proof
-    }
+    proved = {growth.words: prints[growth.words] for growth, proof in proofs if proof}
     return replace(record, proved={**record.proved, **proved})
 
 

@@ -55,7 +55,8 @@ def equal_steps(config: Mapping[str, Any]) -> int:
     Raises:
         ConfigError: if a growth isn't planned within the run's steps.
     """
-    block, steps, final = sparkling_config(config), _steps(config), _final(sparkling_config(config))
+    block, steps = sparkling_config(config), _steps(config)
+    final = _final(block)
     model = probe_model(
         olmoe_factory(OlmoeConfig.from_dict(config.get("model", {}), "model")),
         final,

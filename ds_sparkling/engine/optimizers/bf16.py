@@ -22,11 +22,11 @@ class BF16(OptimizerAdapter):
         yield from enumerate(self.optimizer.bf16_groups)
 
     def trained(self) -> Iterator[Shard]:
-        optimizer = self.optimizer
+        optimizer, names = self.optimizer, self.names
         for i, params in enumerate(optimizer.bf16_groups):
             offsets = [0, *itertools.accumulate(param.numel() for param in params)][:-1]
             flat, group = optimizer.fp32_groups_flat_partition[i], optimizer.real_dp_process_group[i]
-            yield from window_shards(optimizer, self.names, params, offsets, flat, group)
+            yield from window_shards(optimizer, names, params, offsets, flat, group)
 
     @torch.no_grad()
     def finish_writing(self) -> None:

@@ -21,11 +21,11 @@ class Zero1And2(OptimizerAdapter):
         yield from enumerate(self.optimizer.bit16_groups)
 
     def trained(self) -> Iterator[Shard]:
-        optimizer = self.optimizer
+        optimizer, names = self.optimizer, self.names
         for i, params in enumerate(optimizer.round_robin_bit16_groups):
             offsets = optimizer.round_robin_bit16_offsets[i]
             flat, group = optimizer.single_partition_of_fp32_groups[i], optimizer.real_dp_process_group[i]
-            yield from window_shards(optimizer, self.names, params, offsets, flat, group)
+            yield from window_shards(optimizer, names, params, offsets, flat, group)
 
     @torch.no_grad()
     def finish_writing(self) -> None:
