@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ds_sparkling.tables import text_table
+from ds_sparkling.text_tables import text_table
 
 
 def test_columns_line_up_to_the_side_that_is_asked_for() -> None:

@@ -20,9 +20,10 @@ from ds_sparkling.discovery.reading import UnreadableError, read
 from ds_sparkling.discovery.small_instance import Instance, instances
 from ds_sparkling.discovery.trial import Trial, TrialModel
 from ds_sparkling.growth import GrowthPlan, make_plan
+from ds_sparkling.growth.plan_in_words import plan_in_words
 from ds_sparkling.spec.axes import ParamAxes
 from ds_sparkling.spec.strategy import Strategy
-from ds_sparkling.tables import text_table
+from ds_sparkling.text_tables import text_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +85,16 @@ class GrowthReport:
         widths = ", ".join(f"{growth.axis} {growth.before} -> {growth.after}" for growth in self.small.growths)
         size = f"{narrow:,} -> {wide:,} parameters, {str(self.dtype).removeprefix('torch.')}"
         ran = f"ran a small instance ({self.note})" if self.note else "ran the model as it is"
-        lines = [self.plan.describe(), "", f"{ran}: {widths}; {size}", "", *self._modules(), "", *self._tensors(), ""]
+        lines = [
+            plan_in_words(self.plan),
+            "",
+            f"{ran}: {widths}; {size}",
+            "",
+            *self._modules(),
+            "",
+            *self._tensors(),
+            "",
+        ]
         lines.append(f"logits differ by {self.difference:.2g} of the largest")
         lines.append(f"promised: {self.promise.text}")
         lines += [f"BROKEN: {line}" for line in self.broken] or ["kept"]

@@ -29,6 +29,7 @@ from ds_sparkling.checkpoint.universal import UniversalFiles
 from ds_sparkling.checkpoint.zero_files import ZeroFiles, file_prefix
 from ds_sparkling.errors import CheckpointError
 from ds_sparkling.growth import GrowthPlan, make_plan
+from ds_sparkling.growth.plan_in_words import plan_in_words
 from ds_sparkling.optim.scheduler import grown_state, regrouped_state
 from ds_sparkling.progress import progress_bar
 from ds_sparkling.spec.config import BLOCK as CONFIG_BLOCK
@@ -98,7 +99,7 @@ class Expansion:
     def describe(self) -> str:
         """The plan as text: the growth, and what will be written where."""
         old, new = self.source.layout.settings, self.layout.settings
-        lines = [] if self.plan is None else [self.plan.describe(), ""]
+        lines = [] if self.plan is None else [plan_in_words(self.plan), ""]
         lines += [
             f"checkpoint        {self.source.path}: ZeRO-{old.stage}, {len(self.source.layout.params)} parameters",
             f"ranks             {old.ranks} -> {new.ranks}",

@@ -8,6 +8,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 
 from ds_sparkling.engine.growing_run import GrowingRun, run_of
 from ds_sparkling.growth import GrowthPlan
+from ds_sparkling.growth.plan_in_words import plan_in_words
 from ds_sparkling.optim.scheduler import planned_end
 from ds_sparkling.spec.config import BLOCK, GrowthConfig, value_at
 
@@ -65,7 +66,7 @@ def notice_growth(run: GrowingRun, plan: GrowthPlan, step: int) -> str:
     """
     steps = _steps_in_all(run)
     fraction = step / steps if steps is not None and step < steps else None
-    words = plan.describe(fraction=fraction)
+    words = plan_in_words(plan, fraction=fraction)
     logger.warning("growing at step %d\n%s", step, words)
     return words
 

@@ -13,11 +13,9 @@ from functools import cached_property
 from typing import Any
 
 from ds_sparkling.errors import PlanError
-from ds_sparkling.growth.scaling import AxisGrowth
-from ds_sparkling.growth.tables import GrowthTables
+from ds_sparkling.growth.scaling import AxisGrowth, unit_scales
 from ds_sparkling.spec.axes import Dim, Norm, ParamAxes, Role
 from ds_sparkling.spec.strategy import Strategy
-from ds_sparkling.tables import text_table
 
 Shape = tuple[int, ...]
 #: Which share of its experts' parameters one token uses (top-k over experts): of all that are stacked, or by name.
@@ -117,51 +115,6 @@ class GrowthPlan:
             "active_share": dict(self.active_share) if isinstance(self.active_share, Mapping) else self.active_share,
         }
 
-    def describe(self, *, fraction: float | None = None) -> str:
-        """The plan as a few lines and a table with one row per kind of parameter.
-
-        Args:
-            fraction: share of the token budget spent before the growth, to tell the compute saved.
-        """
-        total = self.parameters()
-        widths = ", ".join(f"{g.axis} {g.before} -> {g.after}" for g in self.growths) or "unchanged widths"
-        lines = [
-            f"growth {self.number}: {widths}",
-            f"  parameters        {total[0]:>15,} -> {total[1]:>15,}",
-        ]
-        if self.active_share is not None:
-            active = self.parameters(active=True)
-            lines.append(f"  active per token  {active[0]:>15,} -> {active[1]:>15,}")
-        if fraction is not None:
-            saved = f"{self.compute_saved(fraction):.1%} of the wide model's for as many tokens, to another loss"
-            lines.append(f"  compute saved     {saved}")
-        lines.append(f"  new units         {self.strategy.units_meaning}")
-        lines.append(f"  rescaled by       {self.strategy.scaling.value}: the factors below")
-        lines.append(
-            f"  optimizer state   {self.strategy.optimizer_state.value}: {self.strategy.optimizer_state.meaning}"
-        )
-        lines.append(f"  re-warm-up        {self.strategy.rewarmup.meaning}")
-        return "\n".join(lines + self._table())
-
-    def _table(self) -> list[str]:
-        rows: dict[tuple[str, ...], tuple[int, int]] = {}
-        tables = GrowthTables(self)
-        for param in self.params:
-            rescaled = param.axes.head_gain and param.axes.axes & tables.growths.keys()
-            if not (param.grows or rescaled or tables.multiplier(param.axes) != 1.0):
-                continue
-            roles = _roles(param.axes, tables.growths)
-            kind = (_shape(param.before), _shape(param.after), roles, _factor(param, tables))
-            count, new = rows.get(kind, (0, 0))
-            rows[kind] = count + 1, new + param.new_elements
-        unchanged = sum(not param.grows for param in self.params)
-        header = ("tensors", "before", "after", "grows along", "factor", "new elements")
-        body = [(str(count), *kind, f"{new:,}") for kind, (count, new) in rows.items()]
-        table = text_table([header, *body], left=range(len(header)), indent="  ")
-        buffers = sum(buffer.grows for buffer in self.buffers)
-        followers = [f"  {buffers} buffers grow along, new entries as their sources'"] if buffers else []
-        return [*table, f"  {unchanged} tensors keep their shape", *followers]
-
 
 def make_plan(
     shapes: Mapping[str, Shape],
@@ -202,7 +155,9 @@ def make_plan(
     growths = axis_growths(axes, before, after)
     params = tuple(_param_plan(name, shape, axes[name], before, after) for name, shape in shapes.items())
     followers = tuple(_param_plan(name, shape, axes[name], before, after) for name, shape in held.items())
-    plan = GrowthPlan(
+    for growth in growths:
+        unit_scales(growth, strategy, number)  # refuses a scaling that can't hold, before anything is touched
+    return GrowthPlan(
         number=number,
         growths=growths,
         strategy=strategy,
@@ -210,15 +165,15 @@ def make_plan(
         active_share=active_share,
         buffers=followers,
     )
-    GrowthTables(plan)  # refuses a scaling that can't hold, before anything is touched
-    return plan
 
 
 def _param_plan(
     name: str, shape: Shape, axes: ParamAxes, before: Mapping[str, int], after: Mapping[str, int]
 ) -> ParamPlan:
     if len(axes.dims) != len(shape) or axes.shape(shape, before) != tuple(shape):
-        raise PlanError(f"{name}: shape {tuple(shape)} contradicts its axes {_roles(axes)} at widths {dict(before)}")
+        raise PlanError(
+            f"{name}: shape {tuple(shape)} contradicts its axes {roles_in_words(axes)} at widths {dict(before)}"
+        )
     settled = axes.settled(before, after)
     return ParamPlan(name, settled, tuple(shape), settled.shape(shape, after))
 
@@ -280,20 +235,6 @@ def _some(names: list[str], limit: int = 3) -> str:
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
 
 
-def _shape(shape: Shape) -> str:
-    return "x".join(map(str, shape))
-
-
-def _roles(axes: ParamAxes, among: Collection[str] | None = None) -> str:
+def roles_in_words(axes: ParamAxes, among: Collection[str] | None = None) -> str:
     """The dimensions' axes and roles, "-" for those that carry none (or none ``among``)."""
     return ", ".join(dim.describe() if dim.axes & set(among or dim.axes) else "-" for dim in axes.dims)
-
-
-def _factor(param: ParamPlan, tables: GrowthTables) -> str:
-    product = 1 / tables.multiplier(param.axes)
-    for dim in param.axes.dims:
-        factor = tables.weight_scale(dim, param.axes.head_gain)
-        if not isinstance(factor, float):
-            return "per part" if dim.parts else "per unit"
-        product *= factor
-    return f"{product:.6g}"

@@ -10,19 +10,17 @@ import math
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ds_sparkling.growth.noise import consumed_twins
+from ds_sparkling.growth.plan import GrowthPlan
 from ds_sparkling.growth.scaling import AxisGrowth, Scale, UnitScales, unit_scales
 from ds_sparkling.growth.units import old_units, paired_units, source_units
 from ds_sparkling.spec.axes import Dim, ParamAxes, Role
 from ds_sparkling.spec.strategy import Init, NewIndex
-
-if TYPE_CHECKING:
-    from ds_sparkling.growth.plan import GrowthPlan
 
 _T = TypeVar("_T")
 

@@ -16,7 +16,7 @@ from ds_sparkling.job.variant_config import as_variant
 from ds_sparkling.job.variants import Variant
 from ds_sparkling.spec.config import read_json
 from ds_sparkling.spec.run_summary import RunSummary, read_summary
-from ds_sparkling.tables import text_table
+from ds_sparkling.text_tables import text_table
 
 
 def compare(args: argparse.Namespace, job: Sequence[str]) -> str:

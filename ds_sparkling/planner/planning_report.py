@@ -12,7 +12,7 @@ from ds_sparkling.planner.costs import Cost, cost
 from ds_sparkling.planner.memory import Footprint, Memory
 from ds_sparkling.planner.recipes import alternatives, equal_share, planned
 from ds_sparkling.planner.subject import PlannedRun
-from ds_sparkling.tables import text_table
+from ds_sparkling.text_tables import text_table
 
 #: Shares of the tokens that the table of growth steps has.
 SHARES = tuple(tenth / 10 for tenth in range(1, 10))

@@ -19,7 +19,7 @@ from ds_sparkling.growth.schedule import Birth
 from ds_sparkling.optim.scheduler import RewarmupScheduler
 from ds_sparkling.spec.config import BLOCK, GrowthConfig, SparklingConfig
 from ds_sparkling.spec.strategy import Scope
-from ds_sparkling.tables import text_table
+from ds_sparkling.text_tables import text_table
 
 #: A rate this close to the base rate, as a share of it, counts as having met it.
 _CLOSE = 0.01

@@ -11,7 +11,7 @@ from ds_sparkling.report.events import ReadRun
 from ds_sparkling.report.pictures import Section, Style
 from ds_sparkling.report.template import PAGE
 from ds_sparkling.report.verdict import Finding, Kind, headline, shortlist
-from ds_sparkling.tables import text_table
+from ds_sparkling.text_tables import text_table
 
 HEADER = ("run", "validation loss", "jump at growth", "tokens", "compute [FLOPs]", "parameters", "active", "time [s]")
 #: The first pictures, which the headline rests on; the others are folded away.

@@ -15,6 +15,7 @@ import checkpoint_files
 import tiny
 from distributed import Workers
 from ds_sparkling.checkpoint.opening import open_checkpoint
+from ds_sparkling.growth.plan_in_words import plan_in_words
 from tiny import Case
 
 WIDE = {"hidden_size": 12, "moe_intermediate_size": 10}
@@ -145,7 +146,9 @@ def grow_buffers(stage: int, directory: str) -> Any:
     engine.save_checkpoint(directory, tag="before")
     engine = ds_sparkling.grow(engine, SHIFTED_WIDE)
     engine.save_checkpoint(directory, tag="after")
-    return {name: buffer.tolist() for name, buffer in engine.module.named_buffers()}, engine.sparkling.plan.describe()
+    return {name: buffer.tolist() for name, buffer in engine.module.named_buffers()}, plan_in_words(
+        engine.sparkling.plan
+    )
 
 
 SHIFTED_WIDE = {"width": 9, "tokens": 33}

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ds_sparkling.errors import PlanError
 from ds_sparkling.growth import Block, GrowthPlan, Widener, birth_blocks, make_plan
+from ds_sparkling.growth.plan_in_words import plan_in_words
 from ds_sparkling.spec.axes import FIXED, Dim, Norm, ParamAxes, Role
 from ds_sparkling.spec.strategy import INIT_PAIRS, Init, OptimizerState, Scaling, Split, Strategy
 
@@ -205,7 +206,7 @@ def test_a_plan_counts_and_describes_parts(case: Case) -> None:
     assert param.after == case.shape(case.axes, case.widths | case.wide)
     assert param.new_elements == grown(plan, "w", case.old).numel() - case.old.numel()
     assert pickle.loads(pickle.dumps(plan)) == plan
-    assert not param.grows or "x".join(map(str, param.after)) in plan.describe()
+    assert not param.grows or "x".join(map(str, param.after)) in plan_in_words(plan)
 
 
 def test_latent_attention_by_hand() -> None:
@@ -213,7 +214,7 @@ def test_latent_attention_by_hand() -> None:
     dim = Dim(parts=(Dim(fixed=1), Dim("v", Role.FAN_OUT)), segments=2)
     plan = make_plan({"w": (6,)}, {"w": ParamAxes((dim,))}, {"v": 2}, {"v": 3}, Strategy(), number=1)
     assert grown(plan, "w", torch.arange(6.0)).tolist() == [0, 1, 2, 1, 3, 4, 5, 4]
-    assert "2 of (- + v (fan_out))" in plan.describe()
+    assert "2 of (- + v (fan_out))" in plan_in_words(plan)
 
 
 def test_the_power_of_a_dimension_of_parts_is_of_its_segments() -> None:
@@ -223,7 +224,7 @@ def test_the_power_of_a_dimension_of_parts_is_of_its_segments() -> None:
     root = math.sqrt(5 / 3)
     expected = torch.tensor([root / 2] * 4 + [root]).repeat(2)
     torch.testing.assert_close(grown(plan, "w", torch.ones(6)), expected)
-    assert "per part" in plan.describe()
+    assert "per part" in plan_in_words(plan)
 
 
 def test_a_part_of_an_axis_that_does_not_grow_is_fixed_by_its_width() -> None:

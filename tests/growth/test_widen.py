@@ -28,6 +28,7 @@ from torch import Tensor
 from ds_sparkling.errors import PlanError
 from ds_sparkling.growth import GrowthPlan, GrowthTables, Widener, make_plan
 from ds_sparkling.growth import tables as tables_module
+from ds_sparkling.growth.plan_in_words import plan_in_words
 from ds_sparkling.growth.spread import Spread, spread
 from ds_sparkling.spec.axes import FIXED, Dim, Norm, ParamAxes, Role
 from ds_sparkling.spec.state_kinds import StateKind
@@ -411,7 +412,8 @@ def reference(case: Case, old: Tensor, *, state: str | None = None) -> Tensor:
             if "mean" in kinds:
                 value = mean_over_index(case, old, place)
             value = element(value, [part[2] for part in parts], dtype, case.axes.offset)
-            value = 0.0 if "zero" in kinds else math.nan if "random" in kinds else value
+            drawn = "random" in kinds and all(factor for _, _, (factor, _) in parts)  # a share of 0 leaves nothing
+            value = 0.0 if "zero" in kinds else math.nan if drawn else value
         elif mode is OptimizerState.DROP or (kinds and not (copied and kinds == {"copy"})):
             value = 0.0
         else:
@@ -712,7 +714,7 @@ def test_a_multiplier_by_a_width_that_no_dimension_carries_is_taken_out_too(join
     Widener(plan, "bias").state("exp_avg", torch.ones(3, dtype=torch.float64), out)
     assert out.tolist() == [1.0 if joint else 2.0] * (3 * times)  # twins share what their source's gradient was
     # A parameter that keeps its shape is in the table, too, as it is rescaled.
-    rows = [line.split()[:3] for line in plan.describe().splitlines()]
+    rows = [line.split()[:3] for line in plan_in_words(plan).splitlines()]
     assert ["1", "3", str(3 * times)] in rows
     alone = make_plan({"bias": (3,), "weight": (3, 1)}, axes, {"h": 1, "i": 3}, {"i": 6}, strategy, number=1)
     assert drawn(alone, "bias", torch.ones(3)).tolist() == [1.0] * 6

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ds_sparkling.tables import text_table
+from ds_sparkling.text_tables import text_table
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
