@@ -8,14 +8,10 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from pydantic import Field, PlainValidator, model_validator
-
-from ds_sparkling.errors import CheckpointError
-from ds_sparkling.spec.checked import Checked, Integer, Number, Switch, checked
+from ds_sparkling.spec.birth_schedule import Birth, CosineBase
 from ds_sparkling.spec.strategy import Rewarmup, RewarmupCurve, Scope
 
 
@@ -33,42 +29,6 @@ def warmup_cosine(t: float, *, warmup: int, total: int, start: float, peak: floa
     if t < warmup:
         return start + (peak - start) * (t / warmup)
     return end + 0.5 * (peak - end) * (1.0 + math.cos(math.pi * (t - warmup) / (total - warmup)))
-
-
-def _count(value: Any) -> Any:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"must be a number of steps, got {value!r}")
-    return value
-
-
-#: Steps as a schedule counts them; torch's take 100.0 as well as 100.
-Steps = Annotated[int, PlainValidator(_count)]
-
-
-@checked()
-class CosineBase(Checked):
-    """A base schedule in its cosine phase."""
-
-    ERROR = CheckpointError
-
-    remaining: Steps = Field(description="T - t_e, steps until it reaches its end.")
-    ends: tuple[Number, ...] = Field(description="eta_min of every parameter group.")
-    total: Steps = Field(description="T, steps from its start to its end.")
-    warmup: Steps = Field(description="T_w, those of them before the cosine.")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _of_any_version(cls, data: Any) -> Any:
-        """Earlier versions wrote neither the total nor the warm-up."""
-        if not isinstance(data, Mapping):
-            return data
-        return {"total": data.get("remaining"), "warmup": 0, **data}
-
-    def peak(self, group: int, start: float) -> float:
-        """eta_max of a group, by the rate ``start`` at which it now stands."""
-        done = (self.total - self.remaining - self.warmup) / (self.total - self.warmup)
-        end = self.ends[group]
-        return end + 2.0 * (start - end) / (1.0 + math.cos(math.pi * done))
 
 
 class Curve(ABC):
@@ -153,53 +113,30 @@ class OtherStepRewarmup(Curve):
             warmup=self.base.warmup,
             total=self.base.total,
             start=0.0,
-            peak=self.base.peak(group, self.starts[group]),
+            peak=_peak(self.base, group, self.starts[group]),
             end=self.base.ends[group],
         )
 
 
-@checked()
-class Birth(Checked):
-    """The schedule of the elements that one growth made."""
+def curve_of(birth: Birth) -> Curve:
+    """What the rate of a birth's elements follows: the curve that ``auto`` came to when the growth happened, too."""
+    rewarmup, base = birth.rewarmup, birth.base
+    if rewarmup.scope is Scope.NONE:
+        return BaseRate()
+    if rewarmup.curve is RewarmupCurve.WEIGHT_NORM:
+        return WeightNormRewarmup()
+    if base is None:
+        return FactorRewarmup(rewarmup)
+    if rewarmup.from_step is not None:
+        return OtherStepRewarmup(rewarmup.from_step, birth.starts, base)
+    return CosineRewarmup(rewarmup, birth.starts, base)
 
-    ERROR = CheckpointError
 
-    rewarmup: Rewarmup = Field(description="Ratio rho, steps tau_w and scope.")
-    starts: tuple[Number, ...] = Field(
-        description="eta_e = eta(t_e), the base rate of every parameter group at the growth."
-    )
-    base: CosineBase | None = Field(
-        description="The rest of the base's cosine, if the curve is the paper's. null for a factor on the base rate."
-    )
-    restart: Switch = Field(description="Whether Adam's bias correction counts from the birth.")
-    age: Integer = Field(default=0, description="Steps done since the growth, t - t_e.")
-
-    def older(self) -> Birth:
-        """The same one step later."""
-        return replace(self, age=self.age + 1)
-
-    @property
-    def curve(self) -> Curve:
-        """What its elements' rate follows: the one that ``auto`` came to when the growth happened, too."""
-        rewarmup, base = self.rewarmup, self.base
-        if rewarmup.scope is Scope.NONE:
-            return BaseRate()
-        if rewarmup.curve is RewarmupCurve.WEIGHT_NORM:
-            return WeightNormRewarmup()
-        if base is None:
-            return FactorRewarmup(rewarmup)
-        if rewarmup.from_step is not None:
-            return OtherStepRewarmup(rewarmup.from_step, self.starts, base)
-        return CosineRewarmup(rewarmup, self.starts, base)
-
-    @property
-    def follows_norms(self) -> bool:
-        """Whether the rate is further multiplied by a ratio of weight norms, parameter by parameter."""
-        return self.curve.follows_norms
-
-    def rate(self, group: int, base_rate: float) -> float:
-        """eta_new of parameter group ``group``, whose base rate is now ``base_rate``."""
-        return self.curve.rate(self.age, group, base_rate)
+def _peak(base: CosineBase, group: int, start: float) -> float:
+    """eta_max of a group, by the rate ``start`` at which it now stands."""
+    done = (base.total - base.remaining - base.warmup) / (base.total - base.warmup)
+    end = base.ends[group]
+    return end + 2.0 * (start - end) / (1.0 + math.cos(math.pi * done))
 
 
 def rates_by_birth(births: Sequence[Birth], group: int, base_rate: float) -> list[float]:
@@ -212,7 +149,7 @@ def rates_by_birth(births: Sequence[Birth], group: int, base_rate: float) -> lis
     """
     rates = [base_rate]
     for birth in births:
-        rate = birth.rate(group, base_rate)
+        rate = curve_of(birth).rate(birth.age, group, base_rate)
         if birth.rewarmup.scope is Scope.ALL:
             rates = [rate] * len(rates)
         rates.append(rate)

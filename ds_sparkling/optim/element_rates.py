@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ds_sparkling.growth.schedule import Birth
+from ds_sparkling.spec.birth_schedule import Birth
 
 
 @dataclass(frozen=True)

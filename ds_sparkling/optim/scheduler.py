@@ -12,7 +12,8 @@ import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, SequentialLR
 
 from ds_sparkling.errors import ConfigError
-from ds_sparkling.growth.schedule import Birth, CosineBase, rates_by_birth
+from ds_sparkling.growth.schedule import rates_by_birth
+from ds_sparkling.spec.birth_schedule import Birth, CosineBase
 from ds_sparkling.spec.strategy import BiasCorrection, Rewarmup, RewarmupCurve, Scope, Strategy
 
 logger = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ds_sparkling.growth import Block
 from ds_sparkling.growth.births import stretch
-from ds_sparkling.growth.schedule import rates_by_birth
+from ds_sparkling.growth.schedule import curve_of, rates_by_birth
 from ds_sparkling.optim.adam import AdamKernel
 from ds_sparkling.optim.element_rates import Treatment, treatments
 from ds_sparkling.optim.scheduler import RewarmupScheduler
@@ -88,7 +88,7 @@ class BirthStep:
             with torch.enable_grad():
                 loss = closure()
         births = self._scheduler.births
-        norms = self._norms if any(birth.follows_norms for birth in births) else None
+        norms = self._norms if any(curve_of(birth).follows_norms for birth in births) else None
         if norms is not None:
             stepped = [param for group in self._optimizer.param_groups for param in group["params"]]
             norms.measure(stepped, len(births) + 1)

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ds_sparkling.growth import Block
-from ds_sparkling.growth.schedule import Birth
+from ds_sparkling.growth.schedule import curve_of
 from ds_sparkling.optim.element_rates import Treatment
+from ds_sparkling.spec.birth_schedule import Birth
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class NormRatios:
         self, tensor: Tensor, by_birth: Sequence[Treatment], births: Sequence[Birth]
     ) -> tuple[Treatment, ...]:
         """What the births of :meth:`blocks` get, by what births get where norms don't matter."""
-        adapted = [False, *(birth.follows_norms for birth in births)]
+        adapted = [False, *(curve_of(birth).follows_norms for birth in births)]
         return tuple(
             replace(each, lr=each.lr * self._ratios[part.parameter][number]) if adapted[number] else each
             for part in self.parts[1][tensor]

@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 
 from ds_sparkling.errors import ConfigError
-from ds_sparkling.growth.schedule import Birth
 from ds_sparkling.optim.scheduler import RewarmupScheduler
+from ds_sparkling.spec.birth_schedule import Birth
 from ds_sparkling.spec.config import BLOCK, GrowthConfig, SparklingConfig
 from ds_sparkling.spec.strategy import Scope
 from ds_sparkling.text_tables import text_table

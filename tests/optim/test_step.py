@@ -14,9 +14,10 @@ from torch import Tensor
 
 from ds_sparkling.growth import Block
 from ds_sparkling.growth.births import BirthRun, stretch
-from ds_sparkling.growth.schedule import Birth, rates_by_birth
+from ds_sparkling.growth.schedule import rates_by_birth
 from ds_sparkling.optim.scheduler import RewarmupScheduler
 from ds_sparkling.optim.step import BirthStep
+from ds_sparkling.spec.birth_schedule import Birth
 from ds_sparkling.spec.strategy import Rewarmup, Scope
 from ulp import ulps
 

@@ -9,10 +9,10 @@ import torch
 
 from ds_sparkling.growth import Block
 from ds_sparkling.growth.births import BirthRun, stretch
-from ds_sparkling.growth.schedule import Birth
 from ds_sparkling.optim.scheduler import RewarmupScheduler
 from ds_sparkling.optim.step import BirthStep
 from ds_sparkling.optim.weight_norm import NormRatios, Part
+from ds_sparkling.spec.birth_schedule import Birth
 from ds_sparkling.spec.strategy import Rewarmup, RewarmupCurve
 
 #: A matrix of 3 x 4 whose last column stage 1 made and whose last row stage 2, then a vector of stages 0 and 2.
