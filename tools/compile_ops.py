@@ -1,4 +1,7 @@
-"""Compile what the tests would otherwise compile at their first use, a minute or two each: DeepSpeed's ops for CPUs."""
+"""Compile what the tests would otherwise compile at their first use, a minute or two each: DeepSpeed's ops for CPUs.
+
+Locks that killed builds have left, at which every start would wait for ever, are removed.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     import deepspeed  # here, so that --help doesn't wait for it
     from deepspeed.ops.op_builder.cpu import CPUAdamBuilder, FusedAdamBuilder, PinMemoryBuilder, ShareMemCommBuilder
 
+    from ds_sparkling.engine.extension_locks import left_locks
+
     deepspeed.utils.logger.setLevel(logging.WARNING)
+    for lock in left_locks():
+        print(f"removing a lock that a killed build has left: {lock}", flush=True)
+        lock.unlink(missing_ok=True)
     for builder in (ShareMemCommBuilder, CPUAdamBuilder, FusedAdamBuilder, PinMemoryBuilder):
         builder().load(verbose=False)
 
