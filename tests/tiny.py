@@ -126,6 +126,11 @@ class Logged(logging.Handler):
         super().close()
 
 
+def kind(case: Case) -> tuple[int, bool]:
+    """What makes the greatest difference to how an engine holds a model: its ZeRO stage, and other ranks."""
+    return case.stage, case.ranks > 1
+
+
 def initialize(case: Case, **arguments: Any) -> Any:
     import ds_sparkling
 

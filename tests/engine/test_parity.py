@@ -13,6 +13,7 @@ import tiny
 from distributed import Workers
 from ds_sparkling.growth import GrowthPlan
 from ds_sparkling.spec.strategy import INIT_PAIRS, Init, OptimizerState, Scaling, Split, Strategy
+from pairwise import shares
 from tiny import Case
 
 #: Growths one after the other: inner, hidden and joint at integer ratios, where copy-copy keeps the function exactly;
@@ -103,13 +104,13 @@ def topologies() -> list[Case]:
     ]
 
 
-def chain(case: Case) -> list[Growth]:
-    """Train, grow, train, grow ..."""
+def chain(case: Case, numbers: tuple[int, ...]) -> list[Growth]:
+    """Train, grow, train, grow ... by the growths of these numbers."""
     import ds_sparkling
 
     engine = tiny.initialize(case)
     seen = []
-    for widths, strategy in GROWTHS:
+    for widths, strategy in (GROWTHS[number] for number in numbers):
         tiny.train(engine, engine.global_steps + 1)
         tiny.with_strategy(engine, strategy)
         before, counters, loss = tiny.local_state(engine), steps(engine), tiny.evaluate(engine)
@@ -127,10 +128,10 @@ def steps(engine: Any) -> str:
     return str(sorted({float(shard.scalars["step"]) for shard in access.shards(engine).values() if shard.scalars}))
 
 
-@pytest.mark.parametrize("case", topologies(), ids=str)
-def test_grown_engine_equals_reference(case: Case, workers: Callable[[int], Workers]) -> None:
-    answers = workers(case.ranks).run(chain, case)
-    for number, ranks in enumerate(zip(*answers, strict=True)):
+@pytest.mark.parametrize(("case", "numbers"), shares(topologies(), len(GROWTHS), tiny.kind), ids=str)
+def test_grown_engine_equals_reference(case: Case, numbers: tuple[int, ...], workers: Callable[[int], Workers]) -> None:
+    answers = workers(case.ranks).run(chain, case, numbers)
+    for number, *ranks in zip(numbers, *answers, strict=True):
         assert all(growth.plan == ranks[0].plan for growth in ranks)
         plan = ranks[0].plan
         expected = tiny.reference(plan, tiny.join([growth.before for growth in ranks]))
