@@ -73,7 +73,7 @@ def test_it_installs_and_runs_where_there_is_no_compiler(wheel: Path, tmp_path: 
 def test_the_same_files_are_held_to_whole_docstrings_before_a_commit_and_after() -> None:
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
     (pattern,) = (hook["files"] for hook in hooks if hook["id"] == "pydoclint")
-    (command,) = re.findall(r"^pydoclint --quiet (.*)$", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
+    (command,) = re.findall(r"\bpydoclint --quiet (.*)$", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
     named = subprocess.run(["bash", "-c", f"find {command} -name '*.py'"], cwd=ROOT, capture_output=True, check=True)
     files = {path.relative_to(ROOT).as_posix() for path in (ROOT / "ds_sparkling").rglob("*.py")}
     assert set(named.stdout.decode().split()) == {file for file in files if re.search(pattern, file)}
