@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,6 +32,19 @@ def whole_file(path: Path) -> Iterator[Path]:
         if isinstance(error, OSError):
             raise SparklingError(f"{path} can't be written: {error.strerror or error}") from error
         raise
+
+
+def check_regular(path: Path) -> None:
+    """Look at what ``path`` is before it is opened: a FIFO keeps whoever opens it waiting, a device never ends.
+
+    Raises:
+        OSError: if it is anything but a regular file, or can't be looked at.
+    """
+    mode = path.stat().st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.ENOTSUP, "it is a FIFO, a socket or a device, and no file", str(path))
 
 
 def longest_name(directory: Path) -> int:

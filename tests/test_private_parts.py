@@ -44,6 +44,7 @@ PRIVATE = {
     # The function of this package's own library.
     "optim/adam.py": {"ds_sparkling_adam_step"},
     # Python's own.
+    "checkpoint/command.py": {"_exit"},
     "checkpoint/pickles.py": {"_Pickler"},
     "engine/rollcall.py": {"_current_frames", "_exit"},
     # torch's documented way to call through a __torch_function__ is in a private module.

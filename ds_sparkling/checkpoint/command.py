@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
+import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,30 +23,78 @@ if TYPE_CHECKING:
     from ds_sparkling.checkpoint.team import Team
 
 
+#: Threads that a process may have for its work.
+_MOST_WORKERS = 1024
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     parser = _parser()
     options = parser.parse_args(argv)
+    request = _request(options, parser)
+    try:
+        with _stopped_by_sigterm():
+            status = _run(request, options)
+    except KeyboardInterrupt as stop:
+        print(f"\nstopped: {options.out} isn't made", file=sys.stderr)
+        status = 128 + (stop.number if isinstance(stop, _Terminated) else signal.SIGINT)
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # at a usual exit what is left of gloo may keep a process waiting for ever
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    if status:
+        sys.exit(status)
+
+
+class _Terminated(KeyboardInterrupt):
+    """The process is asked to end, as by a launcher whose other processes have failed."""
+
+    number = signal.SIGTERM
+
+
+@contextlib.contextmanager
+def _stopped_by_sigterm() -> Iterator[None]:
+    """Clean up as after Ctrl-C when the process is asked to end."""
+
+    def stop(_number: int, _frame: object) -> None:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():  # signals go to the main thread alone
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _run(request: Request, options: argparse.Namespace) -> int:
+    """Do what is asked for, and tell what comes of it; the process's status."""
     import torch  # here, so that --help doesn't wait for it
 
     from ds_sparkling.checkpoint.parameter_axes import UnknownAxesError
-    from ds_sparkling.checkpoint.team import Team
+    from ds_sparkling.checkpoint.team import LostProcessError, Team
 
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     torch.set_num_threads(1)  # the workers are the threads
     team = Team()
     try:
         with team:
-            _run(_request(options, parser), options, team)
+            _expand(request, options, team)
     except SparklingError as error:
-        if team.rank == 0:  # it knows the others' failures
+        if team.rank == 0 or isinstance(error, LostProcessError):  # the first one knows the others' failures
             print(f"error: {error}", file=sys.stderr)
             if isinstance(error, UnknownAxesError):
                 _offer_hints(error.hints, None if options.dry_run else beside(options.out, ".hints.json"))
-        sys.exit(1)
+        return 1
+    except OSError as error:
+        print(f"error: {error.filename or request.out}: {error.strerror or error}", file=sys.stderr)
+        return 1
+    return 0
 
 
-def _run(request: Request, options: argparse.Namespace, team: Team) -> None:
+def _expand(request: Request, options: argparse.Namespace, team: Team) -> None:
     from ds_sparkling.checkpoint.expand import expand, prepare
 
     leader = team.rank == 0
@@ -67,8 +119,8 @@ def _run(request: Request, options: argparse.Namespace, team: Team) -> None:
 
 def _request(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Request:
     widths = parse_widths(parser, "--widths", options.widths)
-    if options.workers is not None and options.workers < 1:
-        parser.error("--workers must be at least 1")
+    if options.workers is not None and not 1 <= options.workers <= _MOST_WORKERS:
+        parser.error(f"--workers must be at least 1 and at most {_MOST_WORKERS}")
     return Request(
         checkpoint=options.checkpoint,
         out=options.out,
@@ -88,11 +140,13 @@ def _request(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Re
 def _offer_hints(hints: str, path: Path | None) -> None:
     if path is None:
         print(hints)
-    elif path.exists():
-        print(f"a hints file is already there: fill in {path} and pass it with --config", file=sys.stderr)
     else:
         try:
-            path.write_text(hints)
+            with open(path, "x") as file:
+                file.write(hints)
+        except FileExistsError:
+            print(f"a hints file is already there: fill in {path} and pass it with --config", file=sys.stderr)
+            return
         except OSError as error:
             print(f"a hints file can't be written to {path}: {error.strerror}; this is what would be in it:\n{hints}")
             return

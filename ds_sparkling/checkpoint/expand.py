@@ -12,16 +12,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-
 from ds_sparkling.checkpoint.contents import BLOCK, Contents
 from ds_sparkling.checkpoint.export import HuggingFaceFiles, experts_are_stacked, widened_config
 from ds_sparkling.checkpoint.layout import Layout, Settings, make_layout, regrouped
-from ds_sparkling.checkpoint.metadata import buffer_shapes, expert_layers
+from ds_sparkling.checkpoint.metadata import MOST, buffer_shapes, expert_layers
 from ds_sparkling.checkpoint.opening import check_files, find, open_checkpoint, understanding
 from ds_sparkling.checkpoint.output import Filler, OutputFile, OutputSummary
 from ds_sparkling.checkpoint.parameter_axes import ModelAxes, checkpoint_axes
-from ds_sparkling.checkpoint.publish import check_free, published, staging, writing
+from ds_sparkling.checkpoint.publish import check_free, check_names, published, staging, writing
 from ds_sparkling.checkpoint.request import FORMATS, Request
 from ds_sparkling.checkpoint.source import Source
 from ds_sparkling.checkpoint.team import Team
@@ -38,6 +36,8 @@ from ds_sparkling.spec.record import GrowthRecord
 
 logger = logging.getLogger(__name__)
 
+#: Wider than any model is along any axis.
+_WIDEST = 2**24
 _RECOVERY_SCRIPTS = ("zero_to_fp32.py", "zero_to_torch.py")
 
 
@@ -45,6 +45,8 @@ class Files(Protocol):
     """What builds the files of one format."""
 
     def names(self) -> list[str]: ...
+
+    def telling(self) -> list[str]: ...
 
     def build(self, name: str) -> OutputFile: ...
 
@@ -140,16 +142,21 @@ def prepare(request: Request, team: Team, *, progress: bool = False) -> Expansio
     """
     if request.format not in FORMATS:
         raise CheckpointError(f"unknown format {request.format!r}; known: {', '.join(FORMATS)}")
+    _check_request(request)
     request = replace(request, out=_absolute(request.out))
     with understanding(request.checkpoint):
         path = find(request.checkpoint, request.tag)
-    request = replace(request, checkpoint=path.parent)
     with writing(request.out):
         _check_out(request, path)
+    request = replace(request, checkpoint=path.parent)
     source = open_checkpoint(path, trust=request.trust, verify=request.verify)
     check_files(source, team, progress=progress)
     with understanding(path):
-        return _decide(request, source)
+        expansion = _decide(request, source)
+    with writing(request.out):
+        check_names(request.out, (f"{expansion.folder}/{name}" for name in expansion.files.names()))
+    team.together(lambda: _rehearse(expansion, team))
+    return expansion
 
 
 def _decide(request: Request, source: Source) -> Expansion:
@@ -186,7 +193,8 @@ def expand(expansion: Expansion, team: Team, *, progress: bool = False) -> dict[
         CheckpointError: if something can't be written; then nothing of it is left.
     """
     request, began = expansion.request, time.monotonic()
-    free, needed = _free(request.out), expansion.bytes_to_write
+    with writing(request.out):
+        free, needed = _free(request.out), expansion.bytes_to_write
     if needed > free:
         raise CheckpointError(f"{request.out} needs {_size(needed)}, but only {_size(free)} are free there")
     publishing = published(request.out) if team.rank == 0 else contextlib.nullcontext(staging(request.out))
@@ -195,7 +203,7 @@ def expand(expansion: Expansion, team: Team, *, progress: bool = False) -> dict[
         shown = progress and team.rank == 0
         with _bar("writing", needed // team.size, shown) as bar:
             filler = Filler(expansion.contents, workers=request.workers, verify=request.verify, progress=bar.update)
-            team.together(lambda: filler.fill(_mine(expansion, root, team)))
+            team.together(lambda: _fill(filler, expansion, root, team))
         if request.verify:
             with _bar("verifying", filler.report.written, shown) as bar:
                 team.together(lambda: filler.verify(bar.update))
@@ -207,19 +215,48 @@ def expand(expansion: Expansion, team: Team, *, progress: bool = False) -> dict[
 # -- preparing --------------------------------------------------------------------------------------------------
 
 
+def _check_request(request: Request) -> None:
+    """What can be told of a request without looking at the checkpoint."""
+    paths = {"CKPT": request.checkpoint, "OUT": request.out, "--tag": request.tag, "--config": request.config}
+    for what, given in (paths | {"--deepspeed_config": request.deepspeed_config}).items():
+        if "\0" in str(given):
+            raise CheckpointError(f"{what} is {str(given)!r:.200}, but no path can hold a NUL character")
+    for what, count in {"--world-size": request.world_size, "--expert-parallel": request.expert_parallel}.items():
+        if count is not None and not 1 <= count <= MOST:
+            raise CheckpointError(f"{what} is {_digits(count)}, must be at least 1 and at most {MOST}")
+    for axis, width in request.widths.items():
+        if width > _WIDEST:
+            raise CheckpointError(f"--widths: {axis} is {_digits(width)}, must be at most {_WIDEST}")
+
+
+def _digits(count: int) -> str:
+    """A number, if it is short enough to be read."""
+    return str(count) if abs(count) < 10**30 else "a number of more than 30 digits"
+
+
 def _absolute(out: Path) -> Path:
     """The same place, whatever it is called; links to it are left, those on the way are followed."""
-    return out.parent.resolve() / out.name if out.name not in ("", "..") else out.resolve()
+    try:
+        return out.parent.resolve() / out.name if out.name not in ("", "..") else out.resolve()
+    except (OSError, RuntimeError) as error:  # a RuntimeError is what pathlib makes of links that lead in a circle
+        raise CheckpointError(f"{out} can't be made: {error}; name another directory") from error
 
 
 def _check_out(request: Request, path: Path) -> None:
     out = request.out
     check_free(out)
-    inside = path.resolve()
-    if out == request.checkpoint.resolve() or inside in out.parents:
-        raise CheckpointError(f"{out} lies in the checkpoint {path}; name a directory outside of it")
     if not out.parent.is_dir():
         raise CheckpointError(f"{out.parent} isn't a directory; make it, or name another")
+    for held in (request.checkpoint, path):
+        if any(place.exists() and place.samefile(held) for place in (out, *out.parents)):
+            raise CheckpointError(f"{out} lies in the checkpoint {held}; name a directory outside of it")
+
+
+def _rehearse(expansion: Expansion, team: Team) -> None:
+    """Build files from all metadata, each process its share: what can't be built shows before anything is written."""
+    for name in expansion.files.telling()[team.rank :: team.size]:
+        with understanding(expansion.source.path):
+            expansion.files.build(name)
 
 
 def _settings(source: Source, request: Request) -> Settings:
@@ -228,8 +265,6 @@ def _settings(source: Source, request: Request) -> Settings:
     ranks = old.ranks if request.world_size is None else request.world_size
     shared = old.expert_parallel if request.expert_parallel is None else request.expert_parallel
     layers = expert_layers(source.model_states(0))
-    if ranks < 1 or shared < 1:
-        raise CheckpointError("--world-size and --expert-parallel must be at least 1")
     if shared > 1 and not layers:
         raise CheckpointError("--expert-parallel: the checkpoint has no experts that AutoEP has split")
     if ranks % shared:
@@ -304,6 +339,11 @@ def _model_config(request: Request, record: GrowthRecord | None) -> dict[str, An
 # -- writing ----------------------------------------------------------------------------------------------------
 
 
+def _fill(filler: Filler, expansion: Expansion, root: Path, team: Team) -> None:
+    with understanding(expansion.source.path):
+        filler.fill(_mine(expansion, root, team))
+
+
 def _mine(expansion: Expansion, root: Path, team: Team) -> Iterator[tuple[Path, OutputFile]]:
     """This process's share of the files, built one by one."""
     for name in expansion.files.names()[team.rank :: team.size]:
@@ -331,10 +371,7 @@ def _finish(expansion: Expansion, root: Path) -> None:
 
 
 def _summary(expansion: Expansion, report: OutputSummary, team: Team, seconds: float) -> dict[str, Any]:
-    reports = [report]
-    if team.size > 1:
-        reports = [None] * team.size  # type: ignore[list-item]
-        torch.distributed.all_gather_object(reports, report)
+    reports = team.gathered(report)
     not_finite = sorted(set().union(*(each.not_finite for each in reports)))
     if not_finite and team.rank == 0:
         logger.warning("NaN or Inf in the weights of %s", ", ".join(not_finite))

@@ -99,6 +99,10 @@ class HuggingFaceFiles:
     def names(self) -> list[str]:
         return [*self._shards, *(["model.safetensors.index.json"] if len(self._shards) > 1 else []), "config.json"]
 
+    def telling(self) -> list[str]:
+        """Names of files that between them take up all of the source's metadata."""
+        return self.names()
+
     def build(self, name: str) -> OutputFile:
         if name in self._shards:
             return SafetensorsFile(self._shards[name])

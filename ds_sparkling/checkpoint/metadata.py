@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -24,6 +25,11 @@ SEQUENCE = "sequence parallelism (Ulysses)"
 
 #: The three weights of AutoEP's experts.
 EXPERT_WEIGHTS = ("w1", "w2", "w3")
+
+#: More ranks, and more experts of a layer, than any run has. What claims more is damaged, or meant to do harm.
+MOST = 2**18
+#: What compute weights may be in.
+_COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -50,10 +56,25 @@ class ExpertLayer:
 def require(where: object, content: Any, keys: Mapping[str, type]) -> None:
     """Raise CheckpointError unless ``content`` is a mapping with these keys, of these kinds."""
     if not isinstance(content, Mapping):
-        raise CheckpointError(f"{where} holds a {type(content).__name__}, expected a mapping with {', '.join(keys)}")
+        raise CheckpointError(
+            f"{where} holds a {type(content).__name__}, expected a mapping{' with ' if keys else ''}{', '.join(keys)}"
+        )
     for key, kind in keys.items():
-        if not isinstance(content.get(key), kind):
+        if not isinstance(content.get(key), kind) or (kind is int and isinstance(content[key], bool)):
             raise CheckpointError(f"{where}: {key} is {content.get(key)!r:.80}, expected a {kind.__name__}")
+
+
+def require_count(where: object, content: Mapping[str, Any], key: str, least: int) -> int:
+    """The count under ``key``, which is the size of what is looked at next.
+
+    Raises:
+        CheckpointError: if it isn't a whole number from ``least`` to :data:`MOST`.
+    """
+    require(where, content, {key: int})
+    count: int = content[key]
+    if not least <= count <= MOST:
+        raise CheckpointError(f"{where}: {key} is {count!r:.80}, expected {least} to {MOST}")
+    return count
 
 
 def check_version(where: object, state: Mapping[str, Any]) -> None:
@@ -103,7 +124,9 @@ def unsupported(where: object, what: str) -> UnsupportedError:
 def refuse_unknown(where: object, model: Mapping[str, Any]) -> None:
     """Raise UnsupportedError for checkpoints with a layout that isn't known here."""
     config = model.get("ds_config") or {}
+    require(f"{where}: ds_config", config, {})
     zero = config.get("zero_optimization") or {}
+    require(f"{where}: zero_optimization in ds_config", zero, {})
     tensor_parallel = config.get("tensor_parallel") or {}
     degrees = model.get("checkpoint_parallel_dimensions") or {}
     tensors_cut = model.get("mp_world_size", 1) != 1
@@ -143,26 +166,32 @@ def read_layout(where: object, model: Mapping[str, Any], groups: list[dict[str, 
     """
     require(where, model, {})
     refuse_unknown(where, model)
-    require(where, model, {"module": Mapping, "dp_world_size": int, "global_steps": int, "param_shapes": list})
-    if model["dp_world_size"] < 1:
-        raise CheckpointError(f"{where}: dp_world_size is {model['dp_world_size']}")
+    require(where, model, {"module": Mapping, "global_steps": int, "param_shapes": list})
+    if model["global_steps"] < 0:
+        raise CheckpointError(f"{where}: global_steps is {model['global_steps']!r:.80}")
     check_version(where, model)
     config = model.get("ds_config") or {}
     zero = config.get("zero_optimization") or {}
+    ranks = require_count(where, model, "dp_world_size", 1)
+    _check_expert_layers(where, model)
     shared = expert_parallel(where, model)
-    if model["dp_world_size"] % shared:
-        raise CheckpointError(f"{where}: {model['dp_world_size']} ranks can't be expert-parallel groups of {shared}")
+    if ranks % shared:
+        raise CheckpointError(f"{where}: {ranks} ranks can't be expert-parallel groups of {shared}")
     settings = Settings(
         stage=stage,
-        ranks=model["dp_world_size"],
+        ranks=ranks,
         expert_parallel=shared,
-        sub_group_size=int(float(zero.get("sub_group_size", 10**9))),
+        sub_group_size=_sub_group_size(where, zero),
         round_robin=bool(zero.get("round_robin_gradients", False)) and stage < 3,
         parameter_alignment=bool(zero.get("parameter_alignment", False)) and stage < 3,
         offloaded=_device(zero, "offload_optimizer") != "none" or bool(zero.get("cpu_offload")),
     )
-    params = _params(model, shared)
     shapes = list(model["param_shapes"] or [])
+    _check_shapes(where, model)
+    params = _params(model, shared)
+    _check_params(where, model, params)
+    for index, group in enumerate(groups):
+        require(f"{where}: param_groups[{index}] of the optimizer", group, {"params": list})
     if sum(len(group["params"]) for group in groups) != len(shapes):
         raise CheckpointError(
             f"{where}: {len(shapes)} lists of param_shapes for "
@@ -185,6 +214,82 @@ def read_layout(where: object, model: Mapping[str, Any], groups: list[dict[str, 
         f"{where}: param_shapes doesn't have the order of ZeRO-{stage} with the ds_config in it (sub_group_size "
         f"{settings.sub_group_size}); was the config changed after the engine was made?"
     )
+
+
+def master_dtype(config: Mapping[str, Any]) -> torch.dtype:
+    """Of the master weights, by a DeepSpeed config."""
+    bf16, fp16 = config.get("bf16") or config.get("bfloat16") or {}, config.get("fp16") or {}
+    if bf16.get("bf16_master_weights_and_grads"):
+        return torch.bfloat16
+    return torch.float16 if fp16.get("fp16_master_weights_and_grads") else torch.float32
+
+
+def _sub_group_size(where: object, zero: Mapping[str, Any]) -> int:
+    given = zero.get("sub_group_size", 10**9)
+    try:
+        size = float(given)
+    except (TypeError, ValueError, OverflowError):
+        size = math.nan
+    if not 0 <= size < math.inf:
+        raise CheckpointError(
+            f"{where}: zero_optimization.sub_group_size in ds_config is {given!r:.80}, expected a number of elements"
+        )
+    return int(size)
+
+
+def _check_expert_layers(where: object, model: Mapping[str, Any]) -> None:
+    """Raise CheckpointError unless every AutoEP layer tells what is read of it, within bounds."""
+    require(where, {"layers": model.get("ds_autoep_layers") or []}, {"layers": list})
+    for index, entry in enumerate(model.get("ds_autoep_layers") or []):
+        here = f"{where}: ds_autoep_layers[{index}]"
+        kinds = {"moe_layer_id": int, "module_path": str, "expert_key_prefix": str, "affine_maps": Mapping}
+        require(here, entry, {**kinds, "expert_placement": Mapping})
+        require_count(here, entry, "num_experts", 1)
+        require_count(here, entry, "ep_size", 1)
+        require(f"{here}: affine_maps", entry["affine_maps"], {"params": Mapping})
+        for name, known in entry["affine_maps"]["params"].items():
+            require(f"{here}: affine_maps of {name!r:.80}", known, {})
+            _check_shape(here, name, known.get("logical_shape"))
+
+
+def _check_shapes(where: object, model: Mapping[str, Any]) -> None:
+    """Raise CheckpointError unless ``param_shapes`` and ``frozen_param_shapes`` are shapes of different parameters."""
+    frozen = model.get("frozen_param_shapes") or {}
+    require(f"{where}: frozen_param_shapes", frozen, {})
+    seen = set()
+    for shapes in (*model["param_shapes"], frozen):
+        require(f"{where}: param_shapes", shapes, {})
+        for name, shape in shapes.items():
+            _check_shape(where, name, shape)
+            if name in seen:
+                raise CheckpointError(f"{where}: {name:.200} is in param_shapes and frozen_param_shapes twice")
+            seen.add(name)
+
+
+def _check_shape(where: object, name: Any, shape: Any) -> None:
+    """Raise CheckpointError unless a parameter has a name and a shape that there can be."""
+    if not isinstance(name, str):
+        raise CheckpointError(f"{where}: the parameter name {name!r:.80} isn't a string")
+    sizes = isinstance(shape, (list, tuple)) and all(type(size) is int and 0 <= size < 2**63 for size in shape)
+    if not sizes or math.prod(shape) >= 2**63:
+        raise CheckpointError(f"{where}: the shape of {name:.200} is {shape!r:.80}, expected whole sizes")
+
+
+def _check_params(where: object, model: Mapping[str, Any], params: Mapping[str, Param]) -> None:
+    """Raise CheckpointError unless the module has every parameter, in a dtype to compute in, and every expert."""
+    experts = {name: layer for layer in expert_layers(model) for name in layer.names}
+    for name in itertools.chain(*model["param_shapes"], model.get("frozen_param_shapes") or {}):
+        if name not in model["module"] and name not in experts:
+            raise CheckpointError(f"{where}: module has no {name:.200}, of which there is a shape")
+        if params[name].trained and params[name].dtype not in _COMPUTE_DTYPES:
+            raise CheckpointError(f"{where}: {name:.200} is trained, but in {params[name].dtype}")
+    for name, layer in experts.items():
+        shape = params[name].shape if name in params else ()
+        if shape[:1] != (layer.experts,) or not math.prod(shape):
+            raise CheckpointError(
+                f"{where}: num_experts of {layer.path:.200} is {layer.experts}, but the shape of {name:.200} is "
+                f"{shape}, all experts counted"
+            )
 
 
 def shared_names(model: Mapping[str, Any]) -> dict[str, str]:

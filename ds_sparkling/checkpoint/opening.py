@@ -14,6 +14,9 @@ from ds_sparkling.errors import CheckpointError, SparklingError
 from ds_sparkling.progress import progress_bar
 from ds_sparkling.spec.record import find_checkpoint
 
+#: Characters of ``latest`` that are read.
+_LONGEST_TAG = 4096
+
 
 def find(root: Path, tag: str | None) -> Path:
     """The checkpoint directory ``root``/TAG; the one named in ``latest`` or ``latest_universal`` by default.
@@ -24,7 +27,7 @@ def find(root: Path, tag: str | None) -> Path:
     Raises:
         CheckpointError: if there is none, or the tag would lead out of ``root``.
     """
-    if not root.is_dir():
+    if not root.is_dir():  # a loop of links isn't one either
         raise CheckpointError(f"{root} isn't a directory")
     if _is_tag(root):
         if tag not in (None, root.resolve().name):
@@ -51,7 +54,8 @@ def _latest(root: Path) -> str:
     for name in ("latest", "latest_universal"):
         if (root / name).is_file():
             try:
-                return (root / name).read_text().strip()
+                with open(root / name) as file:
+                    return file.read(_LONGEST_TAG).strip()
             except (OSError, ValueError) as error:
                 raise CheckpointError(
                     f"{root / name} can't be read: {error}; say which checkpoint with --tag"
@@ -100,5 +104,7 @@ def understanding(path: Path) -> Iterator[None]:
         raise
     except OSError as error:
         raise CheckpointError(f"{error.filename or path} can't be read: {error.strerror or error}") from error
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError, ZeroDivisionError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: metadata isn't as expected: {type(error).__name__}: {error}") from error
+    except Exception as error:  # what somebody else wrote can be wrong in any way
+        raise CheckpointError(
+            f"{path}: metadata isn't as expected ({type(error).__name__}: {error!s:.200}); is a file damaged?"
+        ) from error

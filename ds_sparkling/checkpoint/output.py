@@ -25,8 +25,8 @@ from ds_sparkling.errors import CheckpointError
 
 #: Of mmap(2): take address space without a promise of memory, which nobody will touch.
 _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
-#: Files per worker that may wait for the disk.
-_UNSYNCED_FILES = 4
+#: Files that may wait for the disk.
+_UNSYNCED_FILES = 32
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ class Filler:
                 with writing(path):
                     descriptor = self._fill_file(pool, path, file)
                 synced.append((path, syncing.submit(_sync, descriptor)))  # while the next ones are filled
-                if len(synced) > _UNSYNCED_FILES * self._workers:
+                if len(synced) > _UNSYNCED_FILES:
                     _finish_sync(*synced.pop(0))
             for path, done in synced:
                 _finish_sync(path, done)
@@ -249,11 +249,13 @@ def _sync(descriptor: int) -> None:
 
 
 def _settle(futures: Sequence[Future[None]]) -> None:
-    """Wait for all; on a failure drop those not yet begun, wait for the others and raise it."""
-    wait(futures, return_when="FIRST_EXCEPTION")
-    for future in futures:
-        future.cancel()
-    wait(futures)
+    """Wait for all; on a failure, or when stopped, drop those not yet begun, wait for the others and raise it."""
+    try:
+        wait(futures, return_when="FIRST_EXCEPTION")
+    finally:
+        for future in futures:
+            future.cancel()
+        wait(futures)
     for future in futures:
         if not future.cancelled():
             future.result()

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ds_sparkling.errors import CheckpointError
+from ds_sparkling.files import check_regular
 
 
 class StandIn:
@@ -64,6 +65,10 @@ def load(path: Path, *, trust: bool = False, verify: bool = False) -> Any:
     Raises:
         CheckpointError: if the file is missing, can't be read, is damaged, or holds classes that aren't known.
     """
+    try:
+        check_regular(path)
+    except OSError as error:
+        raise _unreadable(path, error) from error
     if verify:
         _check_sums(path)
     known: list[Any] = [(stand_in, stand_in.qualified_name) for stand_in in STAND_INS]
@@ -145,21 +150,35 @@ def lay_out(path: Path, content: Any) -> dict[int, int]:
 
 
 def tensors(content: Any) -> Iterator[Tensor]:
-    """Every tensor in ``content``, in the order it is pickled."""
-    if isinstance(content, Tensor):
-        if content.layout != torch.strided:
-            raise CheckpointError(f"a tensor of layout {content.layout} in the checkpoint can't be written")
-        yield content
-    elif isinstance(content, Mapping):
-        for key, value in content.items():
-            yield from tensors(key)
-            yield from tensors(value)
-        yield from tensors(getattr(content, "__dict__", None))
-    elif isinstance(content, (list, tuple, set, frozenset)):
-        for value in content:
-            yield from tensors(value)
-    elif hasattr(content, "__dict__") and not isinstance(content, type) and not callable(content):
-        yield from tensors(vars(content))
+    """Every tensor in ``content``, in the order it is pickled.
+
+    Raises:
+        CheckpointError: if one of them can't be written.
+    """
+    seen: set[int] = set()
+
+    def walk(content: Any) -> Iterator[Tensor]:
+        if isinstance(content, (str, bytes, int, float, type, type(None))) or id(content) in seen:
+            return
+        seen.add(id(content))  # the same object is pickled once
+        if isinstance(content, Tensor):
+            if content.layout != torch.strided or content.device.type != "cpu" or content.is_quantized:
+                raise CheckpointError(
+                    f"a tensor in it of {content.layout}, {content.dtype} on {content.device} can't be written"
+                )
+            yield content
+        elif isinstance(content, Mapping):
+            for key, value in content.items():
+                yield from walk(key)
+                yield from walk(value)
+            yield from walk(getattr(content, "__dict__", None))
+        elif isinstance(content, (list, tuple, set, frozenset)):
+            for value in content:
+                yield from walk(value)
+        elif hasattr(content, "__dict__") and not callable(content):
+            yield from walk(vars(content))
+
+    return walk(content)
 
 
 def _unknown_classes(path: Path) -> list[str]:

@@ -6,7 +6,7 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, Timeout
@@ -17,6 +17,8 @@ from ds_sparkling.files import beside, longest_name
 _LOCK = "lock"
 _DATA = "data"
 _MOMENT = 0.3
+#: Bytes that a path may have on Linux.
+_LONGEST_PATH = 4096
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
 
@@ -45,6 +47,29 @@ def check_free(out: Path) -> None:
         raise CheckpointError(f"{incomplete} is in the way, and isn't left from an earlier call; remove it")
 
 
+def check_names(out: Path, names: Iterable[str]) -> None:
+    """Raise CheckpointError unless files of these names, paths within ``out``, can be made there.
+
+    Args:
+        out: what is to be published.
+        names: of the files.
+    """
+    longest, root = longest_name(out.parent), os.fsencode(staging(out))
+    for name in names:
+        try:
+            parts = os.fsencode(name).split(b"/")
+        except UnicodeEncodeError as error:
+            raise CheckpointError(f"{out} can't hold a file {name!r:.200}: {error}") from error
+        length = max(map(len, parts))
+        if length > longest:
+            raise CheckpointError(
+                f"{out} can't hold the file {name!r:.200}: its name has {length} bytes, of {longest} at most; "
+                "rename the parameter, or write another --format"
+            )
+        if len(root) + len(name) >= _LONGEST_PATH:
+            raise CheckpointError(f"{out} can't hold {name!r:.200}: the path would be too long; name a shorter one")
+
+
 @contextlib.contextmanager
 def published(out: Path) -> Iterator[Path]:
     """A directory to write into, which becomes ``out`` at the end of the ``with``; after an error nothing is left.
@@ -54,7 +79,6 @@ def published(out: Path) -> Iterator[Path]:
     Raises:
         CheckpointError: if ``out`` is taken or can't be written, or another process is writing it.
     """
-    check_free(out)
     data = staging(out)
     with writing(out), _locked(out):
         try:
@@ -85,6 +109,7 @@ def _locked(out: Path) -> Iterator[None]:
     """Hold the lock in the staging directory, which is made and removed with it."""
     incomplete = staging(out).parent
     path = incomplete / _LOCK
+    check_free(out)
     lock = _acquire(out, path)
     try:
         yield

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -13,7 +14,9 @@ from torch import Tensor
 
 from ds_sparkling.checkpoint import pickles
 from ds_sparkling.checkpoint.layout import Layout
-from ds_sparkling.spec.record import GrowthRecord
+from ds_sparkling.errors import CheckpointError, SparklingError
+from ds_sparkling.files import check_regular
+from ds_sparkling.spec.record import FILE_NAME, GrowthRecord, read_record
 
 #: The key of a parameter's weights, next to the optimizer's own keys of its states: fp32 masters, or the compute
 #: weights of a frozen parameter.
@@ -93,12 +96,39 @@ class Source(ABC):
     def optimizer_states(self, rank: int) -> dict[str, Any]:
         """The optimizer states file of ``rank``; only its metadata may be used."""
 
+    def looked_at(self, names: Iterable[str], look: Callable[[str], None]) -> Iterator[Path]:
+        """Every file that ``look`` finds nothing wrong with.
+
+        Raises:
+            CheckpointError: names the file where something in it is of a kind that ``look`` doesn't know.
+        """
+        for name in names:
+            try:
+                look(name)
+            except (SparklingError, OSError):
+                raise
+            except Exception as error:  # what somebody else wrote can be wrong in any way
+                raise CheckpointError(
+                    f"{self.path / name} isn't as expected ({type(error).__name__}: {error!s:.200}); is it damaged?"
+                ) from error
+            yield self.path / name
+
     def open(self, name: str) -> Any:
         """What the file ``name`` of the checkpoint holds; it is opened once, when it is first needed."""
         with self._lock:
             if name not in self._opened:
                 self._opened[name] = pickles.load(self.path / name, trust=self._trust, verify=self._verify)
             return self._opened[name]
+
+    def read_record(self) -> GrowthRecord | None:
+        """The growth record beside the files; None if there is none.
+
+        Raises:
+            OSError, CheckpointError: if it can't be read.
+        """
+        with contextlib.suppress(FileNotFoundError):
+            check_regular(self.path / FILE_NAME)
+        return read_record(self.path)
 
     def elements(self, name: str, key: str, start: int, stop: int) -> Tensor:
         """The elements ``start .. stop`` in one 1-D tensor, which is copied only if they lie in several places."""

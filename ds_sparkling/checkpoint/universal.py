@@ -12,13 +12,19 @@ from torch import Tensor
 
 from ds_sparkling.checkpoint.contents import Contents
 from ds_sparkling.checkpoint.layout import Layout
-from ds_sparkling.checkpoint.metadata import expert_layers, read_layout, require
+from ds_sparkling.checkpoint.metadata import expert_layers, master_dtype, read_layout, require
 from ds_sparkling.checkpoint.output import ElementRange, OutputFile, PickledFile
 from ds_sparkling.checkpoint.source import WEIGHT, Source
 from ds_sparkling.checkpoint.zero_files import ZeroFiles
-from ds_sparkling.checkpoint.zero_source import base_state, frozen_pieces, model_file
+from ds_sparkling.checkpoint.zero_source import (
+    base_state,
+    check_frozen,
+    check_tensor,
+    frozen_pieces,
+    model_file,
+    zero_stage,
+)
 from ds_sparkling.errors import CheckpointError, UnsupportedError
-from ds_sparkling.spec.record import read_record
 
 logger = logging.getLogger(__name__)
 
@@ -74,19 +80,29 @@ class UniversalSource(Source):
         super().__init__(path, trust=trust, verify=verify)
         self._global = self.open(_GLOBAL)
         require(path / _GLOBAL, self._global, {"param_groups": list})
-        stage = int(self._global.get("zero_stage", 1))
+        stage = zero_stage(path / _GLOBAL, self._global)
         # DeepSpeed's converter keeps the groups by themselves and, for stage 3, in the base optimizer's state.
         groups = self._global["param_groups"]
         model = self.open(model_file(stage, 0))
         self.layout = read_layout(path / model_file(stage, 0), model, groups, stage)
         refuse_round_robin(self.layout)
-        self.record = read_record(path)
+        self.record = self.read_record()
         self._keys: dict[str, frozenset[str]] = {}
         for name, param in self.layout.params.items():
             folder = (path / state_file(name, WEIGHT)).parent
             self._keys[name] = frozenset(entry.stem for entry in folder.glob("*.pt"))
             if param.trained and _WEIGHT_FILE not in self._keys[name]:
                 raise CheckpointError(f"{folder / _WEIGHT_FILE}.pt is missing")
+        self._check_pieces()
+
+    def _check_pieces(self) -> None:
+        """Frozen parameters that have no file of their own must be in the model states of all ranks."""
+        pieces = [name for name, param in self.layout.params.items() if not param.trained and not self._keys[name]]
+        for rank in range(self.layout.settings.ranks) if pieces else ():
+            name = model_file(self._stage, rank)
+            model = self.open(name)
+            require(self.path / name, model, {})
+            check_frozen(self.path / name, model, self.layout, pieces)
 
     @property
     def files(self) -> list[Path]:
@@ -100,16 +116,27 @@ class UniversalSource(Source):
         return self.layout.settings.stage
 
     def check(self, part: int = 0, parts: int = 1) -> Iterator[Path]:
-        for path in self.files[part::parts]:
-            content = self.open(str(path.relative_to(self.path)))
+        master = master_dtype(self.model_states(0).get("ds_config") or {})
+
+        def look(file: str) -> None:
+            path, content = self.path / file, self.open(file)
             name = path.parent.name
             if name in self.layout.params and path.stem != _STEP:
-                found = _tensor(content).numel()
-                if found != self.layout.params[name].numel:
-                    raise CheckpointError(
-                        f"{path} has {found} elements; by the metadata {name} is {self.layout.params[name].shape}"
-                    )
-            yield path
+                param = self.layout.params[name]
+                dtype = None
+                if path.stem != _WEIGHT_FILE:
+                    dtype = self._state_dtype(path.stem)
+                elif param.trained:
+                    dtype = master
+                check_tensor(path, f"{path.stem} of {name:.200}", _tensor(content), dtype, (param.numel,))
+
+        return self.looked_at([str(path.relative_to(self.path)) for path in self.files[part::parts]], look)
+
+    def _state_dtype(self, key: str) -> torch.dtype | None:
+        """Of the first parameter that has this state, which the others must agree with; None if it holds no numbers."""
+        first = next(name for name, keys in self._keys.items() if key in keys)
+        tensor = _tensor(self.open(state_file(first, key)))
+        return tensor.dtype if isinstance(tensor, Tensor) and tensor.is_floating_point() else None
 
     def states(self, name: str) -> Mapping[str, torch.dtype]:
         keys = sorted(self._keys[name] - {_WEIGHT_FILE, _STEP})
@@ -192,6 +219,10 @@ class UniversalFiles:
                 if self._layout.settings.stage < 3:
                     names += [state_file(name, _STEP)] if _STEP in self._contents.numbers(name) else []
         return names
+
+    def telling(self) -> list[str]:
+        """Names of files that between them take up all of the source's metadata."""
+        return [_GLOBAL, model_file(self._layout.settings.stage, 0)]
 
     def build(self, name: str) -> OutputFile:
         if name == _GLOBAL:

@@ -48,6 +48,13 @@ class ZeroFiles:
         """Names of all files."""
         return list(self._builders)
 
+    def telling(self) -> list[str]:
+        """Names of files that between them take up all of the source's metadata."""
+        settings, ranks = self._layout.settings, self._source.layout.settings.ranks
+        first = range(min(settings.ranks, ranks))
+        models = [model_file(settings.stage, rank) for rank in (first if settings.stage == 3 else range(1))]
+        return [*(optimizer_file(rank, self._prefix) for rank in first), *models]
+
     def build(self, name: str) -> OutputFile:
         """The file of that name."""
         return self._builders[name]()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_sparkling.checkpoint.layout import make_layout
+from ds_sparkling.checkpoint import pickles
+from ds_sparkling.checkpoint.layout import Layout, make_layout
 from ds_sparkling.checkpoint.metadata import (
     PIPELINE,
     SEQUENCE,
@@ -20,14 +21,15 @@ from ds_sparkling.checkpoint.metadata import (
     ExpertLayer,
     check_version,
     expert_layers,
+    master_dtype,
     read_layout,
     require,
+    shared_names,
     unsupported,
 )
 from ds_sparkling.checkpoint.source import WEIGHT, Source
 from ds_sparkling.errors import CheckpointError, UnsupportedError
 from ds_sparkling.spec.partition import cut, padded_piece
-from ds_sparkling.spec.record import read_record
 
 _OPTIMIZER = re.compile(r"(bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 _MODEL_3 = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_model_states\.pt")
@@ -73,12 +75,62 @@ def base_state(optimizer: Mapping[str, Any]) -> dict[str, Any]:
     )
 
 
+def zero_stage(where: object, optimizer: Mapping[str, Any]) -> int:
+    """The ZeRO stage by a rank's ``optimizer_state_dict``.
+
+    Raises:
+        CheckpointError: if there is no such stage.
+    """
+    stage = optimizer.get("zero_stage", 1)  # only DeepSpeed's BF16_Optimizer, a stage 1, doesn't say
+    if not isinstance(stage, int) or stage not in (1, 2, 3):
+        raise CheckpointError(f"{where}: zero_stage is {stage!r:.80}, expected 1, 2 or 3")
+    return int(stage)
+
+
 def frozen_pieces(
     model_states: Callable[[int], Mapping[str, Any]], numel: int, ranks: int, name: str, start: int, stop: int
 ) -> Iterator[Tensor]:
     """The elements ``start .. stop`` of a frozen parameter under stage 3, from the pieces in every rank's file."""
     for rank, offset, count in cut(start, stop, padded_piece(numel, ranks)):
         yield model_states(rank)["frozen_param_fragments"][name].view(-1)[offset : offset + count]
+
+
+def check_frozen(where: object, model: Mapping[str, Any], layout: Layout, frozen: Collection[str]) -> None:
+    """Raise CheckpointError unless a rank's file has its pieces, of stage 3, of the parameters ``frozen`` alone."""
+    fragments = model.get("frozen_param_fragments") or {}
+    require(f"{where}: frozen_param_fragments", fragments, {})
+    for name in fragments.keys() ^ frozen:
+        what = "has no piece of it" if name in frozen else "has a piece of it that no shape tells of"
+        raise CheckpointError(f"{where}: {name:.200} is frozen, and frozen_param_fragments {what}")
+    for name in frozen:
+        param = layout.params[name]
+        size = padded_piece(param.numel, layout.settings.ranks)
+        check_tensor(where, f"the piece of the frozen {name:.200}", fragments[name], param.dtype, (size,))
+
+
+def check_tensor(
+    where: object, what: str, tensor: Any, dtype: torch.dtype | None = None, numels: Collection[int] | None = None
+) -> None:
+    """Look at a tensor that will be read.
+
+    Args:
+        where, what: for the error.
+        dtype: what it must be in; None if in any floating-point numbers.
+        numels: how many elements it may have.
+
+    Raises:
+        CheckpointError: if it isn't one, of other numbers, or doesn't hold its elements one by one.
+    """
+    if not isinstance(tensor, Tensor):
+        raise CheckpointError(f"{where}: {what} is a {type(tensor).__name__}, not a tensor")
+    if tensor.dtype != dtype if dtype is not None else not tensor.is_floating_point():
+        expected = "floating-point numbers" if dtype is None else str(dtype)
+        raise CheckpointError(f"{where}: {what} is in {tensor.dtype}, expected {expected}; was the file damaged?")
+    if numels is not None and tensor.numel() not in numels:
+        sizes = " or ".join(map(str, sorted(set(numels))))
+        raise CheckpointError(f"{where}: {what} has {tensor.numel()} elements; by the metadata it is {sizes}")
+    if tensor.layout != torch.strided or not tensor.is_contiguous():
+        raise CheckpointError(f"{where}: {what} doesn't hold its {tensor.numel()} elements one after the other")
 
 
 class ZeroSource(Source):
@@ -99,11 +151,15 @@ class ZeroSource(Source):
         if isinstance(base, list):
             raise UnsupportedError(f"{path}: checkpoints with zero_optimization.elastic_checkpoint aren't supported")
         require(optimizer_path, base, {"state": Mapping, "param_groups": list})
-        stage = self._stage(optimizer)
+        stage = zero_stage(optimizer_path, optimizer)
+        for index, tensor in enumerate(flat_tensors(optimizer)):
+            check_tensor(optimizer_path, f"flat tensor {index}", tensor)
         model = self.open(model_file(stage, 0))
         self.layout = read_layout(path / model_file(stage, 0), model, base["param_groups"], stage)
         self.experts = expert_layers(model)
-        self.record = read_record(path)
+        self._master = master_dtype(model.get("ds_config") or {})
+        self._state_dtypes: dict[str, torch.dtype] = {}
+        self.record = self.read_record()
         self._check_names()
         self._refuse_sequences([tensor.numel() for tensor in flat_tensors(optimizer)])
 
@@ -155,8 +211,10 @@ class ZeroSource(Source):
     def check(self, part: int = 0, parts: int = 1) -> Iterator[Path]:
         reference = self._identity(self.model_states(0)), self._optimizer_identity(self.optimizer_states(0))
         samples: dict[bytes, str] = {}
-        for name in sorted(self._expected())[part::parts]:
+
+        def look(name: str) -> None:
             content = self.open(name)
+            self._check_kinds(name, content)
             if _OPTIMIZER.fullmatch(name):
                 rank = int(_OPTIMIZER.fullmatch(name)[2])  # type: ignore[index]
                 self._same(name, reference[1], self._optimizer_identity(content))
@@ -172,7 +230,25 @@ class ZeroSource(Source):
                 if self.stage < 3:
                     self._check_rounded(name, content)
                 self._with_shared(content)
-            yield self.path / name
+
+        return self.looked_at(sorted(self._expected())[part::parts], look)
+
+    def _check_kinds(self, name: str, content: Any) -> None:
+        """A file must hold what those of its name do, and no tensors that can't be written again."""
+        where = self.path / name
+        if _OPTIMIZER.fullmatch(name):
+            require(where, content, {"optimizer_state_dict": Mapping})
+            base = base_state(content["optimizer_state_dict"])
+            require(where, base, {"state": Mapping, "param_groups": list})
+            for index, state in base["state"].items():
+                require(f"{where}: state {index!r:.80} of the optimizer", state, {})
+        else:
+            require(where, content, {} if _EXPERT.fullmatch(name) else {"module": Mapping})
+        try:
+            for _ in pickles.tensors(content):
+                pass
+        except CheckpointError as error:
+            raise CheckpointError(f"{where}: {error}") from error
 
     def _expected(self) -> set[str]:
         names = {optimizer_file(rank, self.prefix) for rank in range(self.ranks)}
@@ -182,6 +258,12 @@ class ZeroSource(Source):
         return names
 
     def _check_names(self) -> None:
+        for layer in self.experts if self.stage < 3 else ():
+            if layer.experts > len(self._names):
+                raise CheckpointError(
+                    f"{self.path / model_file(self.stage, 0)}: num_experts of {layer.path} is {layer.experts}, and "
+                    f"each has a file, but there are {len(self._names)} files"
+                )
         expected = self._expected()
         missing = sorted(expected - self._names)
         if missing:
@@ -215,10 +297,6 @@ class ZeroSource(Source):
         if len(found) > 1:
             raise CheckpointError(f"{self.path} has optimizer states of bf16 and of other runs (bf16_zero_pp_rank_*)")
         return found.pop()
-
-    def _stage(self, optimizer: Mapping[str, Any]) -> int:
-        # Only DeepSpeed's BF16_Optimizer, a stage 1, doesn't say.
-        return int(optimizer.get("zero_stage", 1))
 
     # -- contents -----------------------------------------------------------------------------------------------
 
@@ -296,7 +374,8 @@ class ZeroSource(Source):
         optimizer = content["optimizer_state_dict"]
         base = base_state(optimizer)
         numbers = [
-            {key: float(value) for key, value in state.items() if _number(value)} for state in base["state"].values()
+            {key: (_kind(value), float(value)) for key, value in state.items() if _number(value)}
+            for state in base["state"].values()
         ]
         return {
             "ds_config": content.get("ds_config"),
@@ -323,11 +402,8 @@ class ZeroSource(Source):
         for index, (tensor, flat) in enumerate(zip(flats, self.layout.flats, strict=True)):
             part = self.layout.part(flat, rank)[1]
             lean = flat.size - (flat.padding(part) if flat.window else 0)
-            if tensor.numel() not in (flat.size, lean):
-                raise CheckpointError(
-                    f"{self.path / name}: flat tensor {index} ({flat.names[0]} ...) has {tensor.numel()} elements; "
-                    f"by the metadata it is {flat.size}"
-                )
+            where, sizes = self.path / name, (flat.size, lean)
+            check_tensor(where, f"flat tensor {index} ({flat.names[0]:.200} ...)", tensor, self._master, sizes)
             kept = base_state(self._optimizer(0))["state"].get(index, {})
             found = sorted(state.get(index, {}))
             if found != sorted(kept):
@@ -336,11 +412,12 @@ class ZeroSource(Source):
                 )
             whole = [self.layout.local_numel(other) for other in self.layout.touching(flat, rank)]
             for key, value in state.get(index, {}).items():
-                if _per_element(key, value) and value.numel() not in (flat.size, lean, sum(whole)):
-                    raise CheckpointError(
-                        f"{self.path / name}: {key} of flat tensor {index} has {value.numel()} elements; by the "
-                        f"metadata it is {flat.size}"
-                    )
+                if _per_element(key, value) != _per_element(key, kept[key]):
+                    raise CheckpointError(f"{where}: {key} of flat tensor {index} is of another kind than rank 0's")
+                if _per_element(key, value):
+                    dtype = self._state_dtypes.setdefault(key, kept[key].dtype)
+                    what = f"{key} of flat tensor {index}"
+                    check_tensor(where, what, value, dtype if dtype.is_floating_point else None, (*sizes, sum(whole)))
 
     def _check_rank(self, name: str, rank: int, optimizer: Mapping[str, Any]) -> None:
         """What a rank's optimizer states say about where they belong must be so."""
@@ -399,11 +476,23 @@ class ZeroSource(Source):
             place = entry["ep_rank"], entry["expert_data_parallel_rank"]
             if place != (int(match[1]) % entry["ep_size"], int(match[1]) // entry["ep_size"]):  # type: ignore[index]
                 raise CheckpointError(f"{self.path / name} is of another rank or topology than its name says")
+        if self.stage == 3:
+            frozen = [key for key, param in self.layout.params.items() if not param.trained]
+            check_frozen(self.path / name, model, self.layout, frozen)
+        first = self.open(model_file(self.stage, 0))["module"]
+        tied = shared_names(self.open(model_file(self.stage, 0)))
         for key, tensor in model["module"].items():
-            param = self.layout.params.get(key)
-            if param is not None and tensor.numel() and tuple(tensor.shape) != param.shape:
+            param, known = self.layout.params.get(tied.get(key, key)), first[key]
+            if param is not None and isinstance(tensor, Tensor) and tensor.numel():
+                if tuple(tensor.shape) != param.shape:
+                    raise CheckpointError(
+                        f"{self.path / name}: {key:.200} is {tuple(tensor.shape)}; by the metadata it is {param.shape}"
+                    )
+                check_tensor(self.path / name, key[:200], tensor, param.dtype)
+            if _kind(tensor) != _kind(known) or (isinstance(tensor, Tensor) and tensor.shape != known.shape):
                 raise CheckpointError(
-                    f"{self.path / name}: {key} is {tuple(tensor.shape)}; by the metadata it is {param.shape}"
+                    f"{self.path / name}: {key:.200} is {_kind(tensor)}{_shape_of(tensor)}, rank 0 has "
+                    f"{_kind(known)}{_shape_of(known)}"
                 )
 
     def _check_expert(self, name: str, content: Mapping[str, Any]) -> None:
@@ -414,10 +503,19 @@ class ZeroSource(Source):
             if tensor is None or tuple(tensor.shape) != shape:
                 found = "missing" if tensor is None else tuple(tensor.shape)
                 raise CheckpointError(f"{self.path / name}: {weight}.{expert} is {found}; by the metadata {shape}")
+            check_tensor(self.path / name, f"{weight}.{expert}", tensor, self.layout.params[weight].dtype)
 
 
 def _per_element(key: str, value: Any) -> bool:
     return isinstance(value, Tensor) and value.dim() > 0 and key != "step"
+
+
+def _kind(value: Any) -> str:
+    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
+
+
+def _shape_of(value: Any) -> str:
+    return f" {tuple(value.shape)}" if isinstance(value, Tensor) else ""
 
 
 def _number(value: Any) -> bool:
