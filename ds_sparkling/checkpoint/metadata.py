@@ -170,6 +170,7 @@ def read_layout(where: object, model: Mapping[str, Any], groups: list[dict[str, 
     if model["global_steps"] < 0:
         raise CheckpointError(f"{where}: global_steps is {model['global_steps']!r:.80}")
     check_version(where, model)
+    _check_shapes(where, model)
     config = model.get("ds_config") or {}
     zero = config.get("zero_optimization") or {}
     ranks = require_count(where, model, "dp_world_size", 1)
@@ -187,7 +188,6 @@ def read_layout(where: object, model: Mapping[str, Any], groups: list[dict[str, 
         offloaded=_device(zero, "offload_optimizer") != "none" or bool(zero.get("cpu_offload")),
     )
     shapes = list(model["param_shapes"] or [])
-    _check_shapes(where, model)
     params = _params(model, shared)
     _check_params(where, model, params)
     for index, group in enumerate(groups):
@@ -244,8 +244,12 @@ def _check_expert_layers(where: object, model: Mapping[str, Any]) -> None:
         here = f"{where}: ds_autoep_layers[{index}]"
         kinds = {"moe_layer_id": int, "module_path": str, "expert_key_prefix": str, "affine_maps": Mapping}
         require(here, entry, {**kinds, "expert_placement": Mapping})
-        require_count(here, entry, "num_experts", 1)
-        require_count(here, entry, "ep_size", 1)
+        experts, size = require_count(here, entry, "num_experts", 1), require_count(here, entry, "ep_size", 1)
+        for name, shape in itertools.chain.from_iterable(shapes.items() for shapes in model["param_shapes"]):
+            if name.startswith(f"{entry['expert_key_prefix']}.w") and shape[:1] and shape[0] * size != experts:
+                raise CheckpointError(
+                    f"{here}: num_experts is {experts} and ep_size {size}, but each rank has {shape[0]} of {name:.200}"
+                )
         require(f"{here}: affine_maps", entry["affine_maps"], {"params": Mapping})
         for name, known in entry["affine_maps"]["params"].items():
             require(f"{here}: affine_maps of {name!r:.80}", known, {})

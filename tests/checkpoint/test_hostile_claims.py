@@ -113,7 +113,7 @@ def sub_group_size(value: Any) -> Callable[[Any], object]:
     [
         *((lambda model, n=n: model.update(dp_world_size=n), "dp_world_size") for n in (10**9, 10**30, -1, True)),
         *((layer("ep_size", n), "ep_size") for n in (10**9, 0, -2, 1.0)),
-        *((layer("num_experts", n), "num_experts") for n in (10**9, 0, -12, "12")),
+        *((layer("num_experts", n), "num_experts") for n in (10**9, 24, 0, -12, "12")),
         *((first_shape(shape), "norm.weight") for shape in ((-6,), (6.0,), ("6",), (10**30,), 6, (True,))),
         *((sub_group_size(n), "sub_group_size") for n in (math.inf, math.nan, -1, "many", [1])),
         (lambda model: model.update(ds_config=[1]), "ds_config"),
