@@ -188,7 +188,7 @@ def _change_somewhere(content: Any, chance: random.Random) -> str:
     if isinstance(value, Tensor):
         changes: dict[str, Callable[[], Any]] = {
             **{str(dtype): partial(value.to, dtype) for dtype in _DTYPES if dtype != value.dtype},
-            "repeated": lambda: value.reshape(-1)[:1].expand(max(value.numel(), 2)),
+            "repeated": lambda: value.new_zeros(1).expand(max(value.numel(), 2)),
             "longer": lambda: torch.cat([value.reshape(-1), value.new_zeros(3)]),
             "a string": lambda: "x",
         }
