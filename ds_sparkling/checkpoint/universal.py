@@ -93,7 +93,18 @@ class UniversalSource(Source):
             self._keys[name] = frozenset(entry.stem for entry in folder.glob("*.pt"))
             if param.trained and _WEIGHT_FILE not in self._keys[name]:
                 raise CheckpointError(f"{folder / _WEIGHT_FILE}.pt is missing")
+        self._check_states()
         self._check_pieces()
+
+    def _check_states(self) -> None:
+        """Parameters that share a flat tensor have the same states."""
+        for flat in self.layout.flats:
+            kept = frozenset().union(*(self._keys[name] for name in flat.names))
+            for name in flat.names:
+                for key in sorted(kept - self._keys[name]):
+                    raise CheckpointError(
+                        f"{self.path / _FOLDER / name / key}.pt is missing, which other parameters have"
+                    )
 
     def _check_pieces(self) -> None:
         """Frozen parameters that have no file of their own must be in the model states of all ranks."""

@@ -96,6 +96,16 @@ def test_weights_of_a_universal_checkpoint_in_other_numbers_are_refused(
         path.write_bytes(before)
 
 
+@pytest.mark.parametrize("name", ["norm.weight", "embed_tokens.weight"])
+def test_a_lost_state_of_a_universal_checkpoint_is_named(
+    name: str, saved: Callable[[str], Path], tmp_path: Path
+) -> None:
+    checkpoint_files.run(saved("dense"), tmp_path / "universal", format="universal")
+    path = tmp_path / "universal" / TAG / "zero" / name / "exp_avg.pt"
+    path.unlink()
+    refused(tmp_path / "universal", str(path), "is missing", widths={})
+
+
 def layer(key: str, value: Any) -> Callable[[Any], object]:
     return lambda model: [entry.update({key: value}) for entry in model["ds_autoep_layers"]]
 
