@@ -18,7 +18,7 @@ from ds_sparkling.checkpoint.layout import Layout, Settings, make_layout, regrou
 from ds_sparkling.checkpoint.metadata import MOST, buffer_shapes, expert_layers
 from ds_sparkling.checkpoint.opening import check_files, find, open_checkpoint, understanding
 from ds_sparkling.checkpoint.output import Filler, OutputFile, OutputSummary
-from ds_sparkling.checkpoint.parameter_axes import ModelAxes, checkpoint_axes
+from ds_sparkling.checkpoint.parameter_axes import ModelAxes, check_record, checkpoint_axes
 from ds_sparkling.checkpoint.publish import check_free, check_names, published, staging, writing
 from ds_sparkling.checkpoint.request import FORMATS, Request
 from ds_sparkling.checkpoint.source import Source
@@ -161,6 +161,7 @@ def prepare(request: Request, team: Team, *, progress: bool = False) -> Expansio
 
 def _decide(request: Request, source: Source) -> Expansion:
     """Everything that follows from the checkpoint and the request."""
+    check_record(source)
     settings = _settings(source, request)
     block = _block(source, request)
     model = checkpoint_axes(source, request.widths, request.config, block) if request.widths else None

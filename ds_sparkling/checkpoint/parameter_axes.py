@@ -22,6 +22,7 @@ from ds_sparkling.spec.autoep import BlockNames, block_axes
 from ds_sparkling.spec.axes import ParamAxes
 from ds_sparkling.spec.axes_by_pattern import TO_FILL, hintable, match_hints, name_pattern, parse_hints
 from ds_sparkling.spec.config import SparklingConfig, read_json
+from ds_sparkling.spec.record import check_shapes, check_steps
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +87,28 @@ def checkpoint_axes(source: Source, widths: Mapping[str, int], config: str | Non
     if "model_type" not in data:
         raise ConfigError(f"{config} is neither a hints file ('axes') nor a Hugging Face config ('model_type')")
     return _probed(source, widths, block, HuggingFaceFactory(data), data)
+
+
+def check_record(source: Source) -> None:
+    """Hold the growth record of ``source``, if it has one, against its parameters and its step.
+
+    Raises:
+        CheckpointError: names the record, and the key or the parameter.
+    """
+    record = source.record
+    if record is None:
+        return
+    model = source.model_states(0)
+    check_steps(source.path, record, model["global_steps"])
+    names, own = BlockNames.from_config(model.get("ds_config") or {}), OwnNames.of([*source.layout.params], record.axes)
+    known = dict(record.axes)
+    for layer in expert_layers(model):
+        if record.axes:
+            known |= block_axes(own(layer.path), names, record.axes)
+    shapes = {name: param.shape for name, param in source.layout.params.items()} | buffer_shapes(model)
+    axes = {name: known.get(name, known.get(own(name))) for name in shapes}
+    told = {name: found for name, found in axes.items() if found is not None}
+    check_shapes(source.path, record, told, shapes, str(source.path))
 
 
 def hints(params: Iterable[Param], widths: Mapping[str, Any], axes: Mapping[str, ParamAxes] | None = None) -> str:

@@ -14,13 +14,21 @@ from typing import Any
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from ds_sparkling.engine import hooks
-from ds_sparkling.engine.fail_together import FailTogether
+from ds_sparkling.engine.fail_together import FailTogether, follows_another
 from ds_sparkling.engine.growing_run import run_of
 from ds_sparkling.engine.internals import clients_own, own_files
+from ds_sparkling.engine.logical_names import logical_shapes
 from ds_sparkling.errors import CheckpointError
 from ds_sparkling.files import whole_file
 from ds_sparkling.optim.step import BirthStep
-from ds_sparkling.spec.record import GrowthRecord, find_checkpoint, read_record
+from ds_sparkling.spec.record import (
+    FILE_NAME,
+    GrowthRecord,
+    check_shapes,
+    check_steps,
+    find_checkpoint,
+    read_record,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -70,16 +78,17 @@ def hook_checkpoints(engine: DeepSpeedEngine, step: BirthStep) -> None:
         all_ranks = FailTogether(
             f"loading {load_dir}", alike=f"loading {tag or 'the latest checkpoint'}", kind=CheckpointError
         )
+        how = inspect.signature(load).bind_partial(load_dir, tag, *args, **kwargs).arguments
+        weights_alone = bool(how.get("load_module_only", False))
         with all_ranks:
             found = find_checkpoint(load_dir, tag, universal=engine.load_universal_checkpoint())
             record = None if found is None else read_record(found)
             if found is not None and not engine.load_universal_checkpoint():
-                how = inspect.signature(load).bind_partial(load_dir, tag, *args, **kwargs).arguments
-                module_only = how.get("load_module_only", False) or not how.get("load_optimizer_states", True)
+                module_only = weights_alone or not how.get("load_optimizer_states", True)
                 for file in own_files(engine, load_dir, found.name, module_only=module_only):
                     _check_whole(file)
             if found is not None:
-                _check_record(run_of(engine).record, record, found)
+                _check_record(engine, record, found)
                 run_of(engine).observations.read(found)
                 run_of(engine).observations.unseen_losses = []
                 run_of(engine).observations.spent = None if record is None else record.spent
@@ -87,17 +96,19 @@ def hook_checkpoints(engine: DeepSpeedEngine, step: BirthStep) -> None:
         if found is not None and record is None and engine.global_rank == 0:
             logger.warning("%s has no growth record; taken as saved at %s", found, run_of(engine).widths)
         result: Any = (None, None)
-        with all_ranks.together():
+        with all_ranks.together(), _built_by(record, found):
             result = load(load_dir, tag, *args, **kwargs)
         all_ranks.settle()
         if result[0] is not None:
             run_of(engine).client.see(clients_own(result[1]), engine.global_steps)
         if result[0] is not None and engine.load_universal_checkpoint():
             _restore_groups(engine)
-        if record is not None and result[0] is not None:
+        if record is not None and found is not None and result[0] is not None:
             engine.sparkling = replace(run_of(engine), record=record)
             step.forget_blocks()
             with all_ranks:
+                if not weights_alone:
+                    check_steps(found, record, engine.global_steps)
                 _check_schedule(engine, found)
             all_ranks.settle()
             growth = engine.sparkling.due(engine.global_steps)
@@ -177,8 +188,27 @@ def _restore_groups(engine: DeepSpeedEngine) -> None:
         )
 
 
-def _check_record(own: GrowthRecord, recorded: GrowthRecord | None, path: Path) -> None:
-    """The checkpoint's widths must be the engine's."""
+@contextmanager
+def _built_by(record: GrowthRecord | None, path: Path | None) -> Iterator[None]:
+    """Name the record in what DeepSpeed says of a checkpoint that doesn't fit the model that was built by it.
+
+    Raises:
+        CheckpointError: for what DeepSpeed and torch raise where tensors have other names or sizes.
+    """
+    try:
+        yield
+    except (KeyError, IndexError, ValueError, RuntimeError) as error:
+        if record is None or path is None or follows_another(error):
+            raise
+        raise CheckpointError(
+            f"{path} doesn't load: {type(error).__name__}: {error}. If its tensors have other sizes than the model, "
+            f"the growth record {path / FILE_NAME} isn't this checkpoint's: it gives widths {record.widths}"
+        ) from error
+
+
+def _check_record(engine: DeepSpeedEngine, recorded: GrowthRecord | None, path: Path) -> None:
+    """The checkpoint's widths must be the engine's, and its axes those of the engine's parameters."""
+    own = run_of(engine).record
     if recorded is None:
         if own.growths:
             raise CheckpointError(
@@ -190,3 +220,5 @@ def _check_record(own: GrowthRecord, recorded: GrowthRecord | None, path: Path) 
             f"{path} was saved at widths {recorded.widths}, this engine has {own.widths}; build it with "
             f"initialize(..., checkpoint={str(path.parent)!r}, tag={path.name!r})"
         )
+    else:
+        check_shapes(path, recorded, recorded.axes, logical_shapes(engine), "this engine")

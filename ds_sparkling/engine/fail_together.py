@@ -127,8 +127,7 @@ class FailTogether:
             rank=dist.get_rank() if dist.is_initialized() else 0,
             kind=type(error).__name__ if own else self._kind.__name__,
             message=str(error) if own else f"{type(error).__name__}: {error}",
-            # Where another rank left or died, this is what shows on those that it leaves behind.
-            follows=isinstance(error, dist.DistError) or "/gloo/" in str(error),
+            follows=follows_another(error),
             ends=not isinstance(error, Exception),
         )
 
@@ -137,6 +136,11 @@ class FailTogether:
         if failure.rank is None:
             return kind(f"{self._doing} failed: {failure.message}{self._way_out}")
         return kind(f"{self._doing} failed on rank {failure.rank}: {failure.message}{self._way_out}")
+
+
+def follows_another(error: BaseException) -> bool:
+    """Whether an error is what shows on the ranks that another one leaves behind, when it has failed or died."""
+    return isinstance(error, (dist.DistError, InterruptedWaitError)) or "/gloo/" in str(error)
 
 
 def of_first_rank(value: _T, all_ranks: FailTogether) -> _T:

@@ -18,6 +18,7 @@ from ds_sparkling.discovery.build import (
     check_wide,
     described_tensors,
     saved_buffers,
+    shapes_of,
 )
 from ds_sparkling.discovery.factory import named_inputs
 from ds_sparkling.discovery.find_axes import axes_to_grow, planned
@@ -31,12 +32,12 @@ from ds_sparkling.engine.growing_run import GrowingRun
 from ds_sparkling.engine.hugging_face_build import built_plainly
 from ds_sparkling.engine.logical_names import engine_axes, logical_parameters, logical_shapes
 from ds_sparkling.engine.parallelism import refuse_parallelism
-from ds_sparkling.errors import ConfigError, PlanError
+from ds_sparkling.errors import CheckpointError, ConfigError, PlanError
 from ds_sparkling.growth import GrowthPlan, count_parameters, make_plan
 from ds_sparkling.spec.active_experts import active_share, doubt_of_share
 from ds_sparkling.spec.axes import ParamAxes
 from ds_sparkling.spec.config import BLOCK, SparklingConfig
-from ds_sparkling.spec.record import GrowthRecord, read_record
+from ds_sparkling.spec.record import FILE_NAME, GrowthRecord, check_shapes, read_record
 from ds_sparkling.spec.unsupported import refuse_compiled
 
 logger = logging.getLogger(__name__)
@@ -223,13 +224,28 @@ def starting_record(
 ) -> GrowthRecord:
     """The record a run starts with: that of ``checkpoint``, or a fresh one; every growth still to come is checked."""
     record = read_record(checkpoint) if checkpoint is not None else None
-    if record is None:
+    if record is None or checkpoint is None:
         record = GrowthRecord(dict(config.widths or {}), {})
+    else:
+        _check_built(build_model, record, checkpoint)
     happened = {growth.planned_step for growth in record.growths}
     growths = [growth.widths for growth in config.growths if growth.at_step not in happened]
     record = knowing(record, growths, build_model, config, inputs)
     check_growths(build_model, config, record)
     return record
+
+
+def _check_built(build_model: BuildModel, record: GrowthRecord, checkpoint: Path) -> None:
+    """Hold a checkpoint's record against the model that is built by its widths.
+
+    Raises:
+        CheckpointError: names the record, and the parameter, or why the model can't be built.
+    """
+    try:
+        shapes = shapes_of(build_on_meta(build_model, record.widths))
+    except PlanError as error:
+        raise CheckpointError(f"at the widths of growth record {checkpoint / FILE_NAME}: {error}") from error
+    check_shapes(checkpoint, record, record.axes, shapes, "the model that build_model makes")
 
 
 def check_growths(build_model: BuildModel, config: SparklingConfig, record: GrowthRecord) -> None:

@@ -14,11 +14,35 @@ from enum import Enum
 from typing import Annotated, Any
 
 import torch
-from pydantic import BeforeValidator, Field, PlainSerializer, SerializerFunctionWrapHandler, model_serializer
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    PlainSerializer,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+)
 from torch import Tensor
 
 from ds_sparkling.errors import PlanError
-from ds_sparkling.spec.checked import Checked, Integer, InWords, Number, Switch, Text, checked
+from ds_sparkling.spec.checked import Checked, Integer, InWords, Number, Switch, Text, checked, shown
+from ds_sparkling.spec.widths import LARGEST_WIDTH
+
+
+def _some_axis(widths: dict[str, int]) -> dict[str, int]:
+    if not widths:
+        raise ValueError("is empty; name at least one axis, or drop the growth")
+    return widths
+
+
+#: How many units or entries there are of something.
+Count = Annotated[Integer, Field(ge=1, le=LARGEST_WIDTH)]
+#: Axis -> width.
+Widths = dict[str, Count]
+#: Those that a growth grows to.
+GrownWidths = Annotated[Widths, AfterValidator(_some_axis)]
+#: Of a width, that a model multiplies by.
+Power = Annotated[Number, Field(ge=-8, le=8)]
 
 
 class Role(str, Enum):
@@ -37,8 +61,9 @@ class Role(str, Enum):
 
 
 def _axis_or_number(value: Any) -> Any:
-    if isinstance(value, bool) or not isinstance(value, (int, str)) or (isinstance(value, int) and value < 1):
-        raise ValueError(f"must be an axis or at least 1, got {value!r}")
+    number = isinstance(value, int) and not isinstance(value, bool)
+    if not isinstance(value, str) and not (number and 1 <= value <= LARGEST_WIDTH):
+        raise ValueError(f"must be an axis or at least 1, got {shown(value)}")
     return value
 
 
@@ -52,12 +77,9 @@ class Dim(Checked):
         default=None, description="The width axis that it carries. A dimension without one never grows."
     )
     role: Role | None = Field(default=None, description="What it is to the parameter's map. It goes with the axis.")
-    block: Integer = Field(
-        default=1, ge=1, kw_only=True, description="Entries per unit, as the head_dim rows of a head."
-    )
-    segments: Integer = Field(
+    block: Count = Field(default=1, kw_only=True, description="Entries per unit, as the head_dim rows of a head.")
+    segments: Count = Field(
         default=1,
-        ge=1,
         kw_only=True,
         description="Copies of the axis in this dimension: 2 for gate and up fused in one tensor.",
     )
@@ -78,14 +100,16 @@ class Dim(Checked):
         description="What parts the units into equal consecutive groups that grow each for itself: another axis, or a "
         "fixed number. Query heads are grouped by the key/value head that they share.",
     )
-    power: Number = Field(
+    power: Power = Field(
         default=0.0,
         kw_only=True,
         description="The model itself multiplies what this parameter gives by width ** power, as some do with "
         "embeddings (1/2) and logits (-1). A growth takes that out again. Of a dimension of parts, the width is the "
         "entries of one segment.",
     )
-    fixed: Integer = Field(default=0, ge=0, kw_only=True, description="Entries of a part that never grows.")
+    fixed: Integer = Field(
+        default=0, ge=0, le=LARGEST_WIDTH, kw_only=True, description="Entries of a part that never grows."
+    )
     parts: tuple[Dim, ...] = Field(
         default=(),
         kw_only=True,
@@ -107,6 +131,9 @@ class Dim(Checked):
                 raise PlanError("a part has either an axis and a role or fixed entries, and no parts of its own")
         if self.parts and not self.axes:
             raise PlanError("one of a dimension's parts must carry an axis")
+        for segment in self.alive:
+            if not 0 <= segment < self.segments:
+                raise PlanError(f"alive names segment {segment} of a dimension that has {self.segments}, from 0 on")
 
     @property
     def _kind(self) -> str:
@@ -277,11 +304,13 @@ class ParamAxes(Checked):
     norm: Norm | None = Field(default=None, kw_only=True, description="The kind of norm that this is the gain of.")
     offset: Number = Field(
         default=0.0,
+        ge=-1000,
+        le=1000,
         kw_only=True,
         description="What the model adds to the stored gain: 1 where the gain is 1 + w.",
     )
     powers: Annotated[
-        tuple[tuple[Text, Number], ...],
+        tuple[tuple[Text, Power], ...],
         BeforeValidator(_pairs),
         PlainSerializer(dict),
         InWords("object of axis: number"),
@@ -322,6 +351,23 @@ class ParamAxes(Checked):
             PlanError: if only some of the axes of a dimension of parts are in ``widths``.
         """
         return tuple(dim.resized(size, widths) for dim, size in zip(self.dims, shape, strict=True))
+
+    def contradiction(self, shape: tuple[int, ...], widths: Mapping[str, int]) -> str | None:
+        """How a parameter of that shape contradicts the axes at ``widths``, in words; None if it doesn't.
+
+        Raises:
+            PlanError: if only some of the axes of a dimension of parts are in ``widths``.
+        """
+        if len(self.dims) != len(shape):
+            return f"has {len(self.dims)} dimensions, not {len(shape)}"
+        expected = self.shape(shape, widths)
+        if expected != tuple(shape):
+            return f"is {shown(expected)}, not {tuple(shape)}"
+        for leaf in self.leaves:
+            groups = widths.get(leaf.groups) if isinstance(leaf.groups, str) else leaf.groups
+            if leaf.axis in widths and groups is not None and widths[leaf.axis] % groups:
+                return f"has {widths[leaf.axis]} units of {leaf.axis} in {groups} equal groups, which can't be"
+        return None
 
     def settled(self, widths: Mapping[str, int], growing: Collection[str]) -> ParamAxes:
         """The axes for a growth of the axes ``growing`` from ``widths``, as :meth:`Dim.settled` makes them."""

@@ -18,15 +18,33 @@ from typing import Annotated, Any, ClassVar, TypeVar, Union, get_args, get_origi
 
 import pydantic
 import pydantic.dataclasses
-from pydantic import AllowInfNan, ConfigDict, Field, Strict, TypeAdapter, ValidationError
+from pydantic import AfterValidator, AllowInfNan, ConfigDict, Field, Strict, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ArgsKwargs, ErrorDetails
 from typing_extensions import Self, dataclass_transform
 
 from ds_sparkling.errors import ConfigError, SparklingError
 
+#: Bits of a whole number; more don't become a float.
+_BITS = 128
+#: Characters of a value that an error shows.
+_SHOWN = 200
+
+
+def _fits(number: int) -> int:
+    if number.bit_length() > _BITS:
+        raise ValueError(f"is {shown(number)}, a number of more than {_BITS} bits")
+    return number
+
+
+def shown(value: object) -> str:
+    """A value as an error shows it: its beginning, if it is long."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
 #: A whole number; true isn't one, nor is 1.0.
-Integer = Annotated[int, Strict()]
+Integer = Annotated[int, Strict(), AfterValidator(_fits)]
 #: A finite number; true isn't one, nor is "3".
 Number = Annotated[float, Strict()]
 #: A number that was measured, which may have overflown.
@@ -117,7 +135,7 @@ class Checked:
             if members is None or group not in data:
                 continue
             if not isinstance(data[group], Mapping):
-                raise ValueError(f"{{path}}.{group} must be an object, got {data[group]!r}")
+                raise ValueError(f"{{path}}.{group} must be an object, got {shown(data[group])}")
             _refuse_unknown(data[group], members, f"{{path}}.{group}.")
             if not data[group]:
                 del data[group]
@@ -301,14 +319,14 @@ def _complaint(found: ErrorDetails) -> str:
     if isinstance(given, ArgsKwargs):
         return found["msg"]
     if found["type"] in _KINDS:
-        return f"must be {_KINDS[found['type']]}, got {given!r}"
+        return f"must be {_KINDS[found['type']]}, got {shown(given)}"
     if found["type"] == "enum":
         allowed = re.findall("'([^']*)'", limits["expected"])
-        return f"is {given!r}; {nearest(given, allowed)}"
+        return f"is {shown(given)}; {nearest(given, allowed)}"
     if found["type"] in ("greater_than", "greater_than_equal", "less_than", "less_than_equal"):
         ((limit, bound),) = limits.items()
-        return f"must {_LIMITS[limit](bound)}, got {given!r}"
-    return f"can't be {given!r}: {found['msg']}"
+        return f"must {_LIMITS[limit](bound)}, got {shown(given)}"
+    return f"can't be {shown(given)}: {found['msg']}"
 
 
 def _at_least(bound: float) -> str:
@@ -320,7 +338,7 @@ def _at_least(bound: float) -> str:
 _LIMITS: dict[str, Callable[[float], str]] = {
     "ge": _at_least,
     "gt": lambda bound: "be positive" if bound == 0 else f"be more than {bound:g}",
-    "le": lambda bound: f"be at most {bound:g}",
+    "le": lambda bound: f"be at most {bound}",
     "lt": lambda bound: f"be less than {bound:g}",
 }
 

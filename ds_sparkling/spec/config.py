@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from pydantic import AliasChoices, BeforeValidator, Field, ModelWrapValidatorHandler, field_validator, model_validator
 
 from ds_sparkling.errors import ConfigError
-from ds_sparkling.spec.axes import ParamAxes
+from ds_sparkling.spec.axes import GrownWidths, ParamAxes, Widths
 from ds_sparkling.spec.axes_by_pattern import parse_hints
 from ds_sparkling.spec.checked import Checked, Integer, InWords, Switch, Text, checked
 from ds_sparkling.spec.strategy import Strategy
@@ -30,23 +30,12 @@ def _hints(value: Any) -> Any:
     return parse_hints(value, f"{BLOCK}.axes")
 
 
-#: Axis -> width.
-Widths = dict[str, Annotated[Integer, Field(ge=1)]]
-
-
 @checked()
 class GrowthConfig(Checked):
     """One planned growth: when ``at_step`` optimizer steps are done, the axes in ``widths`` grow."""
 
     at_step: Integer = Field(ge=0, description="Optimizer steps done when the growth is due.")
-    widths: Widths = Field(description="The axes that grow, and the width that each of them grows to.")
-
-    @field_validator("widths")
-    @classmethod
-    def _name_an_axis(cls, widths: dict[str, int]) -> dict[str, int]:
-        if not widths:
-            raise ValueError("is empty; name at least one axis, or drop the growth")
-        return widths
+    widths: GrownWidths = Field(description="The axes that grow, and the width that each of them grows to.")
 
 
 @checked(kw_only=True)

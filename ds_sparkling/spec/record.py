@@ -12,28 +12,38 @@ from dataclasses import field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import (
+    Field,
+    ModelWrapValidatorHandler,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
-from ds_sparkling.errors import CheckpointError
+from ds_sparkling.errors import CheckpointError, PlanError, SparklingError
 from ds_sparkling.files import whole_file
-from ds_sparkling.spec.axes import Norm, ParamAxes
-from ds_sparkling.spec.checked import Checked, Integer, Number, Text, checked
+from ds_sparkling.spec.axes import GrownWidths, Norm, ParamAxes, Widths
+from ds_sparkling.spec.checked import Checked, Integer, Number, Text, checked, shown
 from ds_sparkling.spec.strategy import Strategy
 
 FILE_NAME = "ds_sparkling.json"
 #: 2 said "stages" where 3 says "growths"; 1 also knew only norms that divide by the RMS, and didn't say so.
 _FORMAT = 3
+#: What to do about a record that can't be.
+_WAY_OUT = "copy it again from where it is whole, or take another checkpoint"
 
 
 @checked()
 class RecordedGrowth(Checked):
     """One growth that has happened."""
 
-    step: Integer = Field(description="Optimizer steps done when it happened.")
-    planned_step: Integer | None = Field(
+    ERROR = CheckpointError
+
+    step: Integer = Field(ge=0, description="Optimizer steps done when it happened.")
+    planned_step: Annotated[Integer, Field(ge=0)] | None = Field(
         description="The at_step of the planned growth that it fulfilled. null if grow was called by hand."
     )
-    widths: dict[str, Integer] = Field(description="The axes that grew, and to what.")
+    widths: GrownWidths = Field(description="The axes that grew, and to what.")
     strategy: Strategy = Field(description="How they grew.")
 
 
@@ -41,8 +51,10 @@ class RecordedGrowth(Checked):
 class Spent(Checked):
     """What a run has spent so far."""
 
-    tokens: Integer = Field(default=0, description="Tokens trained on.")
-    flops: Number = Field(default=0.0, description="Training compute, 6 x active parameters x tokens (Eq. 29).")
+    ERROR = CheckpointError
+
+    tokens: Integer = Field(default=0, ge=0, description="Tokens trained on.")
+    flops: Number = Field(default=0.0, ge=0, description="Training compute, 6 x active parameters x tokens (Eq. 29).")
 
     def plus(self, tokens: int, active: int) -> Spent:
         """What it is after ``tokens`` more, on a model of ``active`` parameters per token."""
@@ -60,7 +72,7 @@ class GrowthRecord(Checked):
 
     ERROR = CheckpointError
 
-    initial_widths: dict[str, Integer] = Field(description="Of every axis, grown or not.")
+    initial_widths: Widths = Field(description="Of every axis, grown or not.")
     axes: dict[str, ParamAxes] = Field(description="Of the model's parameters as built, by name.")
     growths: tuple[RecordedGrowth, ...] = Field(default=(), description="In order.")
     tried: tuple[Text, ...] = Field(default=(), description="The axes of which the record is known to be right.")
@@ -75,6 +87,32 @@ class GrowthRecord(Checked):
             "of what that holds for: the growth, the axes and the model."
         ),
     ] = field(default_factory=dict, compare=False, kw_only=True)
+
+    @model_validator(mode="after")
+    def _one_after_the_other(self) -> GrowthRecord:
+        """Growths follow one another, and make every axis wider."""
+        widths, step, planned = dict(self.initial_widths), 0, set[int]()
+        for index, growth in enumerate(self.growths):
+            path = f"{{path}}.growths[{index}]"
+            for axis, width in growth.widths.items():
+                if axis not in widths:
+                    raise ValueError(f"{path}.widths names {axis!r}, which initial_widths lacks")
+                if width <= widths[axis]:
+                    raise ValueError(
+                        f"{path}.widths.{axis} is {width}, and it was {widths[axis]} before: it has to grow"
+                    )
+            if growth.step < step:
+                raise ValueError(f"{path}.step is {growth.step}, and the growth before came at step {step}")
+            if growth.planned_step in planned:
+                raise ValueError(f"{path}.planned_step is {growth.planned_step}, as an earlier growth's")
+            if growth.planned_step is not None:
+                planned.add(growth.planned_step)
+            widths.update(growth.widths)
+            step = growth.step
+        for axis in self.tried:
+            if axis not in widths:
+                raise ValueError(f"{{path}}.tried names {axis!r}, which initial_widths lacks")
+        return self
 
     @property
     def widths(self) -> dict[str, int]:
@@ -117,6 +155,18 @@ class GrowthRecord(Checked):
             "axes": data["axes"],
         }
 
+    @model_validator(mode="wrap")
+    @classmethod
+    def _widths_twice(cls, data: Any, handler: ModelWrapValidatorHandler[GrowthRecord]) -> GrowthRecord:
+        """The widths in force, which a file says for other readers, have to be those that its growths lead to."""
+        record = handler(data)
+        said = data.get("widths", record.widths) if isinstance(data, Mapping) else record.widths
+        if said != record.widths:
+            raise ValueError(
+                f"{{path}}.widths is {shown(said)}, and initial_widths and growths lead to {shown(record.widths)}"
+            )
+        return record
+
     @model_validator(mode="before")
     @classmethod
     def _of_file(cls, data: Any) -> Any:
@@ -126,10 +176,11 @@ class GrowthRecord(Checked):
         found = data.pop("format", None)
         if type(found) is int and found > _FORMAT:
             raise ValueError(
-                f"is of format {found}, which a newer release of ds_sparkling wrote; this one reads 1 to {_FORMAT}"
+                f"is of format {shown(found)}, which a newer release of ds_sparkling wrote; this one reads 1 to "
+                f"{_FORMAT}"
             )
         if type(found) is not int or found < 1:
-            raise ValueError(f"is of format {found!r}; known are 1 to {_FORMAT}")
+            raise ValueError(f"is of format {shown(found)}; known are 1 to {_FORMAT}")
         if found < 3 and "stages" in data:
             data["growths"] = data.pop("stages")
         if found == 1:
@@ -170,8 +221,54 @@ def read_record(checkpoint: Path) -> GrowthRecord | None:
         return GrowthRecord.from_dict(json.loads(path.read_text()))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, CheckpointError) as error:
-        raise CheckpointError(f"growth record {path} can't be read: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"growth record {path} can't be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError, SparklingError) as error:
+        raise CheckpointError(f"growth record {path} can't be read: {error}; {_WAY_OUT}") from error
+
+
+def check_shapes(
+    path: Path, record: GrowthRecord, axes: Mapping[str, ParamAxes], shapes: Mapping[str, tuple[int, ...]], where: str
+) -> None:
+    """Hold what a record says of parameters against their shapes.
+
+    Args:
+        path: the checkpoint directory (DIR/TAG) that the record is in.
+        record: the record.
+        axes: what it says of the parameters, by the names that ``shapes`` has.
+        shapes: those that there are; of a parameter without axes nothing is said.
+        where: what has the shapes, for errors.
+
+    Raises:
+        CheckpointError: names the record and the parameter.
+    """
+    for name in axes.keys() & shapes.keys():
+        try:
+            fault = axes[name].contradiction(shapes[name], record.widths)
+        except PlanError as error:
+            fault = str(error)
+        if fault is not None:
+            raise CheckpointError(
+                f"growth record {path / FILE_NAME} doesn't belong to {where}: by its axes and its widths "
+                f"{shown(record.widths)}, {name} {fault}; {_WAY_OUT}"
+            )
+
+
+def check_steps(path: Path, record: GrowthRecord, step: int) -> None:
+    """Hold a record against the optimizer steps that its checkpoint was saved after.
+
+    Args:
+        path: the checkpoint directory (DIR/TAG) that the record is in.
+
+    Raises:
+        CheckpointError: names the record, if one of its growths is still to come.
+    """
+    for index, growth in enumerate(record.growths):
+        if growth.step > step:
+            raise CheckpointError(
+                f"growth record {path / FILE_NAME} doesn't belong to its checkpoint, which was saved at step {step}: "
+                f"growths[{index}].step is {growth.step}; {_WAY_OUT}"
+            )
 
 
 def find_checkpoint(

@@ -1,9 +1,12 @@
-"""Arguments that several commands take."""
+"""What a width may be, and the argument that several commands take for widths."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+
+#: Units along an axis; twice as many overflow the sizes of tensors.
+LARGEST_WIDTH = 2**31 - 1
 
 
 def parse_widths(parser: argparse.ArgumentParser, option: str, texts: Sequence[str]) -> dict[str, int]:
@@ -11,9 +14,13 @@ def parse_widths(parser: argparse.ArgumentParser, option: str, texts: Sequence[s
     widths: dict[str, int] = {}
     for text in texts:
         axis, equals, width = text.partition("=")
-        if not axis or not equals or not width.isdigit() or int(width) < 1:
-            parser.error(f"{option} takes AXIS=WIDTH, got {text!r}")
+        if not axis or not equals or not width.isdecimal() or not _possible(width):
+            parser.error(f"{option} takes AXIS=WIDTH, a width from 1 to {LARGEST_WIDTH}, got {text[:80]!r}")
         if axis in widths:
             parser.error(f"{option} names {axis} twice")
         widths[axis] = int(width)
     return widths
+
+
+def _possible(width: str) -> bool:
+    return len(width.lstrip("0")) <= len(str(LARGEST_WIDTH)) and 1 <= int(width) <= LARGEST_WIDTH

@@ -10,13 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ds_sparkling.errors import CheckpointError, SparklingError
 from ds_sparkling.growth import make_plan
 from ds_sparkling.spec.axes import FIXED, Dim, Norm, ParamAxes, Role
-from ds_sparkling.spec.record import FILE_NAME, GrowthRecord, RecordedGrowth, Spent, find_checkpoint, read_record
+from ds_sparkling.spec.record import (
+    FILE_NAME,
+    GrowthRecord,
+    RecordedGrowth,
+    Spent,
+    check_shapes,
+    check_steps,
+    find_checkpoint,
+    read_record,
+)
 from ds_sparkling.spec.state_kinds import StateKind
 from ds_sparkling.spec.strategy import (
     BiasCorrection,
@@ -127,7 +136,7 @@ dims = st.just(FIXED) | st.builds(
     names,
     st.sampled_from(Role),
     block=st.integers(1, 9),
-    segments=st.integers(1, 3),
+    segments=st.just(3),
     alive=st.lists(st.integers(0, 2)).map(tuple),
     interleaved=st.booleans(),
     groups=st.integers(1, 9) | names,
@@ -141,12 +150,22 @@ param_axes = st.builds(
     norm=st.sampled_from(Norm),
     offset=st.sampled_from([0.0, 1.0]),
 ) | st.builds(ParamAxes, st.lists(dims.filter(lambda dim: dim.role is not Role.GAIN), max_size=3).map(tuple))
-widths = st.dictionaries(names, st.integers(1, 2**20), max_size=3)
-stages = st.builds(RecordedGrowth, st.integers(0), st.none() | st.integers(0), widths, strategies)
-records = st.builds(GrowthRecord, widths, st.dictionaries(names, param_axes, max_size=3), st.lists(stages).map(tuple))
 
 
-@given(records)
+@st.composite
+def records(draw: st.DrawFn) -> GrowthRecord:
+    widths = draw(st.dictionaries(names, st.integers(1, 2**20), min_size=1, max_size=3))
+    steps = sorted(draw(st.lists(st.integers(0, 2**40), max_size=3)))
+    planned = draw(st.permutations([None, *range(len(steps))]))
+    record = GrowthRecord(widths, draw(st.dictionaries(names, param_axes, max_size=3)))
+    for step, planned_step in zip(steps, planned, strict=False):
+        axes = draw(st.sets(st.sampled_from(sorted(widths)), min_size=1))
+        grown = {axis: record.widths[axis] + draw(st.integers(1, 2**20)) for axis in sorted(axes)}
+        record = record.after(grown, draw(strategies), step=step, planned_step=planned_step)
+    return record
+
+
+@given(records())
 def test_every_record_survives_json(record: GrowthRecord) -> None:
     assert GrowthRecord.from_dict(json.loads(json.dumps(record.to_dict()))) == record
 
@@ -376,6 +395,94 @@ def test_a_wrong_value_anywhere_is_read_or_named_but_never_a_bare_error(tmp_path
         except Exception as error:
             pytest.fail(f"{'/'.join(map(str, place))} = {wrong!r} lets {error!r} through")
         assert FILE_NAME in complaint
+
+
+def numbers_and_texts() -> list[tuple[Any, ...]]:
+    """The paths of all values that aren't made of others."""
+    return [place for place in PLACES if place and not isinstance(at(valid(), place), (dict, list))]
+
+
+def at(node: Any, place: tuple[Any, ...]) -> Any:
+    for key in place:
+        node = node[key]
+    return node
+
+
+ODD = [-1, 0, 3, 2**31, 10**400, -(10**400), 1.5, 1e9, 1e308, float("nan"), float("inf"), "", "4", "copy", True, None]
+
+
+@settings(derandomize=True, max_examples=300, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(numbers_and_texts()), st.sampled_from(ODD)), min_size=1, max_size=2))
+def test_a_mutated_record_is_valid_or_refused_by_name(
+    tmp_path_factory: pytest.TempPathFactory, changes: list[tuple[tuple[Any, ...], Any]]
+) -> None:
+    data = valid()
+    for place, value in changes:
+        at(data, place[:-1])[place[-1]] = value
+    directory = tmp_path_factory.getbasetemp()
+    (directory / FILE_NAME).write_text(json.dumps(data))
+    found, complaint = None, ""
+    try:
+        found = read_record(directory)
+    except CheckpointError as error:
+        complaint = str(error)
+    if found is None:
+        assert str(directory / FILE_NAME) in complaint
+        assert "copy it again" in complaint
+        assert len(complaint) < 1500
+        return
+    history = found.width_history
+    assert all(list(widths) == sorted(widths) and widths[0] >= 1 for widths in history.values())
+    assert GrowthRecord.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "words"),
+    [
+        (("initial_widths", "heads"), -3, "initial_widths.heads must be positive, got -3"),
+        (("initial_widths", "heads"), "3", "initial_widths.heads must be an integer"),
+        (("initial_widths", "heads"), 4, "widths is .* lead to"),
+        (("growths", 1, "widths", "hidden"), 10**400, r"growths\[1\].widths.hidden is 1000.*128 bits"),
+        (("growths", 1, "widths", "hidden"), 2**31, r"growths\[1\].widths.hidden must be at most 2147483647"),
+        (("growths", 1, "widths", "hidden"), 3, r"growths\[1\].widths.hidden is 3, and it was 4 before"),
+        (("growths", 2, "widths"), {}, r"growths\[2\].widths is empty"),
+        (("growths", 2, "widths"), {"depth": 2}, r"growths\[2\].widths names 'depth'"),
+        (("growths", 2, "step"), 204, r"growths\[2\].step is 204, and the growth before came at step 205"),
+        (("growths", 0, "step"), float("nan"), r"growths\[0\].step must be an integer"),
+        (("growths", 0, "planned_step"), 200, r"growths\[1\].planned_step is 200, as an earlier growth's"),
+        (("growths", 0, "strategy", "rewarmup", "curve"), "up", "curve is 'up'"),
+        (("axes", "unembed.weight", "dims", 1, "power"), 1e9, "power must be at most 8"),
+        (("axes", "unembed.weight", "dims", 1, "power"), float("nan"), "power must be a finite number"),
+        (("axes", "norm.weight", "offset"), 1e300, "offset must be at most 1000"),
+        (("axes", "heads.weight", "dims", 0, "block"), 10**400, "block is 1000"),
+        (("axes", "experts.gate_up", "dims", 1, "alive"), [2], "alive names segment 2"),
+        (("tried",), ["depth"], "tried names 'depth'"),
+        (("spent",), {"tokens": -1, "flops": 0.0}, "spent.tokens must not be negative"),
+    ],
+)
+def test_what_cant_be_is_refused_by_its_key(tmp_path: Path, place: tuple[Any, ...], value: Any, words: str) -> None:
+    data = valid()
+    at(data, place[:-1])[place[-1]] = value
+    (tmp_path / FILE_NAME).write_text(json.dumps(data))
+    with pytest.raises(CheckpointError, match=rf"ds_sparkling\.json can't be read: .*{words}"):
+        read_record(tmp_path)
+
+
+def test_nesting_without_end_is_refused(tmp_path: Path) -> None:
+    expect_named_error(tmp_path, b"[" * 100_000)
+
+
+def test_a_growth_after_the_checkpoints_own_step_is_refused(tmp_path: Path) -> None:
+    check_steps(tmp_path, RECORD, 300)
+    with pytest.raises(CheckpointError, match=r"ds_sparkling\.json .*saved at step 299: growths\[2\].step is 300"):
+        check_steps(tmp_path, RECORD, 299)
+
+
+@pytest.mark.parametrize("shape", [(11, 8), (11,), (11, 12, 1)])
+def test_a_record_of_other_shapes_is_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    check_shapes(tmp_path, RECORD, AXES, {"embed.weight": (11, 12), "unknown": (3,)}, "the model")
+    with pytest.raises(CheckpointError, match=r"ds_sparkling\.json doesn't belong to the model: .*embed.weight"):
+        check_shapes(tmp_path, RECORD, AXES, {"embed.weight": shape}, "the model")
 
 
 # -- which checkpoint ----------------------------------------------------------------------------------------------
