@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 import mmap
 import os
@@ -12,12 +13,13 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ds_sparkling.checkpoint import pickles
+from ds_sparkling.checkpoint.checksums import combined
 from ds_sparkling.checkpoint.contents import Contents
 from ds_sparkling.checkpoint.publish import writing
 from ds_sparkling.checkpoint.source import WEIGHT
@@ -49,12 +51,35 @@ class Slot:
     dtype: torch.dtype
 
 
+@dataclass(frozen=True)
+class Written:
+    """Bytes that were written, and their CRC-32."""
+
+    path: Path
+    position: int
+    numel: int
+    checksum: int
+
+
 class OutputFile(ABC):
-    """A file of the output."""
+    """A file of the output.
+
+    Attributes:
+        sealed: whether it holds checksums of what it is filled with.
+    """
+
+    sealed: ClassVar[bool] = False
 
     @abstractmethod
     def lay_out(self, path: Path) -> Iterator[Slot | tuple[int, Tensor]]:
         """Write everything but the parameters, and yield their slots, and (position, tensor) of tensors as they are.
+
+        Raises:
+            OSError: if the file can't be written.
+        """
+
+    def seal(self, descriptor: int, written: Sequence[Written]) -> None:  # noqa: B027 (most hold none)
+        """Write the checksums of what was written into the file, if it holds any.
 
         Raises:
             OSError: if the file can't be written.
@@ -70,8 +95,11 @@ class PickledFile(OutputFile):
         runs: (tensor in ``content``, what goes into it); the rest of such a tensor is zero.
     """
 
+    sealed = True
+
     content: Any
     runs: list[tuple[Tensor, list[ElementRange]]] = field(default_factory=list)
+    _places: dict[int, pickles.Place] = field(default_factory=dict, init=False)
 
     def room(
         self, shape: Sequence[int], dtype: torch.dtype, runs: Iterator[ElementRange] | Sequence[ElementRange]
@@ -87,11 +115,11 @@ class PickledFile(OutputFile):
         return tensor
 
     def lay_out(self, path: Path) -> Iterator[Slot | tuple[int, Tensor]]:
-        places = pickles.lay_out(path, self.content)
+        places = self._places = pickles.lay_out(path, self.content)
         filled = set()
         for tensor, runs in self.runs:
             if tensor.numel():
-                position = places[tensor.untyped_storage().data_ptr()]
+                position = places[tensor.untyped_storage().data_ptr()].position
                 filled.add(tensor.untyped_storage().data_ptr())
                 for run in runs:
                     yield Slot(run, position + run.offset * tensor.dtype.itemsize, tensor.dtype)
@@ -99,17 +127,18 @@ class PickledFile(OutputFile):
             storage = tensor.untyped_storage()
             if storage.nbytes() and storage.data_ptr() not in filled:
                 filled.add(storage.data_ptr())
-                yield places[storage.data_ptr()], torch.empty(0, dtype=torch.uint8).set_(storage)
+                yield places[storage.data_ptr()].position, torch.empty(0, dtype=torch.uint8).set_(storage)
 
-
-@dataclass(frozen=True)
-class _Written:
-    """Bytes that were written, and their checksum."""
-
-    path: Path
-    position: int
-    numel: int
-    checksum: int
+    def seal(self, descriptor: int, written: Sequence[Written]) -> None:
+        places = sorted(self._places.values(), key=lambda place: place.position)
+        starts = [place.position for place in places]
+        parts: list[list[tuple[int, int, int]]] = [[] for _ in places]
+        for part in written:
+            parts[bisect.bisect(starts, part.position) - 1].append((part.position, part.numel, part.checksum))
+        for place, held in zip(places, parts, strict=True):
+            checksum = combined(held, place.position, place.size).to_bytes(4, "little")
+            for position in place.checksums:
+                os.pwrite(descriptor, checksum, position)
 
 
 @dataclass
@@ -150,7 +179,7 @@ class Filler:
         self._workers = workers
         self._verify = verify
         self._progress = progress
-        self._written: list[_Written] = []
+        self._written: list[Written] = []
         self._lock = Lock()
 
     def fill(self, files: Iterator[tuple[Path, OutputFile]]) -> None:
@@ -187,43 +216,49 @@ class Filler:
     def _fill_file(self, pool: ThreadPoolExecutor, path: Path, file: OutputFile) -> int:
         """Write a file; its descriptor, which is still open."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        slots = list(file.lay_out(path))
+        slots, written = list(file.lay_out(path)), list[Written]()
+        kept = written if file.sealed or self._verify else None
         descriptor = os.open(path, os.O_RDWR)
         try:
             futures: list[Future[None]] = []
             for slot in slots:
                 if isinstance(slot, Slot):
                     for start, stop in self._contents.cuts(slot.run.name, slot.run.start, slot.run.stop):
-                        futures.append(pool.submit(self._fill_slot, path, descriptor, slot, start, stop))
+                        futures.append(pool.submit(self._fill_slot, path, descriptor, slot, start, stop, kept))
                 else:
-                    self._write(path, descriptor, *slot)
+                    self._write(path, descriptor, *slot, kept)
             _settle(futures)
+            file.seal(descriptor, written)
         except BaseException:
             os.close(descriptor)
             raise
+        if self._verify:
+            self._written += written
         return descriptor
 
-    def _fill_slot(self, path: Path, descriptor: int, slot: Slot, start: int, stop: int) -> None:
+    def _fill_slot(
+        self, path: Path, descriptor: int, slot: Slot, start: int, stop: int, written: list[Written] | None
+    ) -> None:
         piece = self._contents.make(slot.run.name, slot.run.key, start, stop, slot.dtype)
         # A sum that isn't finite may also have overflowed, so look closer then.
         if slot.run.key == WEIGHT and not piece.sum().isfinite() and not piece.isfinite().all():
             with self._lock:
                 self.report.not_finite.add(slot.run.name)
-        self._write(path, descriptor, slot.position + (start - slot.run.start) * slot.dtype.itemsize, piece)
+        self._write(path, descriptor, slot.position + (start - slot.run.start) * slot.dtype.itemsize, piece, written)
 
-    def _write(self, path: Path, descriptor: int, position: int, piece: Tensor) -> None:
+    def _write(self, path: Path, descriptor: int, position: int, piece: Tensor, written: list[Written] | None) -> None:
         data = memoryview(piece.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         done = 0
         while done < len(data):
             done += os.pwrite(descriptor, data[done:], position + done)
-        written = _Written(path, position, len(data), zlib.crc32(data)) if self._verify else None
+        part = None if written is None else Written(path, position, len(data), zlib.crc32(data))
         with self._lock:
-            if written is not None:
-                self._written.append(written)
+            if written is not None and part is not None:
+                written.append(part)
             self.report.written += len(data)
             self._progress(len(data))
 
-    def _verified(self, written: _Written) -> int:
+    def _verified(self, written: Written) -> int:
         with open(written.path, "rb") as file:
             if hasattr(os, "posix_fadvise"):  # from the disk, not from the cache
                 os.posix_fadvise(file.fileno(), written.position, written.numel, os.POSIX_FADV_DONTNEED)

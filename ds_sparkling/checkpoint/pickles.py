@@ -10,8 +10,9 @@ import errno
 import pickle
 import zipfile
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, BinaryIO, ClassVar
 
 import torch
 from torch import Tensor
@@ -70,7 +71,7 @@ def load(path: Path, *, trust: bool = False, verify: bool = False) -> Any:
     except OSError as error:
         raise _unreadable(path, error) from error
     if verify:
-        _check_sums(path)
+        _check_sums(path, trust=trust)
     known: list[Any] = [(stand_in, stand_in.qualified_name) for stand_in in STAND_INS]
     try:
         with torch.serialization.safe_globals(known):
@@ -91,22 +92,39 @@ def load(path: Path, *, trust: bool = False, verify: bool = False) -> Any:
         raise CheckpointError(f"{path} is truncated or damaged: {_first_line(error)}") from error
 
 
-def _check_sums(path: Path) -> None:
+def _check_sums(path: Path, *, trust: bool) -> None:
     """Raise CheckpointError if a part of ``path`` doesn't have its checksum.
 
-    A part without one (a file that was laid out and then filled has none) isn't looked at.
+    A part without one isn't looked at: torch can be told to write none, and release 0.1 of this package did.
     """
+    part = ""
     try:
         with zipfile.ZipFile(path) as archive:
             for entry in archive.infolist():
                 if entry.CRC:
+                    part = entry.filename
                     with archive.open(entry) as record:
                         while record.read(1 << 24):
                             pass
     except OSError as error:
         raise _unreadable(path, error) from error
     except Exception as error:  # zipfile raises all kinds on bytes that aren't its own
-        raise CheckpointError(f"{path} is damaged, by its checksums: {_first_line(error)}") from error
+        held = _held_in(path, part, trust=trust)
+        raise CheckpointError(f"{path} is damaged, by its checksums{held}: {_first_line(error)}") from error
+
+
+def _held_in(path: Path, part: str, *, trust: bool) -> str:
+    """What a part of a file holds, for an error: the keys of a tensor; empty for anything else."""
+    folder, _, number = part.rpartition("/")
+    if not folder.endswith("/data"):
+        return ""
+    try:
+        storages: dict[int, str] = {}  # torch numbers them as it meets them
+        for name, tensor in _named_tensors(load(path, trust=trust)):
+            storages.setdefault(tensor.untyped_storage()._cdata, name)
+        return f", in the tensor {list(storages.values())[int(number)]}"
+    except (CheckpointError, IndexError, ValueError):
+        return ""
 
 
 def _unreadable(path: Path, error: OSError) -> CheckpointError:
@@ -118,8 +136,23 @@ def _unreadable(path: Path, error: OSError) -> CheckpointError:
     return CheckpointError(f"{path} can't be read: {error.strerror or error}")
 
 
-def lay_out(path: Path, content: Any) -> dict[int, int]:
-    """Write ``content`` to ``path`` with room for its tensors, but without their elements.
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor storage's ``size`` bytes belong in a file.
+
+    Attributes:
+        position: of the first byte.
+        size: how many there are.
+        checksums: the positions of their CRC-32, of four bytes each.
+    """
+
+    position: int
+    size: int
+    checksums: tuple[int, ...]
+
+
+def lay_out(path: Path, content: Any) -> dict[int, Place]:
+    """Write ``content`` to ``path`` with room for its tensors, but without their elements and checksums.
 
     Returns:
         Where each tensor storage's bytes belong in the file, by the storage's address (``data_ptr``).
@@ -135,18 +168,27 @@ def lay_out(path: Path, content: Any) -> dict[int, int]:
     with open(path, "wb") as file, torch.serialization.skip_data():
         torch.save(content, file, pickle_module=_Named)
     with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
-        records = {}
+        records, listed = {}, archive.start_dir
         for entry in archive.infolist():
             folder, _, number = entry.filename.rpartition("/")
             if folder.endswith("/data") and entry.file_size:
-                file.seek(entry.header_offset + 26)  # then come the lengths of the name and of the padding
-                name, extra = (int.from_bytes(file.read(2), "little") for _ in range(2))
-                records[int(number)] = (entry.header_offset + 30 + name + extra, entry.file_size)
+                name, extra = _lengths(file, entry.header_offset + 26, 2)
+                position = entry.header_offset + 30 + name + extra
+                # Once more in its header or, where that was written first, behind it.
+                again = position + entry.file_size + 4 if entry.flag_bits & 8 else entry.header_offset + 14
+                records[int(number)] = Place(position, entry.file_size, (listed + 16, again))
+            listed += 46 + sum(_lengths(file, listed + 28, 3))
     places = [records[number] for number in sorted(records)]
     # torch numbers storages as it meets them, which is the order of the walk.
-    if [size for _, size in places] != list(storages.values()):
+    if [place.size for place in places] != list(storages.values()):
         raise CheckpointError(f"{path} would hold tensors in objects of unknown classes, which can't be written")
-    return dict(zip(storages, (offset for offset, _ in places), strict=True))
+    return dict(zip(storages, places, strict=True))
+
+
+def _lengths(file: BinaryIO, position: int, count: int) -> list[int]:
+    """The lengths of what has no fixed one in a header of a zip archive: the name, the padding, a comment."""
+    file.seek(position)
+    return [int.from_bytes(file.read(2), "little") for _ in range(count)]
 
 
 def tensors(content: Any) -> Iterator[Tensor]:
@@ -155,30 +197,36 @@ def tensors(content: Any) -> Iterator[Tensor]:
     Raises:
         CheckpointError: if one of them can't be written.
     """
+    for _, tensor in _named_tensors(content):
+        if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+            raise CheckpointError(
+                f"a tensor in it of {tensor.layout}, {tensor.dtype} on {tensor.device} can't be written"
+            )
+        yield tensor
+
+
+def _named_tensors(content: Any) -> Iterator[tuple[str, Tensor]]:
+    """The same with the keys that lead to each."""
     seen: set[int] = set()
 
-    def walk(content: Any) -> Iterator[Tensor]:
+    def walk(content: Any, keys: str) -> Iterator[tuple[str, Tensor]]:
         if isinstance(content, (str, bytes, int, float, type, type(None))) or id(content) in seen:
             return
         seen.add(id(content))  # the same object is pickled once
         if isinstance(content, Tensor):
-            if content.layout != torch.strided or content.device.type != "cpu" or content.is_quantized:
-                raise CheckpointError(
-                    f"a tensor in it of {content.layout}, {content.dtype} on {content.device} can't be written"
-                )
-            yield content
+            yield keys, content
         elif isinstance(content, Mapping):
             for key, value in content.items():
-                yield from walk(key)
-                yield from walk(value)
-            yield from walk(getattr(content, "__dict__", None))
+                yield from walk(key, keys)
+                yield from walk(value, f"{keys}[{key!r}]")
+            yield from walk(getattr(content, "__dict__", None), keys)
         elif isinstance(content, (list, tuple, set, frozenset)):
-            for value in content:
-                yield from walk(value)
+            for index, value in enumerate(content):
+                yield from walk(value, f"{keys}[{index}]")
         elif hasattr(content, "__dict__") and not callable(content):
-            yield from walk(vars(content))
+            yield from walk(vars(content), keys)
 
-    return walk(content)
+    return walk(content, "")
 
 
 def _unknown_classes(path: Path) -> list[str]:

@@ -365,8 +365,9 @@ class ParamAxes(Checked):
             return f"is {shown(expected)}, not {tuple(shape)}"
         for leaf in self.leaves:
             groups = widths.get(leaf.groups) if isinstance(leaf.groups, str) else leaf.groups
-            if leaf.axis in widths and groups is not None and widths[leaf.axis] % groups:
-                return f"has {widths[leaf.axis]} units of {leaf.axis} in {groups} equal groups, which can't be"
+            units = None if leaf.axis is None else widths.get(leaf.axis)
+            if units is not None and groups is not None and units % groups:
+                return f"has {units} units of {leaf.axis} in {groups} equal groups, which can't be"
         return None
 
     def settled(self, widths: Mapping[str, int], growing: Collection[str]) -> ParamAxes:

@@ -89,13 +89,13 @@ def test_the_history_has_an_entry_per_stage_for_every_axis() -> None:
 
 
 def test_asking_does_not_change_the_record() -> None:
-    record = GrowthRecord({"hidden": 4}, AXES, RECORD.growths)
+    record = GrowthRecord(dict(RECORD.initial_widths), AXES, RECORD.growths)
     record.widths["hidden"] = 0
     record.width_history.clear()
     data = record.to_dict()
     data["initial_widths"]["hidden"] = 0
     data["growths"][0]["widths"]["inner"] = 0
-    assert record == GrowthRecord({"hidden": 4}, AXES, RECORD.growths)
+    assert record == GrowthRecord(dict(RECORD.initial_widths), AXES, RECORD.growths)
     assert RECORD.growths[0].widths == {"inner": 4}
 
 
