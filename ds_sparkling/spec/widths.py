@@ -15,7 +15,7 @@ def parse_widths(parser: argparse.ArgumentParser, option: str, texts: Sequence[s
     for text in texts:
         axis, equals, width = text.partition("=")
         if not axis or not equals or not width.isdecimal() or not _possible(width):
-            parser.error(f"{option} takes AXIS=WIDTH, a width from 1 to {LARGEST_WIDTH}, got {text[:80]!r}")
+            parser.error(f"{option} takes AXIS=WIDTH, got {text[:80]!r}; a width is from 1 to {LARGEST_WIDTH}")
         if axis in widths:
             parser.error(f"{option} names {axis} twice")
         widths[axis] = int(width)

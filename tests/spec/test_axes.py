@@ -29,7 +29,7 @@ plain = st.builds(
     names,
     st.sampled_from(Role),
     block=st.integers(1, 9),
-    segments=st.integers(1, 3),
+    segments=st.just(3),
     alive=st.lists(st.integers(0, 2), max_size=3).map(tuple),
     interleaved=st.booleans(),
     groups=st.integers(1, 9) | names,
