@@ -460,14 +460,22 @@ class ZeroSource(Source):
             param = self.layout.params.get(key)
             if param is None or not param.trained or not tensor.numel():
                 continue
-            count = min(param.numel, _SAMPLE)
-            master = self.elements(key, WEIGHT, 0, count).detach().to(tensor.dtype)
-            found = tensor.detach().reshape(-1)[:count]
-            if not bool((found == master).logical_or(master.isfinite().logical_not()).all()):
-                raise CheckpointError(
-                    f"{self.path / name}: {key} isn't the rounded master weight of the optimizer states; was it saved "
-                    "at another step?"
-                )
+            self._refuse_unrounded(name, key, tensor, key, 0)
+
+    def _refuse_unrounded(self, file: str, key: str, tensor: Tensor, name: str, start: int) -> None:
+        """Raise CheckpointError unless ``tensor`` is the rounded master of the parameter ``name`` from ``start`` on.
+
+        Args:
+            file: what holds the tensor, as ``key``.
+        """
+        count = min(tensor.numel(), _SAMPLE)
+        master = self.elements(name, WEIGHT, start, start + count).detach().to(tensor.dtype)
+        found = tensor.detach().reshape(-1)[:count]
+        if not bool((found == master).logical_or(master.isfinite().logical_not()).all()):
+            raise CheckpointError(
+                f"{self.path / file}: {key} isn't the rounded master weight of the optimizer states; was it saved at "
+                "another step?"
+            )
 
     def _check_module(self, name: str, model: Mapping[str, Any]) -> None:
         check_version(self.path / name, model)
@@ -504,6 +512,8 @@ class ZeroSource(Source):
                 found = "missing" if tensor is None else tuple(tensor.shape)
                 raise CheckpointError(f"{self.path / name}: {weight}.{expert} is {found}; by the metadata {shape}")
             check_tensor(self.path / name, f"{weight}.{expert}", tensor, self.layout.params[weight].dtype)
+            if self.layout.params[weight].trained:
+                self._refuse_unrounded(name, f"{weight}.{expert}", tensor, weight, expert * tensor.numel())
 
 
 def _per_element(key: str, value: Any) -> bool:

@@ -11,6 +11,7 @@ import pytest
 
 import checkpoint_files
 from damage import (
+    EXPERT,
     MODEL,
     MODEL_0,
     MODEL_1,
@@ -87,6 +88,12 @@ def test_model_states_of_another_step_are_refused_under_stage_2(saved: Callable[
     checkpoint = saved("stage2")
     edit(checkpoint / TAG / MODEL, lambda model: model["module"]["norm.weight"].add_(0.5))
     refused(checkpoint, MODEL, "norm.weight isn't the rounded master weight", "another step")
+
+
+def test_an_experts_file_of_other_weights_is_refused_under_stage_2(saved: Callable[[str], Path]) -> None:
+    checkpoint = saved("stage2")
+    edit(checkpoint / TAG / EXPERT, lambda weights: [weight.add_(0.5) for weight in weights.values()])
+    refused(checkpoint, EXPERT, "isn't the rounded master weight", "another step")
 
 
 @pytest.mark.parametrize(("kind", "name"), [("experts", MODEL_0), ("stage2", MODEL)])
