@@ -119,9 +119,9 @@ def _held_in(path: Path, part: str, *, trust: bool) -> str:
     if not folder.endswith("/data"):
         return ""
     try:
-        storages: dict[int, str] = {}  # torch numbers them as it meets them
+        storages: dict[int, str] = {}  # torch numbers them as it meets them, and no two empty ones are taken for one
         for name, tensor in _named_tensors(load(path, trust=trust)):
-            storages.setdefault(tensor.untyped_storage()._cdata, name)
+            storages.setdefault(tensor.untyped_storage().data_ptr() or -len(storages) - 1, name)
         return f", in the tensor {list(storages.values())[int(number)]}"
     except (CheckpointError, IndexError, ValueError):
         return ""
