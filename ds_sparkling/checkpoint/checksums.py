@@ -1,4 +1,4 @@
-"""CRC-32 of a whole, from those of its parts, as in zlib's ``crc32_combine``: what is written in pieces is read once.
+"""Combine the CRC-32 of parts to that of the whole, as zlib's ``crc32_combine`` does.
 
 A checksum is a polynomial over GF(2), the lowest power in the highest bit. Going on by n bytes multiplies it by x^8n.
 """

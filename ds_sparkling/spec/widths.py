@@ -1,4 +1,4 @@
-"""What a width may be, and the argument that several commands take for widths."""
+"""Say what a width may be, and read the argument that several commands take for widths."""
 
 from __future__ import annotations
 
