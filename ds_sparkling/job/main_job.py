@@ -48,18 +48,18 @@ from ds_sparkling.spec.run_summary import RunSummary
 class TrainingConfig(Checked):
     """The ``"training"`` block."""
 
-    steps: Integer = Field(description="Optimizer steps in all.")
-    sequence_length: Integer = Field(description="Tokens per sequence.")
-    seed: Integer = Field(default=0, description="Seed of the weights and the data order.")
-    evaluate_every: Integer = Field(default=100, description="Optimizer steps between validations.")
+    steps: Integer = Field(ge=1, description="Optimizer steps in all.")
+    sequence_length: Integer = Field(ge=1, description="Tokens per sequence.")
+    seed: Integer = Field(default=0, ge=0, description="Seed of the weights and the data order.")
+    evaluate_every: Integer = Field(default=100, ge=1, description="Optimizer steps between validations.")
     evaluate_batches: Integer = Field(
-        default=8, description="Validation batches, each of a micro step's size over all ranks."
+        default=8, ge=1, description="Validation batches, each of a micro step's size over all ranks."
     )
     save_every: Integer = Field(
-        default=0, description="Optimizer steps between checkpoints. 0 saves only before a growth and at the end."
+        default=0, ge=0, description="Optimizer steps between checkpoints. 0 saves only before a growth and at the end."
     )
     log_every: Integer = Field(
-        default=10, description="Optimizer steps between points in TensorBoard and on the progress bar."
+        default=10, ge=1, description="Optimizer steps between points in TensorBoard and on the progress bar."
     )
 
 

@@ -27,21 +27,23 @@ _INIT_STD = 0.02
 class OlmoeConfig(Checked):
     """Sizes of the model; the defaults are the paper's 0.5B/2.5B (450M active, 2.56B total parameters)."""
 
-    vocab_size: Integer = Field(default=50304, description="Tokens that the model knows.")
-    hidden_size: Integer = Field(default=1024, description="Width of the residual stream.")
-    moe_intermediate_size: Integer = Field(default=512, description="Inner width of one expert.")
-    num_hidden_layers: Integer = Field(default=24, description="Decoder layers.")
-    num_attention_heads: Integer = Field(default=16, description="Query heads of a layer.")
-    num_key_value_heads: Integer = Field(default=4, description="Key/value heads of a layer, shared by query heads.")
-    head_dim: Integer = Field(default=96, description="Width of one head.")
-    num_experts: Integer = Field(default=64, description="Experts of a layer.")
-    num_experts_per_tok: Integer = Field(default=8, description="Experts that one token passes through.")
+    vocab_size: Integer = Field(default=50304, ge=1, description="Tokens that the model knows.")
+    hidden_size: Integer = Field(default=1024, ge=1, description="Width of the residual stream.")
+    moe_intermediate_size: Integer = Field(default=512, ge=1, description="Inner width of one expert.")
+    num_hidden_layers: Integer = Field(default=24, ge=1, description="Decoder layers.")
+    num_attention_heads: Integer = Field(default=16, ge=1, description="Query heads of a layer.")
+    num_key_value_heads: Integer = Field(
+        default=4, ge=1, description="Key/value heads of a layer, shared by query heads."
+    )
+    head_dim: Integer = Field(default=96, ge=1, description="Width of one head.")
+    num_experts: Integer = Field(default=64, ge=1, description="Experts of a layer.")
+    num_experts_per_tok: Integer = Field(default=8, ge=1, description="Experts that one token passes through.")
     norm_topk_prob: Switch = Field(
         default=False, description="Whether the chosen experts' probabilities are scaled to sum to one."
     )
     router_aux_loss_coef: Number = Field(default=0.01, description="Weight of the load-balancing loss.")
-    rope_theta: Number = Field(default=10000.0, description="Base of the rotary frequencies.")
-    rms_norm_eps: Number = Field(default=1e-6, description="Added to the mean square in norms.")
+    rope_theta: Number = Field(default=10000.0, gt=0, description="Base of the rotary frequencies.")
+    rms_norm_eps: Number = Field(default=1e-6, ge=0, description="Added to the mean square in norms.")
     tie_word_embeddings: Switch = Field(
         default=True, description="Whether the output head shares the embedding's weights."
     )
@@ -57,6 +59,8 @@ class OlmoeConfig(Checked):
             raise ValueError(
                 f"{{path}}: num_experts_per_tok ({self.num_experts_per_tok}) exceeds num_experts ({self.num_experts})"
             )
+        if self.head_dim % 2:
+            raise ValueError(f"{{path}}.head_dim must be even, for rotary positions turn pairs; got {self.head_dim}")
 
 
 class Linear(nn.Linear):

@@ -15,6 +15,7 @@ from ds_sparkling.errors import CheckpointError
 from ds_sparkling.files import whole_file
 from ds_sparkling.monitoring.alarms import ExpertAlarm, LossAlarm, TwinAlarm
 from ds_sparkling.spec.checked import Checked, Measured, checked
+from ds_sparkling.spec.json_files import load_json
 from ds_sparkling.spec.record import Spent
 
 logger = logging.getLogger(__name__)
@@ -85,7 +86,7 @@ class Observations:
         """
         path = checkpoint / FILE_NAME
         try:
-            found = _Ratios.from_dict(json.loads(path.read_text())) if path.exists() else _Ratios({}, {})
+            found = _Ratios.from_dict(load_json(path)) if path.exists() else _Ratios({}, {})
         except (OSError, ValueError, CheckpointError) as error:
             raise CheckpointError(
                 f"{path} can't be read ({error}); remove it to go on without activation_drift until the next growth"

@@ -8,6 +8,7 @@ from typing import Any
 
 from ds_sparkling.errors import ConfigError, PlanError
 from ds_sparkling.spec.axes import ParamAxes
+from ds_sparkling.spec.checked import shown
 
 #: Stands in a hint for a dimension that is to be filled in.
 TO_FILL = "?"
@@ -32,7 +33,7 @@ def parse_hints(entries: Any, where: str) -> dict[str, ParamAxes]:
         ConfigError: names the entry that can't be read.
     """
     if not isinstance(entries, Mapping):
-        raise ConfigError(f"{where} must be an object, got {entries!r}")
+        raise ConfigError(f"{where} must be an object, got {shown(entries)}")
     return {pattern: _parse_hint(pattern, entry, f"{where}.{pattern}") for pattern, entry in entries.items()}
 
 
@@ -40,15 +41,17 @@ def _parse_hint(pattern: str, entry: Any, where: str) -> ParamAxes:
     if isinstance(entry, ParamAxes):
         return entry
     if not isinstance(entry, Mapping):
-        raise ConfigError(f"{where} must be an object, got {entry!r}")
+        raise ConfigError(f"{where} must be an object, got {shown(entry)}")
     dims = entry.get("dims")
     if isinstance(dims, Collection) and TO_FILL in dims:
         raise ConfigError(f"{where}: still has a {TO_FILL!r} to fill in")
     try:
         re.compile(pattern)
-        return ParamAxes.from_dict({key: entry[key] for key in entry if key != "shape"})
-    except (re.error, PlanError) as error:
-        raise ConfigError(f"{where}: {error}") from error
+        return ParamAxes.from_dict({key: entry[key] for key in entry if key != "shape"}, where)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ConfigError(f"{where}: it isn't a pattern: {error}") from error
+    except PlanError as error:
+        raise ConfigError(str(error)) from error
 
 
 def hintable(

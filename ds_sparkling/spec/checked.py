@@ -24,6 +24,14 @@ from pydantic_core import ArgsKwargs, ErrorDetails
 from typing_extensions import Self, dataclass_transform
 
 from ds_sparkling.errors import ConfigError, SparklingError
+from ds_sparkling.spec.json_files import json_path, writable
+
+
+def _writable(value: str) -> str:
+    if not writable(value):
+        raise ValueError(f"can't have a NUL or half a character, got {shown(value)}")
+    return value
+
 
 #: Bits of a whole number; more don't become a float.
 _BITS = 128
@@ -39,7 +47,10 @@ def _fits(number: int) -> int:
 
 def shown(value: object) -> str:
     """A value as an error shows it: its beginning, if it is long."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # Python doesn't write integers of thousands of digits, nor deep nesting
+        return f"an integer of {value.bit_length():,} bits" if isinstance(value, int) else f"a {type(value).__name__}"
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
@@ -52,7 +63,7 @@ Measured = Annotated[float, Strict(), AllowInfNan()]
 #: true or false, and no number.
 Switch = Annotated[bool, Strict()]
 #: A string.
-Text = Annotated[str, Strict()]
+Text = Annotated[str, Strict(), AfterValidator(_writable)]
 
 _SETTINGS = ConfigDict(extra="forbid", allow_inf_nan=False, validate_by_alias=True, validate_by_name=True)
 
@@ -73,8 +84,8 @@ class Checked:
     """Base of all that :func:`checked` makes.
 
     What a validator of a subclass says as a :class:`ValueError` goes on after the path of what it looked at ("is
-    empty"), or has ``{path}`` where the path belongs. This package's own errors are whole sentences and stay as they
-    are.
+    empty"), or has ``{path}`` where the path belongs. This package's own errors are whole sentences, which follow the
+    path if they don't begin with it.
 
     Attributes:
         ERROR: what is raised for a value that can't be.
@@ -225,7 +236,7 @@ def described_keys(kind: type[Checked], before: str = "") -> Iterator[Key]:
 
 def nearest(found: Any, known: Collection[str]) -> str:
     """What might be meant by ``found``, and all that is known."""
-    near = difflib.get_close_matches(str(found), known, n=1)
+    near = difflib.get_close_matches(str(found)[:_SHOWN], known, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return f"{hint}known: {', '.join(sorted(known))}"
 
@@ -233,7 +244,7 @@ def nearest(found: Any, known: Collection[str]) -> str:
 def _refuse_unknown(data: Mapping[Any, Any], known: Collection[str], where: str) -> None:
     for key in data:
         if key not in known:
-            raise ValueError(f"unknown key {where}{key}; {nearest(key, known)}")
+            raise ValueError(f"{where}{key}: unknown key; {nearest(key, known)}")
 
 
 def _fields(kind: type[Checked]) -> dict[str, FieldInfo]:
@@ -305,7 +316,8 @@ def _in_words(kind: type[Checked], error: ValidationError, path: str) -> str:
     where = _path(path, location)
     cause = found.get("ctx", {}).get("error")
     if isinstance(cause, SparklingError):
-        return str(cause)
+        text = str(cause)
+        return text if not where or text.startswith(where) else f"{where}: {text}"
     if isinstance(cause, Exception):
         text = str(cause)
         if "{path}" not in text:
@@ -357,10 +369,7 @@ def _as_in_json(kind: type[Checked], location: _Location) -> _Location:
 
 
 def _path(start: str, location: _Location) -> str:
-    path = start
-    for step in location:
-        path += f"[{step}]" if isinstance(step, int) else f".{step}"
-    return path.removeprefix(".")
+    return json_path([start, *location] if start else location)
 
 
 def _type_in_words(entry: FieldInfo) -> str:

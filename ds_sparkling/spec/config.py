@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import itertools
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +13,8 @@ from pydantic import AliasChoices, BeforeValidator, Field, ModelWrapValidatorHan
 from ds_sparkling.errors import ConfigError
 from ds_sparkling.spec.axes import GrownWidths, ParamAxes, Widths
 from ds_sparkling.spec.axes_by_pattern import parse_hints
-from ds_sparkling.spec.checked import Checked, Integer, InWords, Switch, Text, checked
+from ds_sparkling.spec.checked import Checked, Integer, InWords, Switch, Text, checked, shown
+from ds_sparkling.spec.json_files import load_json
 from ds_sparkling.spec.strategy import Strategy
 
 BLOCK = "sparkling"
@@ -22,7 +22,7 @@ BLOCK = "sparkling"
 
 def _named_functions(value: Any) -> Any:
     if value is not None and not (isinstance(value, str) and ":" in value):
-        raise ValueError(f"must be module:function, got {value!r}")
+        raise ValueError(f"must be module:function, got {shown(value)}")
     return value
 
 
@@ -112,19 +112,19 @@ def read_json(config: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     """A DeepSpeed config as a dict, from a path or a mapping.
 
     Raises:
-        ConfigError: if the file doesn't exist or isn't a JSON object.
+        ConfigError: if the file doesn't exist, isn't a JSON object, or holds what :func:`load_json` doesn't take.
     """
     if isinstance(config, Mapping):
         return dict(config)
     path = Path(config)
     try:
-        data = json.loads(path.read_text())
+        data = load_json(path)
     except FileNotFoundError:
         raise ConfigError(f"config file {path} doesn't exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config file {path} isn't JSON: {error}") from None
     except OSError as error:
         raise ConfigError(f"config file {path} can't be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ConfigError(f"config file {path}: {error}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"config file {path} must hold a JSON object, found {type(data).__name__}")
     return data
@@ -134,7 +134,7 @@ def sparkling_config(config: Mapping[str, Any]) -> SparklingConfig:
     """The checked ``"sparkling"`` block of a DeepSpeed config; all defaults if there is none."""
     for key in config:
         if key != BLOCK and difflib.get_close_matches(str(key).lower(), [BLOCK], cutoff=0.8):
-            raise ConfigError(f"unknown key {key!r} in the DeepSpeed config; did you mean {BLOCK!r}?")
+            raise ConfigError(f"{key}: unknown key of a DeepSpeed config; did you mean {BLOCK!r}?")
     return SparklingConfig.from_dict(config.get(BLOCK, {}), BLOCK)
 
 
@@ -159,6 +159,6 @@ def planned_steps(config: Mapping[str, Any]) -> int | None:
         if steps is None:
             continue
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise ConfigError(f"{path} must be a positive integer, got {steps!r}; correct it or pass --steps N")
+            raise ConfigError(f"{path} must be a positive integer, got {shown(steps)}; correct it or pass --steps N")
         return steps
     return None

@@ -24,6 +24,7 @@ from ds_sparkling.errors import CheckpointError, PlanError, SparklingError
 from ds_sparkling.files import whole_file
 from ds_sparkling.spec.axes import GrownWidths, Norm, ParamAxes, Widths
 from ds_sparkling.spec.checked import Checked, Integer, Number, Text, checked, shown
+from ds_sparkling.spec.json_files import load_json
 from ds_sparkling.spec.strategy import Strategy
 
 FILE_NAME = "ds_sparkling.json"
@@ -218,7 +219,7 @@ def read_record(checkpoint: Path) -> GrowthRecord | None:
     """
     path = checkpoint / FILE_NAME
     try:
-        return GrowthRecord.from_dict(json.loads(path.read_text()))
+        return GrowthRecord.from_dict(load_json(path))
     except FileNotFoundError:
         return None
     except OSError as error:

@@ -10,6 +10,7 @@ from pydantic import Field
 from ds_sparkling.errors import SparklingError
 from ds_sparkling.files import whole_file
 from ds_sparkling.spec.checked import Checked, Integer, Measured, Number, Text, checked
+from ds_sparkling.spec.json_files import load_json
 
 NAME = "summary.json"
 
@@ -54,7 +55,7 @@ def read_summary(directory: Path) -> RunSummary | None:
     """
     path = directory / NAME
     try:
-        return RunSummary.from_dict(json.loads(path.read_text()))
+        return RunSummary.from_dict(load_json(path))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

@@ -16,8 +16,8 @@ from pydantic import (
     model_serializer,
 )
 
-from ds_sparkling.errors import ConfigError, PlanError
-from ds_sparkling.spec.checked import Checked, Integer, InWords, Number, checked, json_keys
+from ds_sparkling.errors import PlanError
+from ds_sparkling.spec.checked import Checked, Integer, InWords, Number, checked, json_keys, shown
 from ds_sparkling.spec.state_kinds import StateKind, gradient_degree, state_kind
 
 
@@ -164,26 +164,26 @@ class Rewarmup(Checked):
 
     def __post_init__(self) -> None:
         if self.scope is Scope.NONE and (self.faster_decay or self.from_step is not None):
-            raise ConfigError(
-                "rewarmup.scope 'none' leaves every rate as it is; faster_decay and from_step need scope 'new' or 'all'"
+            raise ValueError(
+                "{path}.scope 'none' leaves every rate as it is; faster_decay and from_step need scope 'new' or 'all'"
             )
         if self.from_step is not None and (self.ratio, self.steps, self.faster_decay) != (1.0, 0, 0.0):
-            raise ConfigError(
-                "rewarmup.from_step follows the base schedule, so it needs ratio 1, steps 0 and no faster_decay"
+            raise ValueError(
+                "{path}.from_step follows the base schedule, so it needs ratio 1, steps 0 and no faster_decay"
             )
         if self.curve is RewarmupCurve.FACTOR and self.needs_cosine:
-            raise ConfigError(
-                "rewarmup.curve 'factor' leaves the base schedule as it is; faster_decay and from_step don't"
+            raise ValueError(
+                "{path}.curve 'factor' leaves the base schedule as it is; faster_decay and from_step don't"
             )
         if self.decay_steps is not None and (self.curve is not RewarmupCurve.FACTOR or self.scope is Scope.NONE):
-            raise ConfigError(
-                "rewarmup.decay_steps leads back to the base rate; it needs curve 'factor' and scope 'new' or 'all'"
+            raise ValueError(
+                "{path}.decay_steps leads back to the base rate; it needs curve 'factor' and scope 'new' or 'all'"
             )
         if self.curve is RewarmupCurve.WEIGHT_NORM and (
             self.scope is not Scope.NEW or (self.ratio, self.steps, self.needs_cosine) != (1.0, 0, False)
         ):
-            raise ConfigError(
-                "rewarmup.curve 'weight_norm' sets the rate of new elements by itself, so it needs scope 'new', ratio "
+            raise ValueError(
+                "{path}.curve 'weight_norm' sets the rate of new elements by itself, so it needs scope 'new', ratio "
                 "1, steps 0 and neither faster_decay nor from_step"
             )
 
@@ -251,9 +251,9 @@ class Split:
         try:
             old, copy = (float(part) for part in text.split(":"))
         except (AttributeError, ValueError):
-            raise ValueError(f"must be 'random' or like '1:2' (old unit to copy), got {text!r}") from None
+            raise ValueError(f"must be 'random' or like '1:2' (old unit to copy), got {shown(text)}") from None
         if not (0 <= old < math.inf and 0 <= copy < math.inf and old + copy > 0):
-            raise ValueError(f"must be of parts that aren't negative and not both zero, got {text!r}")
+            raise ValueError(f"must be of parts that aren't negative and not both zero, got {shown(text)}")
         return cls((old, copy))
 
     def __str__(self) -> str:
@@ -321,24 +321,24 @@ class Strategy(Checked):
     def __post_init__(self) -> None:
         if (self.fan_out, self.fan_in) not in INIT_PAIRS:
             known = ", ".join(f"{fan_out.value}-{fan_in.value}" for fan_out, fan_in in INIT_PAIRS)
-            raise ConfigError(f"init {self.pair} isn't a strategy; the (fan-out)-(fan-in) pairs are {known}")
+            raise ValueError(f"{{path}}.init {self.pair} isn't a strategy; the (fan-out)-(fan-in) pairs are {known}")
         if self.norm not in (Init.COPY, Init.RANDOM):
-            raise ConfigError("init.norm must be 'copy' or 'random': a zero gain would silence the new units")
+            raise ValueError("{path}.init.norm must be 'copy' or 'random': a zero gain would silence the new units")
         if not self.all_copied and not (self.split.even and self.perturbation == 0):
-            raise ConfigError(
-                "init.split and init.perturbation are for units that are copied on all sides; use copy-copy with norm "
-                f"'copy', not {self.pair} with norm {self.norm.value!r}"
+            raise ValueError(
+                "{path}.init.split and init.perturbation are for units that are copied on all sides; use copy-copy "
+                f"with norm 'copy', not {self.pair} with norm {self.norm.value!r}"
             )
         if self.scaling is Scaling.FUNCTION and (self.fan_out, self.fan_in) in (
             (Init.RANDOM, Init.RANDOM),
             (Init.RANDOM, Init.COPY),
         ):
-            raise ConfigError(
-                f"scaling 'function' can't hold with init {self.pair}: random units change the function; "
+            raise ValueError(
+                f"{{path}}.scaling 'function' can't hold with init {self.pair}: random units change the function; "
                 "use copy-copy, zero-copy, random-zero or random-cancel, or scaling 'rms'"
             )
         if self.scaling is Scaling.FUNCTION and self.norm is not Init.COPY:
-            raise ConfigError("scaling 'function' can't hold with init.norm 'random'; use 'copy'")
+            raise ValueError("{path}.scaling 'function' can't hold with init.norm 'random'; use 'copy'")
 
     @property
     def pair(self) -> str:

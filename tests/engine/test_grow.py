@@ -431,7 +431,7 @@ def test_a_growth_that_cannot_be_leaves_the_engine_usable(widths: dict[str, int]
         (Case(1, 3, zero={"zero_quantized_weights": True}), "zero_quantized_weights"),
         (Case(1, 1, top={"tensor_parallel": {"autotp_size": 2}}), "tensor_parallel.autotp_size = 2"),
         (Case(1, 1, top={"optimizer": {"type": "OneBitAdam", "params": {}}}), "optimizer.type = 'OneBitAdam'"),
-        (Case(1, 1, sparkling={"stage": []}), "unknown key sparkling.stage; did you mean 'stages'"),
+        (Case(1, 1, sparkling={"stage": []}), "sparkling.stage: unknown key; did you mean 'stages'"),
         (
             Case(1, 1, sparkling={"stages": [{"at_step": 1, "widths": {"hidden_size": 4}}]}),
             "hidden_size: width 6 -> 4 shrinks",

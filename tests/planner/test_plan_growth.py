@@ -300,7 +300,7 @@ def test_what_cannot_be_planned_is_refused(
             "zero_optimization.stage must be a whole number, got 'auto'; .* --zero N",
         ),
         ({"training": None, "scheduler": None}, "pass --steps N"),
-        ({"model": {"hiden_size": 4}}, "unknown key model.hiden_size; did you mean 'hidden_size'"),
+        ({"model": {"hiden_size": 4}}, "model.hiden_size: unknown key; did you mean 'hidden_size'"),
     ],
 )
 def test_configs_that_cannot_be_planned_are_refused(

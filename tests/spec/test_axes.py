@@ -204,10 +204,12 @@ def test_json_says_only_what_is_no_default() -> None:
     [
         pytest.param(
             {"dims": [{"axis": "h", "role": "fan_in", "blocks": 2}]},
-            r"dims\[0\]\.blocks; did you mean 'block'",
+            r"dims\[0\]\.blocks: unknown key; did you mean 'block'",
             id="of a dimension",
         ),
-        pytest.param({"dims": [{}], "head_gains": True}, "head_gains; did you mean 'head_gain'", id="of a parameter"),
+        pytest.param(
+            {"dims": [{}], "head_gains": True}, "head_gains: unknown key; did you mean 'head_gain'", id="of a parameter"
+        ),
         pytest.param({"dims": [{"axis": "h", "role": "fan_inn"}]}, "fan_inn", id="a role"),
         pytest.param({"dims": [{}], "norm": "batch"}, "batch", id="a norm"),
         pytest.param({"dims": [{"axis": "h"}]}, "role", id="no role"),

@@ -7,7 +7,6 @@ it reaches a loss) come up once those are known.
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ds_sparkling.errors import SparklingError
+from ds_sparkling.errors import ConfigError, SparklingError
+from ds_sparkling.spec.config import read_json
 from ds_sparkling.spec.strategy import INIT_PAIRS, OptimizerState, Rewarmup
 from experiments.runs import HIDDEN, INNER, Outcome, Stage, TrainingRun, block_text, widths_of
 from experiments.scales import Scale
@@ -152,9 +152,9 @@ class Lab:
         """
         path = STRATEGIES / f"{name}.json"
         try:
-            block: Block = json.loads(path.read_text())
-        except OSError as error:
-            raise SparklingError(f"{path} can't be read ({error.strerror}): run this from a checkout") from None
+            block: Block = read_json(path)
+        except ConfigError as error:
+            raise SparklingError(f"{error}; run this from a checkout") from None
         if block["rewarmup"].get("steps"):
             block["rewarmup"]["steps"] = self.scale.rewarmup_steps
         for key, value in changes.items():

@@ -12,6 +12,7 @@ from typing import TextIO
 from filelock import BaseFileLock, FileLock, Timeout
 
 from ds_sparkling.errors import SparklingError
+from ds_sparkling.spec.json_files import parse_json
 from experiments.runs import Outcome, TrainingRun
 
 
@@ -58,7 +59,7 @@ class Store:
             if not line.endswith("\n"):
                 break  # killed while writing it: that run is run again
             try:
-                entry = json.loads(line)
+                entry = parse_json(line.encode())
                 self.outcomes[entry["key"]] = Outcome.from_dict(entry["outcome"])
                 read = entry["corpus"]
             except (ValueError, KeyError, TypeError) as error:
