@@ -86,7 +86,9 @@ class Observations:
         """
         path = checkpoint / FILE_NAME
         try:
-            found = _Ratios.from_dict(load_json(path)) if path.exists() else _Ratios({}, {})
+            found = _Ratios.from_dict(load_json(path))
+        except FileNotFoundError:
+            found = _Ratios({}, {})
         except (OSError, ValueError, CheckpointError) as error:
             raise CheckpointError(
                 f"{path} can't be read ({error}); remove it to go on without activation_drift until the next growth"
