@@ -7,6 +7,8 @@ import importlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from ds_sparkling.spec.command_line import ends_in_words
+
 
 class Command(NamedTuple):
     """A subcommand: the module whose ``main`` runs it, and one line of help."""
@@ -38,6 +40,7 @@ COMMANDS = {
 }
 
 
+@ends_in_words()
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the ``ds-sparkling`` console script."""
     commands = "\n".join(f"  {name:<18}{command.help}" for name, command in COMMANDS.items())

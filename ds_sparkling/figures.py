@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from ds_sparkling.errors import SparklingError
 from ds_sparkling.files import whole_file
+from ds_sparkling.spec.command_line import path_argument
+from ds_sparkling.text_tables import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,7 +19,10 @@ if TYPE_CHECKING:
 def add_picture_options(parser: argparse.ArgumentParser, suffix: str) -> None:
     """``--output``, ``--force`` and ``--no-picture``; ``suffix`` is what the default name adds to the config's."""
     parser.add_argument(
-        "--output", type=Path, metavar="FILE", help=f"the picture, a .png (default: CONFIG's name + {suffix}, here)"
+        "--output",
+        type=path_argument,
+        metavar="FILE",
+        help=f"the picture, a .png (default: CONFIG's name + {suffix}, here)",
     )
     parser.add_argument("--force", action="store_true", help="overwrite the picture if it exists")
     parser.add_argument("--no-picture", action="store_true", help="write the text only; needs no matplotlib")
@@ -57,7 +62,12 @@ def empty_picture(title: str, xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
         SparklingError: if matplotlib isn't installed.
     """
     figure = empty_figure(8, 4)
-    return figure, figure.add_subplot(title=title, xlabel=xlabel, ylabel=ylabel)
+    return figure, figure.add_subplot(title=literal(title), xlabel=xlabel, ylabel=ylabel)
+
+
+def literal(text: str) -> str:
+    """``text`` as matplotlib draws it letter by letter: a dollar would begin a formula."""
+    return printable(text).replace("$", r"\$")
 
 
 def save_picture(figure: Figure, path: Path) -> None:

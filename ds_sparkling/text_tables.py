@@ -20,3 +20,8 @@ def text_table(rows: Sequence[Sequence[str]], *, left: Collection[int] = (), ind
         aligned = [cell.ljust(width) if at in left else cell.rjust(width) for at, (cell, width) in cells]
         lines.append((indent + "  ".join(aligned)).rstrip())
     return lines
+
+
+def printable(text: str) -> str:
+    """``text`` with what no terminal and no page can show, as bytes of a file's name that are no text, written out."""
+    return text.encode(errors="backslashreplace").decode()

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from ds_sparkling.cli import COMMANDS, main
+from ds_sparkling.job import command as job_command
 
 ROOT = Path(__file__).parents[1]
 TOOLS = ROOT / "tools"
@@ -65,7 +66,7 @@ def test_help_is_quick_and_comes_once() -> None:
 def test_train_tells_a_mistake_before_it_starts_processes(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(subprocess, "call", lambda command: pytest.fail(f"starts {command}"))
+    monkeypatch.setattr(job_command, "run_job", lambda command: pytest.fail(f"starts {command}"))
     with pytest.raises(SystemExit):
         main(["train", "--deepspeed_config", "x.json", "--stepz", "3"])
     assert "unrecognized arguments: --stepz 3" in capsys.readouterr().err
@@ -78,7 +79,7 @@ def test_train_gives_the_launcher_its_options_and_the_job_the_others(monkeypatch
         started.append(command)
         return 0
 
-    monkeypatch.setattr(subprocess, "call", call)
+    monkeypatch.setattr(job_command, "run_job", call)
     job = ["--deepspeed_config", "x.json", "--variant", "never-grown"]
     with pytest.raises(SystemExit, match="0"):
         main(["train", "--num_gpus", "4", *job])

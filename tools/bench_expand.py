@@ -27,19 +27,23 @@ from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks.common import EXPERT_PARALLEL, table
+from ds_sparkling.spec.command_line import directory_argument, ends_in_words, path_argument, positive, positive_float
 
 
+@ends_in_words()
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point: measure all checkpoints and write the table."""
     parser = argparse.ArgumentParser(
         prog="bench_expand.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--sizes", type=float, nargs="+", default=[0.2, 1.0, 4.0], help="GB of weights and moments")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8], help="ranks of each of them")
-    parser.add_argument("--repeat", type=int, default=3, help="runs of each (default: %(default)s)")
+    parser.add_argument(
+        "--sizes", type=positive_float, nargs="+", default=[0.2, 1.0, 4.0], help="GB of weights and moments"
+    )
+    parser.add_argument("--ranks", type=positive, nargs="+", default=[2, 4, 8], help="ranks of each of them")
+    parser.add_argument("--repeat", type=positive, default=3, help="runs of each (default: %(default)s)")
     parser.add_argument("--no-universal", action="store_true", help="leave DeepSpeed's converter out")
-    parser.add_argument("--directory", type=Path, help="where to work (default: a temporary directory)")
-    parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument("--directory", type=directory_argument, help="where to work (default: a temporary directory)")
+    parser.add_argument("--json", type=path_argument, help="also write the figures here")
     options = parser.parse_args(argv)
     if len(options.sizes) != len(options.ranks):
         parser.error("--sizes and --ranks must have the same length")

@@ -38,9 +38,9 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 
 from benchmarks.common import EXPERT_PARALLEL, table
+from ds_sparkling.spec.command_line import ends_in_words, path_argument, positive, positive_float
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -50,19 +50,23 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--ranks", type=int, nargs="+", default=[1, 2, 4], metavar="N", help="processes (default: 1 2 4)"
+        "--ranks", type=positive, nargs="+", default=[1, 2, 4], metavar="N", help="processes (default: 1 2 4)"
     )
     parser.add_argument(
         "--parameters",
-        type=lambda text: int(float(text)),
+        type=lambda text: int(positive_float(text)),
         nargs="+",
         default=[5_000_000, 12_000_000, 25_000_000],
         metavar="N",
         help="parameters of the model before the growth, about (default: 5e6 12e6 25e6)",
     )
-    parser.add_argument("--repeat", type=int, default=3, metavar="N", help="repetitions of every case (default: 3)")
-    parser.add_argument("--threads", type=int, default=1, metavar="N", help="threads of every rank (default: 1)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here too, case by case, as objects")
+    parser.add_argument(
+        "--repeat", type=positive, default=3, metavar="N", help="repetitions of every case (default: 3)"
+    )
+    parser.add_argument("--threads", type=positive, default=1, metavar="N", help="threads of every rank (default: 1)")
+    parser.add_argument(
+        "--json", type=path_argument, metavar="FILE", help="write the rows here too, case by case, as objects"
+    )
     args = parser.parse_args(argv)
     for ranks in args.ranks:
         if ranks < 1 or (ranks > 1 and ranks % EXPERT_PARALLEL):
@@ -70,6 +74,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+@ends_in_words()
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point: measure all cases and write the table."""
     args = _parse(argv)

@@ -50,6 +50,7 @@ from typing import TYPE_CHECKING
 
 from benchmarks.common import QUICKSTART, table
 from benchmarks.optimizers import OPTIMIZERS
+from ds_sparkling.spec.command_line import ends_in_words, path_argument, positive, positive_float
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -75,18 +76,22 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--elements",
-        type=lambda text: int(float(text)),
+        type=lambda text: int(positive_float(text)),
         nargs="+",
         default=[20_000_000, 200_000_000],
         metavar="N",
         help="elements of the tensor, cut to an even number of rows (default: 20e6 200e6)",
     )
-    parser.add_argument("--row", type=int, default=1024, metavar="N", help="entries of a row, even (default: 1024)")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], metavar="N", help="threads (default: 1 2)")
-    parser.add_argument("--repeat", type=int, default=20, metavar="N", help="steps of each kind (default: 20)")
+    parser.add_argument(
+        "--row", type=positive, default=1024, metavar="N", help="entries of a row, even (default: 1024)"
+    )
+    parser.add_argument(
+        "--threads", type=positive, nargs="+", default=[1, 2], metavar="N", help="threads (default: 1 2)"
+    )
+    parser.add_argument("--repeat", type=positive, default=20, metavar="N", help="steps of each kind (default: 20)")
     parser.add_argument(
         "--quickstart",
-        type=int,
+        type=positive,
         nargs="?",
         const=300,
         metavar="STEPS",
@@ -94,37 +99,32 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--diagnostics",
-        type=int,
+        type=positive,
         nargs="?",
         const=20,
         metavar="N",
         help="measure the diagnosis instead, N times in 50 N steps (20 if not given)",
     )
-    parser.add_argument("--hidden", type=int, metavar="N", help="hidden_size with --diagnostics (default: 64)")
-    parser.add_argument("--inner", type=int, metavar="N", help="moe_intermediate_size with --diagnostics (default: 32)")
-    parser.add_argument("--runs", type=int, default=1, metavar="N", help="runs of the main job each way (default: 1)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here too, as objects")
+    parser.add_argument("--hidden", type=positive, metavar="N", help="hidden_size with --diagnostics (default: 64)")
+    parser.add_argument(
+        "--inner", type=positive, metavar="N", help="moe_intermediate_size with --diagnostics (default: 32)"
+    )
+    parser.add_argument(
+        "--runs", type=positive, default=1, metavar="N", help="runs of the main job each way (default: 1)"
+    )
+    parser.add_argument("--json", type=path_argument, metavar="FILE", help="write the rows here too, as objects")
     args = parser.parse_args(argv)
     _check(parser, args)
     return args
 
 
 def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    if args.row < 2 or args.row % 2:
+    if args.row % 2:
         parser.error(f"--row {args.row}: must be even, as half of a row is new")
     if min(args.elements) < 2 * args.row:
         parser.error(f"--elements {min(args.elements)}: must be two rows at least, {2 * args.row}")
-    for name in ("repeat", "runs"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} {getattr(args, name)}: must be 1 at least")
-    if min(args.threads) < 1:
-        parser.error(f"--threads {min(args.threads)}: must be 1 at least")
     if args.quickstart is not None and args.quickstart < _FEWEST:
         parser.error(f"--quickstart {args.quickstart}: must be {_FEWEST} steps at least")
-    for name in ("diagnostics", "hidden", "inner"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name} {value}: must be 1 at least")
     for name in ("quickstart", "diagnostics"):
         if getattr(args, name) is not None and not QUICKSTART.is_file():
             parser.error(f"--{name}: needs {QUICKSTART}, which only a checkout of the repository has")
@@ -170,6 +170,7 @@ def _measure_diagnosis(args: argparse.Namespace) -> None:
     sys.stdout.write(f"{table(PRICE_COLUMNS, [found])}\n\n{PRICE_LEGEND}")
 
 
+@ends_in_words()
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point: measure what was asked for and write the table."""
     args = _parse(argv)

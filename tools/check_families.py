@@ -15,11 +15,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from benchmarks.family_list import FAMILIES
+from ds_sparkling.spec.command_line import ends_in_words, path_argument
 
 
+@ends_in_words()
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     names = [family.name for family in FAMILIES]
@@ -27,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="check_families.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("families", nargs="*", metavar="FAMILY", help=f"all by default: {', '.join(names)}")
-    parser.add_argument("--write", type=Path, metavar="FILE", help="put the table between its marks in FILE")
+    parser.add_argument("--write", type=path_argument, metavar="FILE", help="put the table between its marks in FILE")
     options = parser.parse_args(argv)
     unknown = [name for name in options.families if name not in names]
     if unknown:

@@ -22,8 +22,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ds_sparkling.errors import SparklingError
 from ds_sparkling.figures import add_picture_options, check_picture_options, save_picture
+from ds_sparkling.spec.command_line import end, ends_in_words, path_argument, whole_number
 from ds_sparkling.spec.strategy import INIT_PAIRS, Init, Scaling, Strategy
 from ds_sparkling.spec.widths import parse_widths
 
@@ -34,26 +34,22 @@ _DTYPES = ("float64", "float32")
 _PAIRS = {f"{fan_out.value}-{fan_in.value}": (fan_out, fan_in) for fan_out, fan_in in INIT_PAIRS}
 
 
+@ends_in_words(status=1)
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point: write the report, then the picture."""
     options = _parse(argv)
     from ds_sparkling.check.rms_picture import picture  # here, so that --help doesn't wait for torch
 
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
-    try:
-        report = _check(options)
-        text = json.dumps(report.to_dict()) if options.json else report.describe()
-        sys.stdout.write(text + "\n")
-        if not options.no_picture:
-            save_picture(picture(report, f"Growing {Path(options.model).name}"), options.output)
-            if not options.json:
-                sys.stdout.write(f"\npicture: {options.output}\n")
-    except SparklingError as error:
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(1)
+    report = _check(options)
+    text = json.dumps(report.to_dict()) if options.json else report.describe()
+    sys.stdout.write(text + "\n")
+    if not options.no_picture:
+        save_picture(picture(report, f"Growing {Path(options.model).name}"), options.output)
+        if not options.json:
+            sys.stdout.write(f"\npicture: {options.output}\n")
     if not report.kept:
-        sys.stderr.write("error: the growth doesn't keep what it promises\n")
-        sys.exit(1)
+        end("the growth doesn't keep what it promises", status=1)
 
 
 def _check(options: argparse.Namespace) -> GrowthReport:
@@ -101,11 +97,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--scaling", choices=[s.value for s in Scaling], default="rms", help="(default: %(default)s)")
     parser.add_argument("--as-is", action="store_true", help="run the model itself instead of a small instance")
     parser.add_argument("--dtype", choices=_DTYPES, default=_DTYPES[0], help="to run in (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of parameters, token ids and new random units")
+    parser.add_argument("--seed", type=whole_number, default=0, help="of parameters, token ids and new random units")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument(
         "--deepspeed_config",
-        type=Path,
+        type=path_argument,
         metavar="FILE",
         help='DeepSpeed JSON whose "sparkling" block may have "axes", for parameters that can\'t be read, and "inputs"',
     )

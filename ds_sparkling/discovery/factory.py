@@ -8,7 +8,6 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from ds_sparkling.discovery.build import BuildModel
@@ -145,7 +144,7 @@ def find_factory(reference: str) -> BuildModel:
     Raises:
         ConfigError: if it is neither.
     """
-    if not Path(reference).exists() and ":" in reference:
+    if ":" in reference and not os.path.exists(reference):
         return named_factory(reference)
     data = read_json(reference)
     if "model_type" not in data:

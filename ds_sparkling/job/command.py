@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from ds_sparkling.job.launcher import add_launcher_options, launcher_command
+from ds_sparkling.job.launcher import add_launcher_options, launcher_command, run_job
 from ds_sparkling.job.variants import Variant
+from ds_sparkling.spec.command_line import ends_in_words, path_argument
 
 
 def job_parser(prog: str, launcher: argparse.ArgumentParser | None = None) -> argparse.ArgumentParser:
@@ -27,15 +26,17 @@ def job_parser(prog: str, launcher: argparse.ArgumentParser | None = None) -> ar
         parents=[] if launcher is None else [launcher],
         allow_abbrev=launcher is None,
     )
-    parser.add_argument("--deepspeed_config", required=True, metavar="FILE", help="the run's JSON (see configs/)")
+    parser.add_argument(
+        "--deepspeed_config", type=path_argument, required=True, metavar="FILE", help="the run's JSON (see configs/)"
+    )
     parser.add_argument(
         "--data",
-        type=Path,
+        type=path_argument,
         metavar="PATH",
         help="a text file, a directory of them, or a .npy of token ids; default: the standard library's own sources",
     )
     parser.add_argument(
-        "--output", type=Path, metavar="DIR", help="checkpoints and TensorBoard files; default: runs/..."
+        "--output", type=path_argument, metavar="DIR", help="checkpoints and TensorBoard files; default: runs/..."
     )
     parser.add_argument("--resume", action="store_true", help="go on from the latest checkpoint in --output")
     parser.add_argument(
@@ -49,10 +50,11 @@ def job_parser(prog: str, launcher: argparse.ArgumentParser | None = None) -> ar
     return parser
 
 
+@ends_in_words()
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of ``ds-sparkling train``."""
     launcher = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     add_launcher_options(launcher)
     job_parser("ds-sparkling train", launcher).parse_args(argv)  # a mistake is told here, before any process is started
     options, job = launcher.parse_known_args(argv)
-    sys.exit(subprocess.call(launcher_command(options.num_gpus, job, options.master_port)))
+    sys.exit(run_job(launcher_command(options.num_gpus, job, options.master_port)))

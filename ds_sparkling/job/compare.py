@@ -14,12 +14,10 @@ compare what came out. All other arguments go to the four jobs (ds_sparkling/tra
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from ds_sparkling.errors import SparklingError
 from ds_sparkling.job.launcher import add_launcher_options
+from ds_sparkling.spec.command_line import ends_in_words, path_argument
 
 
 def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -29,8 +27,10 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--deepspeed_config", required=True, metavar="FILE", help="the runs' JSON, with a growth")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="where the runs lie; default: runs/...")
+    parser.add_argument(
+        "--deepspeed_config", type=path_argument, required=True, metavar="FILE", help="the runs' JSON, with a growth"
+    )
+    parser.add_argument("--output", type=path_argument, metavar="DIR", help="where the runs lie; default: runs/...")
     parser.add_argument(
         "--resume", action="store_true", help="go on with the comparison in --output, where each run has stopped"
     )
@@ -42,18 +42,13 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     return args, job
 
 
+@ends_in_words()
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point: the runs, then the table and the picture."""
     args, job = _parse(argv)
     from ds_sparkling.job.side_by_side import compare, say  # here, so that --help doesn't wait for torch
 
-    try:
-        say("\n" + compare(args, job))
-    except SparklingError as error:
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(2)
-    except KeyboardInterrupt:  # the job has got it, too
-        sys.exit(130)
+    say("\n" + compare(args, job))
 
 
 if __name__ == "__main__":

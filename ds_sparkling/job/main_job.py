@@ -286,7 +286,7 @@ def _output_directory(args: argparse.Namespace) -> Path:
     """The run's directory: as given, or else a new one, or that of the latest run to resume."""
     if args.output is not None:
         return Path(args.output)
-    name = Path(args.deepspeed_config).stem
+    name = args.deepspeed_config.stem
     if not args.resume:
         return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     earlier = sorted(Path("runs").glob(f"{name}-*/checkpoints/latest"))

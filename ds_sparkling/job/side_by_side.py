@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ds_sparkling.errors import CheckpointError, ConfigError, SparklingError
-from ds_sparkling.job.launcher import launcher_command
+from ds_sparkling.job.launcher import launcher_command, run_job
 from ds_sparkling.job.loss_picture import draw_losses
 from ds_sparkling.job.variant_config import as_variant
 from ds_sparkling.job.variants import Variant
@@ -61,9 +60,9 @@ def compare(args: argparse.Namespace, job: Sequence[str]) -> str:
 
 def _train(args: argparse.Namespace, job: Sequence[str], output: Path, variant: Variant, *, resume: bool) -> None:
     """One of the runs, from where it stands to its end."""
-    own = ["--deepspeed_config", args.deepspeed_config, "--output", str(output / variant.value)]
+    own = ["--deepspeed_config", str(args.deepspeed_config), "--output", str(output / variant.value)]
     own += ["--variant", variant.value, *(["--resume"] if resume else [])]
-    status = subprocess.call(launcher_command(args.num_gpus, [*job, *own], args.master_port))
+    status = run_job(launcher_command(args.num_gpus, [*job, *own], args.master_port))
     if status:
         way_out = f"pass --resume --output {output}" if _started(output) else "start again"
         raise SparklingError(f"the {variant.value} run ended with status {status}; to go on, {way_out}")
@@ -100,7 +99,7 @@ def _output_directory(args: argparse.Namespace) -> Path:
     """Where the runs lie: as asked for, else a new one; with ``--resume``, the latest."""
     if args.output is not None:
         return args.output
-    stem = f"{Path(args.deepspeed_config).stem}-compare"
+    stem = f"{args.deepspeed_config.stem}-compare"
     if not args.resume:
         return Path("runs") / f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     earlier = sorted(path for path in Path("runs").glob(f"{stem}-*") if _started(path))

@@ -23,9 +23,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ds_sparkling.errors import SparklingError
 from ds_sparkling.figures import add_picture_options, check_picture_options, save_picture
 from ds_sparkling.planner.assumptions import DEFAULT_RANKS, Assumptions
+from ds_sparkling.spec.command_line import count, ends_in_words, positive, positive_float
 from ds_sparkling.spec.widths import parse_widths
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 _TWO_STAGE = (1 / 3, 2 / 3)
 
 
+@ends_in_words()
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point: write the text or the JSON, then the picture."""
     args = _parse(argv)
@@ -42,18 +43,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     from ds_sparkling.planner.savings_picture import picture
     from ds_sparkling.planner.subject import read_subject
 
-    try:
-        subject = read_subject(args.config, _options(args))
-        assumed = Assumptions(args.bandwidth, args.write_bandwidth, args.engine_start)
-        report = Planning.make(subject, tuple(args.two_stage), assumed)
-        sys.stdout.write((json.dumps(report.to_dict(), indent=1) if args.json else report.describe()) + "\n")
-        if not args.no_picture:
-            save_picture(picture(report), args.output)
-            if not args.json:
-                sys.stdout.write(f"\npicture: {args.output}\n")
-    except SparklingError as error:
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(2)
+    subject = read_subject(args.config, _options(args))
+    assumed = Assumptions(args.bandwidth, args.write_bandwidth, args.engine_start)
+    report = Planning.make(subject, tuple(args.two_stage), assumed)
+    sys.stdout.write((json.dumps(report.to_dict(), indent=1) if args.json else report.describe()) + "\n")
+    if not args.no_picture:
+        save_picture(picture(report), args.output)
+        if not args.json:
+            sys.stdout.write(f"\npicture: {args.output}\n")
 
 
 def _options(args: argparse.Namespace) -> Options:
@@ -118,14 +115,14 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--tokens",
-        type=_positive_float,
+        type=positive_float,
         metavar="N",
         help="of the whole run, e.g. 200e9 (default: training.steps x train_batch_size x training.sequence_length)",
     )
     group.add_argument(
-        "--steps", type=_positive, metavar="N", help="optimizer steps of the whole run (default: by the config)"
+        "--steps", type=positive, metavar="N", help="optimizer steps of the whole run (default: by the config)"
     )
-    group.add_argument("--experts-per-token", type=_positive, metavar="K", help="if the model's config doesn't tell")
+    group.add_argument("--experts-per-token", type=positive, metavar="K", help="if the model's config doesn't tell")
 
 
 def _add_spread(parser: argparse.ArgumentParser) -> None:
@@ -134,14 +131,14 @@ def _add_spread(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--world-size",
-        type=_positive,
+        type=positive,
         metavar="N",
         help=f"data-parallel ranks (default: {DEFAULT_RANKS}, or --expert-parallel if that is more)",
     )
     group.add_argument("--zero", type=int, choices=(0, 1, 2, 3), help="ZeRO stage")
-    group.add_argument("--expert-parallel", type=_positive, metavar="M", help="ranks that share one set of experts")
+    group.add_argument("--expert-parallel", type=positive, metavar="M", help="ranks that share one set of experts")
     group.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of the compute weights")
-    group.add_argument("--states", type=_count, metavar="N", help="fp32 tensors of optimizer state per parameter")
+    group.add_argument("--states", type=count, metavar="N", help="fp32 tensors of optimizer state per parameter")
 
 
 def _add_assumptions(parser: argparse.ArgumentParser) -> None:
@@ -151,35 +148,16 @@ def _add_assumptions(parser: argparse.ArgumentParser) -> None:
         ("--write-bandwidth", Assumptions.write_bandwidth, "GB/s that each rank writes a checkpoint with"),
         ("--engine-start", Assumptions.engine_start, "seconds to construct an engine, its broadcast apart"),
     ):
-        group.add_argument(option, type=float, default=default, metavar="X", help=f"{text} (default: %(default)g)")
+        group.add_argument(
+            option, type=positive_float, default=default, metavar="X", help=f"{text} (default: %(default)g)"
+        )
 
 
 def _share(text: str) -> float:
-    share = float(text)
-    if not 0 < share < 1:
+    share = positive_float(text)
+    if not share < 1:
         raise argparse.ArgumentTypeError(f"must be a share between 0 and 1, got {text}")
     return share
-
-
-def _count(text: str) -> int:
-    count = int(text)
-    if count < 0:
-        raise argparse.ArgumentTypeError(f"must not be negative, got {text}")
-    return count
-
-
-def _positive(text: str) -> int:
-    count = int(text)
-    if count < 1:
-        raise argparse.ArgumentTypeError(f"must be positive, got {text}")
-    return count
-
-
-def _positive_float(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be positive, got {text}")
-    return value
 
 
 if __name__ == "__main__":

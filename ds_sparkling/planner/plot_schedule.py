@@ -14,31 +14,31 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from ds_sparkling.errors import SparklingError
 from ds_sparkling.figures import add_picture_options, check_picture_options, save_picture
+from ds_sparkling.spec.command_line import ends_in_words, path_argument, positive
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="plot_schedule.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("config", type=Path, metavar="CONFIG", help='a DeepSpeed JSON with a "sparkling" block')
+    parser.add_argument(
+        "config", type=path_argument, metavar="CONFIG", help='a DeepSpeed JSON with a "sparkling" block'
+    )
     parser.add_argument(
         "--steps",
-        type=int,
+        type=positive,
         metavar="N",
         help="optimizer steps of the run (default: training.steps, else scheduler.params.total_num_steps)",
     )
     add_picture_options(parser, "-schedule.png")
     args = parser.parse_args(argv)
-    if args.steps is not None and args.steps < 1:
-        parser.error(f"--steps must be positive, got {args.steps}")
     check_picture_options(parser, args, f"{args.config.stem}-schedule.png")
     return args
 
 
+@ends_in_words()
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point: write the text, then the picture."""
     args = _parse(argv)
@@ -48,15 +48,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     from ds_sparkling.planner.rate_curves import describe
     from ds_sparkling.spec.config import read_json
 
-    try:
-        curves = curves_of(read_json(args.config), args.steps)
-        sys.stdout.write(describe(curves) + "\n")
-        if not args.no_picture:
-            save_picture(picture(curves, f"Learning rates of {args.config.name}"), args.output)
-            sys.stdout.write(f"\npicture: {args.output}\n")
-    except SparklingError as error:
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(2)
+    curves = curves_of(read_json(args.config), args.steps)
+    sys.stdout.write(describe(curves) + "\n")
+    if not args.no_picture:
+        save_picture(picture(curves, f"Learning rates of {args.config.name}"), args.output)
+        sys.stdout.write(f"\npicture: {args.output}\n")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ from ds_sparkling.text_tables import text_table
 
 #: A rate this close to the base rate, as a share of it, counts as having met it.
 _CLOSE = 0.01
+#: Steps of the longest run whose curves are drawn; they take minutes.
+_MOST_STEPS = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -105,10 +107,14 @@ def simulate(
         make_scheduler: makes the base scheduler; None for a constant rate.
 
     Raises:
-        ConfigError: if no growth is planned, or a scheduler doesn't get through.
+        ConfigError: if no growth is planned, there are too many steps, or a scheduler doesn't get through.
     """
     if not config.growths:
         raise ConfigError(f"no growth is planned: {BLOCK}.{config.growths_key} is missing or empty")
+    if steps > _MOST_STEPS:
+        raise ConfigError(
+            f"{steps:,} steps are too many to be gone through one by one, at most {_MOST_STEPS:,}; pass --steps N"
+        )
     optimizer = torch.optim.AdamW([torch.zeros(1)], lr=lr)
     scheduler = RewarmupScheduler(make_scheduler(optimizer), optimizer)
     optimizer.step()  # torch's schedulers warn if the optimizer never steps

@@ -15,9 +15,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ds_sparkling.errors import SparklingError
+from ds_sparkling.spec.command_line import ends_in_words, path_argument, positive
 
 
+@ends_in_words()
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point: print the table and the verdict, and write the page."""
     args = _parse(argv)
@@ -30,47 +31,45 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # TensorBoard's reader has much to say about files that are still being written.
     logging.getLogger("tensorboard").setLevel(logging.ERROR)
-    try:
-        target = None if args.text else Target(args.output)
-        if target is not None:
-            target.check(args.force)
-        runs = read_runs(args.runs, args.names)
-        findings = verdict(runs)
-        if target is not None:
-            style = style_of(runs, args.smooth)
-            figures = [(section, draw(section, runs, style)) for section in SECTIONS]
-            pictures = {section.name: png for section, png in figures if png is not None}
-            target.write(page(runs, findings, figures, style), pictures)
-        sys.stdout.write(text(runs, findings) + "\n")
-        if target is not None:
-            sys.stdout.write(f"\nreport: {target.page}\n")
-    except SparklingError as error:
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(2)
+    target = None if args.text else Target(args.output)
+    if target is not None:
+        target.check(args.force)
+    runs = read_runs(args.runs, args.names)
+    findings = verdict(runs)
+    if target is not None:
+        style = style_of(runs, args.smooth)
+        figures = [(section, draw(section, runs, style)) for section in SECTIONS]
+        pictures = {section.name: png for section, png in figures if png is not None}
+        target.write(page(runs, findings, figures, style), pictures)
+    sys.stdout.write(text(runs, findings) + "\n")
+    if target is not None:
+        sys.stdout.write(f"\nreport: {target.page}\n")
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="report.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's directory, or its event files' one")
+    parser.add_argument(
+        "runs", nargs="+", type=path_argument, metavar="RUN", help="a run's directory, or its event files' one"
+    )
     parser.add_argument("--names", nargs="+", metavar="NAME", help="what to call the runs (default: their directories)")
     parser.add_argument(
         "--output",
-        type=Path,
+        type=path_argument,
         default=Path("report"),
         metavar="DIR|FILE",
         help="a directory, or the page's name ending in .html (default: %(default)s)",
     )
     parser.add_argument("--force", action="store_true", help="overwrite an earlier report")
     parser.add_argument(
-        "--smooth", type=int, metavar="N", help="training losses as means of N points (default: a fiftieth of them)"
+        "--smooth",
+        type=positive,
+        metavar="N",
+        help="training losses as means of N points (default: a fiftieth of them)",
     )
     parser.add_argument("--text", action="store_true", help="print the verdict and write nothing; needs no matplotlib")
-    args = parser.parse_args(argv)
-    if args.smooth is not None and args.smooth < 1:
-        parser.error(f"--smooth must be positive, got {args.smooth}")
-    return args
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

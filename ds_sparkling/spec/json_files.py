@@ -87,7 +87,9 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _integer(text: str) -> int | _Refused:
     digits = len(text.lstrip("-"))
-    return int(text) if digits <= _LONGEST else _Refused(f"is an integer of {digits:,} digits; no setting is that large")
+    return (
+        int(text) if digits <= _LONGEST else _Refused(f"is an integer of {digits:,} digits; no setting is that large")
+    )
 
 
 def _number(text: str) -> float | _Refused:

@@ -14,7 +14,7 @@ import pytest
 
 from distributed import Workers
 from ds_sparkling.errors import ConfigError, SparklingError
-from ds_sparkling.job import compare
+from ds_sparkling.job import compare, side_by_side
 from ds_sparkling.job.command import job_parser
 from ds_sparkling.job.loss_picture import loss_picture
 from ds_sparkling.job.variant_config import as_variant, equal_steps
@@ -71,7 +71,7 @@ def test_three_runs_and_their_comparison(
         workers(2).run(run_job, job_of(command))
         return 0
 
-    monkeypatch.setattr(subprocess, "call", launched)
+    monkeypatch.setattr(side_by_side, "run_job", launched)
     output = tmp_path / "out"
     arguments = ["--deepspeed_config", str(config), "--output", str(output), "--data", str(tmp_path / "text")]
     compare.main(arguments)
@@ -148,7 +148,7 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         ).write(Path(output))
         return 0
 
-    monkeypatch.setattr(subprocess, "call", launched)
+    monkeypatch.setattr(side_by_side, "run_job", launched)
     return commands
 
 

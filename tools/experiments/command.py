@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ds_sparkling.errors import SparklingError
+from ds_sparkling.spec.command_line import ends_in_words, path_argument, positive
 from experiments.catalogue import EXPERIMENTS, Experiment, Lab
 from experiments.runs import Outcome, TrainingRun
 from experiments.scales import SCALES
@@ -35,8 +36,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help="which ones; all by default")
     parser.add_argument("--scale", choices=list(SCALES), default="small", help="how large (default: small)")
-    parser.add_argument("--seeds", type=int, metavar="N", help="seeds per variant, at least (default: the scale's)")
-    parser.add_argument("--jobs", type=int, metavar="K", help="runs at a time (default: one per core; one on a GPU)")
+    parser.add_argument(
+        "--seeds", type=positive, metavar="N", help="seeds per variant, at least (default: the scale's)"
+    )
+    parser.add_argument(
+        "--jobs", type=positive, metavar="K", help="runs at a time (default: one per core; one on a GPU)"
+    )
     parser.add_argument(
         "--data",
         default="",
@@ -45,14 +50,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--output",
-        type=Path,
+        type=path_argument,
         default=Path("docs/results"),
         metavar="DIR",
         help="where DIR/SCALE/ is written (default: docs/results)",
     )
     parser.add_argument(
         "--snapshots",
-        type=Path,
+        type=path_argument,
         default=Path("runs/reproduce"),
         metavar="DIR",
         help="where trunks are kept meanwhile (default: runs/reproduce)",
@@ -64,9 +69,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     unknown = [name for name in args.experiments if name not in EXPERIMENTS]
     if unknown:
         parser.error(f"there is no experiment {unknown[0]!r}; known: {', '.join(EXPERIMENTS)}")
-    for option in ("seeds", "jobs"):
-        if getattr(args, option) is not None and getattr(args, option) < 1:
-            parser.error(f"--{option} must be at least 1")
     return args
 
 
@@ -83,6 +85,7 @@ def _default_jobs() -> int:
     return 1 if torch.cuda.is_available() else os.cpu_count() or 1
 
 
+@ends_in_words()
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     args = _parse(argv)

@@ -54,11 +54,11 @@ def test_layouts(layout: str, rows: list[list[int]]) -> None:
     [
         (["--row", "7"], "--row 7: must be even"),
         (["--elements", "100"], "--elements 100: must be two rows at least, 2048"),
-        (["--repeat", "0"], "--repeat 0: must be 1 at least"),
-        (["--threads", "0"], "--threads 0: must be 1 at least"),
+        (["--repeat", "0"], "argument --repeat: must be positive, got 0"),
+        (["--threads", "0"], "argument --threads: must be positive, got 0"),
         (["--quickstart", "10"], "--quickstart 10: must be 60 steps at least"),
-        (["--diagnostics", "0"], "--diagnostics 0: must be 1 at least"),
-        (["--diagnostics", "--hidden", "-1"], "--hidden -1: must be 1 at least"),
+        (["--diagnostics", "0"], "argument --diagnostics: must be positive, got 0"),
+        (["--diagnostics", "--hidden", "-1"], "argument --hidden: must be positive, got -1"),
         (["--optimizer", "adam"], "invalid choice: 'adam'"),
     ],
 )

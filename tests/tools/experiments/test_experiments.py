@@ -118,7 +118,10 @@ class InProcess(ThreadPoolExecutor):
 
 @pytest.mark.parametrize(
     ("wrong", "complaint"),
-    [(["stat"], "there is no experiment 'stat'; known: init, state"), (["--seeds", "0"], "--seeds must be at least 1")],
+    [
+        (["stat"], "there is no experiment 'stat'; known: init, state"),
+        (["--seeds", "0"], "argument --seeds: must be positive, got 0"),
+    ],
 )
 def test_what_makes_no_sense_is_refused(wrong: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
