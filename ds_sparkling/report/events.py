@@ -8,16 +8,20 @@ replace theirs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from ds_sparkling.errors import SparklingError
 from ds_sparkling.progress import progress_bar
+from ds_sparkling.report.event_records import Unread, records
 from ds_sparkling.spec.run_summary import RunSummary, read_summary
+from ds_sparkling.text_tables import printable
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -36,6 +40,7 @@ _PREFIXES = (
     "effective_rank/",
     "router/",
 )
+_GROWTH = "Growth/"
 _NUMBER = "Growth/number"
 _PLAN = "Growth/plan/text_summary"
 #: What releases before 0.2 called a growth's number and the learning rate of its elements.
@@ -59,10 +64,12 @@ class Event(NamedTuple):
 
 @dataclass(frozen=True)
 class EventFile:
-    """The contents of one file: scalars by tag, and the growth plans as (samples, text)."""
+    """The contents of one file: scalars by tag, the growth plans as (samples, text), and what isn't in here, in
+    words."""
 
     scalars: dict[str, list[Event]]
     plans: list[tuple[int, str]]
+    notes: list[str]
 
 
 @dataclass(frozen=True)
@@ -110,6 +117,7 @@ class ReadRun:
         curves: by tag.
         growths: in order.
         summary: what the main job left at the end, if it did.
+        notes: what of its files couldn't be read and was left out, a sentence each.
     """
 
     name: str
@@ -117,6 +125,7 @@ class ReadRun:
     curves: dict[str, TagCurve]
     growths: tuple[ReadGrowth, ...]
     summary: RunSummary | None
+    notes: tuple[str, ...] = ()
 
     @property
     def grown_elsewhere(self) -> bool:
@@ -155,17 +164,20 @@ def read_run(path: Path, name: str) -> ReadRun:
     Raises:
         SparklingError: if there are no event files, those of several runs, or nothing readable in them.
     """
-    with progress_bar(_files(path), desc=name, shown=None) as bar:
+    readable, notes = _readable(_files(path))
+    with progress_bar(readable, desc=name, shown=None) as bar:
         files = sorted(map(_read, bar), key=_begin)
+    notes += [note for _, file in files for note in file.notes]
     curves = merge([file for _, file in files])
+    if not curves and notes:
+        raise SparklingError(f"{path}: nothing in the event files can be read: " + "; ".join(notes))
     if not curves:
         raise SparklingError(
             f"{path}: the event files hold none of the curves that the report knows; "
             "was the run stopped before its first log_every steps?"
         )
-    return ReadRun(
-        name, path, curves, _growths(curves, [plan for _, file in files for plan in file.plans]), _outcome(path)
-    )
+    growths = _growths(curves, [plan for _, file in files for plan in file.plans])
+    return ReadRun(name, path, curves, growths, _outcome(path, notes), tuple(notes))
 
 
 def merge(files: Sequence[EventFile]) -> dict[str, TagCurve]:
@@ -262,32 +274,80 @@ def _files(path: Path) -> list[Path]:
 def _read(file: Path) -> tuple[float, EventFile]:
     """When the file was opened, and what is in it."""
     # Here, so that --help doesn't wait for it.
-    from tensorboard.backend.event_processing import event_accumulator
+    from google.protobuf.message import DecodeError
+    from tensorboard.compat.proto.event_pb2 import Event as Written
 
-    # 0 keeps every point.
-    keep_all = {event_accumulator.SCALARS: 0, event_accumulator.TENSORS: 0}
-    events = event_accumulator.EventAccumulator(str(file), size_guidance=keep_all, purge_orphaned_data=False)
+    opened: float | None = None
+    found = EventFile({}, [], [])
+    unread: list[Unread] = []
+    odd: Counter[str] = Counter()
+    for record in records(file):
+        if isinstance(record, Unread):
+            unread.append(record)
+            continue
+        begin, data = record
+        try:
+            event = Written.FromString(data)
+        except DecodeError:
+            unread.append(Unread(begin=begin, end=begin + len(data)))
+            continue
+        opened = event.wall_time if opened is None else opened
+        for value in event.summary.value:
+            _take(value, event, found, odd)
+    found.notes.extend(f"{file}: {note}" for note in (*_unread_in_words(unread, file), *_odd_in_words(odd)))
+    return opened or 0.0, found
+
+
+def _take(value: Any, event: Any, found: EventFile, odd: Counter[str]) -> None:
+    """Sort one value of an event into what was found, or count what it should have been."""
+    if value.tag == _PLAN:
+        text = value.tensor.string_val
+        if text:
+            found.plans.append((event.step, text[0].decode(errors="replace").strip("`\n")))
+        else:
+            odd["plan(s) that aren't text"] += 1
+    elif value.tag.startswith(_PREFIXES):
+        tag = _today(value.tag)
+        number = _number(value)
+        if number is None or (tag.startswith(_GROWTH) and not math.isfinite(number)):
+            odd[f"value(s) of {tag} that aren't numbers"] += 1
+        else:
+            found.scalars.setdefault(tag, []).append(Event(event.wall_time, event.step, number))
+
+
+def _number(value: Any) -> float | None:
+    """The number that a value of an event is, as torch writes it or as TensorFlow does; None if it is none."""
+    if value.HasField("simple_value"):
+        return float(value.simple_value)
+    if not value.HasField("tensor"):
+        return None
+    from tensorboard.util.tensor_util import make_ndarray
+
     try:
-        events.Reload()
-    except Exception as error:  # whatever the parser meets in a file that isn't one
-        raise SparklingError(
-            f"{file} can't be read as an event file ({error}); take it out of the directory"
-        ) from error
-    tags = events.Tags()
-    scalars = {
-        _today(tag): [Event(event.wall_time, event.step, event.value) for event in events.Scalars(tag)]
-        for tag in tags["scalars"]
-        if tag.startswith(_PREFIXES)
-    }
-    plans = [
-        (event.step, event.tensor_proto.string_val[0].decode(errors="replace").strip("`\n"))
-        for event in (events.Tensors(_PLAN) if _PLAN in tags["tensors"] else [])
-    ]
-    try:
-        opened = events.FirstEventTimestamp()
-    except ValueError:  # nothing in it
-        opened = 0.0
-    return opened, EventFile(scalars, plans)
+        return float(make_ndarray(value.tensor).item())
+    except (TypeError, ValueError, KeyError, AttributeError):  # of another type, or of several elements
+        return None
+
+
+def _unread_in_words(unread: Sequence[Unread], file: Path) -> Iterator[str]:
+    damaged = [part for part in unread if not part.unfinished]
+    if damaged:
+        first, size = damaged[0], sum(part.end - part.begin for part in damaged)
+        yield (
+            f"{size:,} of {file.stat().st_size:,} bytes can't be read, from byte {first.begin:,} on "
+            f"({len(damaged)} place(s)), so points are missing; take the file from a copy if there is one"
+        )
+    for part in unread:
+        if part.unfinished:
+            yield (
+                f"the last record, {part.end - part.begin:,} bytes from byte {part.begin:,} on, isn't whole: the run "
+                "is still writing it, or was killed"
+            )
+
+
+def _odd_in_words(odd: Mapping[str, int]) -> Iterator[str]:
+    for what, count in odd.items():
+        yield f"{count} {what} left out"
 
 
 def _today(tag: str) -> str:
@@ -299,9 +359,33 @@ def _begin(file: tuple[float, EventFile]) -> float:
     return file[0]
 
 
-def _outcome(path: Path) -> RunSummary | None:
-    """The summary in the run's directory, where ``path`` may be the event directory in it."""
-    return next((found for found in map(read_summary, (path, path.parent)) if found is not None), None)
+def _readable(files: Sequence[Path]) -> tuple[list[Path], list[str]]:
+    """The files that can be opened, and what is wrong with the others."""
+    readable, notes = [], []
+    for file in files:
+        try:
+            if file.is_file():
+                file.open("rb").close()
+                readable.append(file)
+            else:
+                notes.append(f"{file} is left out: {'a link to nothing' if file.is_symlink() else 'not a file'}")
+        except OSError as error:
+            notes.append(f"{file} is left out: {error.strerror}")
+    return readable, notes
+
+
+def _outcome(path: Path, notes: list[str]) -> RunSummary | None:
+    """The summary in the run's directory, where ``path`` may be the event directory in it; one that can't be read is
+    noted."""
+    for directory in (path, path.parent):
+        try:
+            found = read_summary(directory)
+        except SparklingError as error:
+            notes.append(f"the summary is left out: {error}")
+            continue
+        if found is not None:
+            return found
+    return None
 
 
 def default_names(paths: Sequence[Path]) -> list[str]:
@@ -331,6 +415,7 @@ def read_runs(paths: Sequence[Path], names: Sequence[str] | None = None) -> list
     twice = _repeated(names)
     if twice is not None:
         raise SparklingError(f"two runs are called {twice!r}; pass different runs, or --names that tell them apart")
+    names = [printable(name) for name in names]
     return [read_run(path, name) for path, name in zip(paths, names, strict=True)]
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ds_sparkling.errors import SparklingError
+from ds_sparkling.figures import literal
 from ds_sparkling.report import facts
 from ds_sparkling.report.events import ReadRun, TagCurve
 
@@ -206,7 +207,7 @@ def _legend(figure: Figure, runs: Sequence[ReadRun], marks: Sequence[tuple[str, 
             line = Line2D([], [], color="0.4")
             line.set_linestyle(mark)  # type: ignore[arg-type]  # of the few that matplotlib names
             handles.append(line)
-    names = [*(run.name for run in runs), *(name for _, name in marks)]
+    names = [*(literal(run.name) for run in runs), *(name for _, name in marks)]
     figure.legend(handles, names, loc="outside upper center", ncols=min(len(names), 4), frameon=False, fontsize="small")
 
 
@@ -238,7 +239,7 @@ def _mark_growths(axes: Axes, run: ReadRun, section: Section, style: Style, *, n
         colour = style.colours[run.name]
         axes.axvline(where, color=colour, linewidth=0.8, linestyle=_DOTS)
         axes.annotate(
-            f"growth {growth.number}, {run.name}" if named else f"growth {growth.number}",
+            f"growth {growth.number}, {literal(run.name)}" if named else f"growth {growth.number}",
             (where, 0.98),
             xycoords=("data", "axes fraction"),
             xytext=(3, 0),

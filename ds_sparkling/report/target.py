@@ -46,7 +46,7 @@ class Target:
             directory.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=".report-", dir=directory) as part:
                 files = {self.picture(name): png for name, png in pictures.items()}
-                files[self.page] = html.encode()
+                files[self.page] = html.encode(errors="backslashreplace")
                 for path, data in files.items():
                     (Path(part) / path.name).write_bytes(data)
                 for path in files:

@@ -94,6 +94,7 @@ def shortlist(findings: Sequence[Finding]) -> tuple[list[Finding], list[Finding]
 def verdict(runs: Sequence[ReadRun]) -> list[Finding]:
     """All findings, the comparison of the runs first."""
     findings = list(_comparison(runs))
+    findings[:0] = [Finding(Kind.WATCH, f"{run.name}: {note}.", lead=True) for run in runs for note in run.notes]
     for run in runs:
         if run.growths:
             for part in (_function, _twins, _gradients, _updates):

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import math
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tensorboard.compat.proto.summary_pb2 import Summary
+from torch.utils.tensorboard import SummaryWriter
 
 import event_files
 from ds_sparkling.errors import SparklingError
+from ds_sparkling.report.command import main
+from ds_sparkling.report.event_records import Unread, records
 from ds_sparkling.report.events import Event, EventFile, default_names, merge, read_run, read_runs
+from ds_sparkling.report.page import text
+from ds_sparkling.report.verdict import Kind, verdict
 from ds_sparkling.spec.run_summary import RunSummary
 from event_files import GROWN_AT, SAMPLES, STEPS, TOKENS, Point
 
@@ -77,7 +85,7 @@ class Recorder:
         self.clock = 0.0
 
     def open(self) -> None:
-        self.files.append(EventFile({}, []))
+        self.files.append(EventFile({}, [], []))
 
     def add(self, tag: str, step: int, value: float) -> None:
         self.clock += 1
@@ -168,9 +176,16 @@ def test_the_summary_is_found_from_the_run_and_from_its_event_directory(tmp_path
     SUMMARY.write(tmp_path)
     assert read_run(tmp_path, "run").summary == SUMMARY
     assert read_run(tmp_path / "tensorboard", "run").summary == SUMMARY
-    (tmp_path / "summary.json").write_text('{"variant": "grown"}')
-    with pytest.raises(SparklingError, match=r"summary\.json isn't a run's summary"):
-        read_run(tmp_path, "run")
+
+
+@pytest.mark.parametrize("text", ['{"variant": "grown"}', "[" * 100_000, '{"steps": ' + "9" * 5000 + "}", "no JSON"])
+def test_a_summary_that_can_not_be_read_is_left_out_by_name(tmp_path: Path, text: str) -> None:
+    event_files.from_scratch(tmp_path / "tensorboard")
+    (tmp_path / "summary.json").write_text(text)
+    run = read_run(tmp_path, "run")
+    assert run.summary is None
+    (note,) = run.notes
+    assert note.startswith(f"the summary is left out: {tmp_path / 'summary.json'}")
 
 
 def test_names() -> None:
@@ -209,8 +224,75 @@ def test_a_file_that_is_cut_off_is_read_up_to_there_and_rubbish_is_nothing(tmp_p
     event_files.write(tmp_path, [Point("Train/loss", step, 1.0) for step in range(100)])
     (file,) = tmp_path.iterdir()
     file.write_bytes(file.read_bytes()[:-30])
-    assert 90 < len(read_run(tmp_path, "run").curves["Train/loss"]) < 100
+    run = read_run(tmp_path, "run")
+    assert 90 < len(run.curves["Train/loss"]) < 100
+    (note,) = run.notes
+    assert "isn't whole: the run is still writing it" in note
     (tmp_path / "rubbish").mkdir()
     (tmp_path / "rubbish" / "events.out.tfevents.1.x").write_bytes(b"no event file at all" * 10)
     with pytest.raises(SparklingError, match="rubbish"):
         read_run(tmp_path / "rubbish", "run")
+
+
+@pytest.mark.parametrize("bit", range(8))
+@pytest.mark.parametrize("part", ["length", "length's checksum", "data", "data's checksum"])
+def test_a_flipped_bit_is_told_with_its_place(tmp_path: Path, part: str, bit: int) -> None:
+    """What follows a record of wrong data is read; behind a wrong length nothing can be found."""
+    event_files.write(tmp_path, [Point("Train/loss", step, float(step)) for step in range(60)])
+    (file,) = tmp_path.iterdir()
+    begins = [record[0] for record in records(file) if not isinstance(record, Unread)]
+    begin, end = begins[20], begins[21]
+    data = bytearray(file.read_bytes())
+    data[{"length": begin, "length's checksum": begin + 8, "data": begin + 20, "data's checksum": end - 1}[part]] ^= (
+        1 << bit
+    )
+    file.write_bytes(data)
+    run = read_run(tmp_path, "run")
+    (note,) = run.notes
+    lost = (len(data) if part.startswith("length") else end) - begin
+    assert f"{lost:,} of {len(data):,} bytes can't be read, from byte {begin:,} on" in note
+    assert len(run.curves["Train/loss"]) == (19 if part.startswith("length") else 59)
+    assert any(note in finding.text and finding.kind is Kind.WATCH for finding in verdict([run]))
+    assert note in text([run], verdict([run]))
+
+
+def test_what_is_no_number_and_no_plan_is_left_out_by_name(tmp_path: Path) -> None:
+    writer = SummaryWriter(str(tmp_path))
+    for step in range(1, 8):
+        writer.add_scalar("Train/loss", 1.0, step)
+        writer.add_scalar("Growth/number", 1.0 if step > 3 else 0.0, step)
+    for value in (math.nan, math.inf, -math.inf):
+        writer.add_scalar("Growth/number", value, 5)
+        writer.add_scalar("Growth/hidden_size", value, 4)
+    writer.add_histogram("Train/loss", np.arange(4.0), 3)
+    summary = Summary()
+    summary.value.add(tag="Growth/plan/text_summary").tensor.float_val.append(1.0)
+    writer.file_writer.add_summary(summary, 4)
+    writer.close()
+    run = read_run(tmp_path, "run")
+    assert [growth.number for growth in run.growths] == [1]
+    assert run.growths[0].plan is None
+    told = "\n".join(run.notes)
+    assert "3 value(s) of Growth/number that aren't numbers left out" in told
+    assert "3 value(s) of Growth/hidden_size that aren't numbers left out" in told
+    assert "1 value(s) of Train/loss that aren't numbers left out" in told
+    assert "1 plan(s) that aren't text left out" in told
+
+
+def test_files_that_are_none_are_left_out_by_name(tmp_path: Path) -> None:
+    event_files.from_scratch(tmp_path)
+    dangling, loop, directory = (tmp_path / f"events.out.tfevents.{number}" for number in (1, 2, 3))
+    dangling.symlink_to(tmp_path / "gone")
+    loop.symlink_to(loop)
+    directory.mkdir()
+    run = read_run(tmp_path, "run")
+    assert len(run.curves["Train/loss"]) == STEPS // 10
+    assert [str(path) in note for path, note in zip((dangling, loop, directory), run.notes, strict=True)] == [True] * 3
+
+
+def test_names_that_are_formulas_or_no_text_are_shown_as_they_are(tmp_path: Path) -> None:
+    for number, name in enumerate((b"$\\frac{", b"\xff\xfe", b"a$b$")):
+        event_files.grown(Path(os.fsdecode(os.path.join(os.fsencode(tmp_path), name))), event_files.job(0.1 * number))
+    paths = sorted(tmp_path.iterdir())
+    main([*map(str, paths), "--output", str(tmp_path / "page")])
+    assert "a$b$" in (tmp_path / "page" / "report.html").read_text()
