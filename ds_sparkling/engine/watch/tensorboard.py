@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 from typing import Any
 
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from ds_sparkling.engine.growing_run import GrowingRun, run_of
 from ds_sparkling.spec.config import BLOCK
+
+logger = logging.getLogger(__name__)
 
 #: Page of the custom scalars' dashboard -> chart -> patterns of the tags in it.
 LAYOUT: dict[str, dict[str, list[Any]]] = {
@@ -40,21 +43,39 @@ def writer_of(engine: DeepSpeedEngine) -> Any:
 def introduce_run(engine: DeepSpeedEngine) -> None:
     """Write the layout, and for a run's first engine its settings, which go into the run's own file.
 
-    ``SummaryWriter.add_hparams`` would make a run of its own for them.
+    What of the settings TensorBoard can't hold is left out with a warning: it is no reason to end the training.
     """
     writer, run = writer_of(engine), run_of(engine)
     if writer is None:
         return
     writer.add_custom_scalars(LAYOUT)
     if run.plan is None:
-        from torch.utils.tensorboard.summary import hparams
-
-        config = {key: value for key, value in run.ds_config.items() if key not in _MONITORS}
-        writer.add_text("Run/config", f"```\n{json.dumps(config, indent=1, default=str)}\n```", 0)
-        metrics = {"Train/loss": None, "Validation/loss": None}
-        for summary in hparams(settings(run), metrics)[:2]:  # the third one says that the run is over
-            writer.file_writer.add_summary(summary)
+        left_out = []
+        for name, write in (("Run/config, its text", _write_config), ("its hyperparameters", _write_settings)):
+            try:
+                write(writer, run)
+            except Exception as error:  # cycles, keys that are tuples, integers without end, half characters
+                left_out.append(f"{name} ({type(error).__name__}: {str(error)[:200]})")
+        if left_out:
+            logger.warning(
+                "TensorBoard can't hold what the DeepSpeed config says, so it lacks %s; the training isn't touched",
+                " and ".join(left_out),
+            )
     writer.flush()
+
+
+def _write_config(writer: Any, run: GrowingRun) -> None:
+    config = {key: value for key, value in run.ds_config.items() if key not in _MONITORS}
+    writer.add_text("Run/config", f"```\n{json.dumps(config, indent=1, default=str)}\n```", 0)
+
+
+def _write_settings(writer: Any, run: GrowingRun) -> None:
+    """``SummaryWriter.add_hparams`` would make a run of its own for them."""
+    from torch.utils.tensorboard.summary import hparams
+
+    metrics = {"Train/loss": None, "Validation/loss": None}
+    for summary in hparams(settings(run), metrics)[:2]:  # the third one says that the run is over
+        writer.file_writer.add_summary(summary)
 
 
 def settings(run: GrowingRun) -> dict[str, int | float | str | bool]:
