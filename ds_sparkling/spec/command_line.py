@@ -28,8 +28,9 @@ def ends_in_words(status: int = 2) -> Callable[[Callable[..., None]], Callable[.
     def decorate(main: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(main)
         def run(argv: Sequence[str] | None = None) -> None:
-            if isinstance(sys.stdout, io.TextIOWrapper):
-                sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no text
+            for stream in (sys.stdout, sys.stderr):
+                if isinstance(stream, io.TextIOWrapper):
+                    stream.reconfigure(errors="backslashreplace")  # a file's name may be no text
             try:
                 main(argv)
             except SparklingError as error:
