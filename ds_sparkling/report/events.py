@@ -274,7 +274,7 @@ def _files(path: Path) -> list[Path]:
 def _read(file: Path) -> tuple[float, EventFile]:
     """When the file was opened, and what is in it."""
     # Here, so that --help doesn't wait for it.
-    from google.protobuf.message import DecodeError
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
     from tensorboard.compat.proto.event_pb2 import Event as Written
 
     opened: float | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -257,7 +258,7 @@ def test_a_flipped_bit_is_told_with_its_place(tmp_path: Path, part: str, bit: in
 
 
 def test_what_is_no_number_and_no_plan_is_left_out_by_name(tmp_path: Path) -> None:
-    writer = SummaryWriter(str(tmp_path))
+    writer: Any = SummaryWriter(str(tmp_path))
     for step in range(1, 8):
         writer.add_scalar("Train/loss", 1.0, step)
         writer.add_scalar("Growth/number", 1.0 if step > 3 else 0.0, step)
