@@ -292,8 +292,9 @@ def test_files_that_are_none_are_left_out_by_name(tmp_path: Path) -> None:
 
 
 def test_names_that_are_formulas_or_no_text_are_shown_as_they_are(tmp_path: Path) -> None:
+    paths = []
     for number, name in enumerate((b"$\\frac{", b"\xff\xfe", b"a$b$")):
-        event_files.grown(Path(os.fsdecode(os.path.join(os.fsencode(tmp_path), name))), event_files.job(0.1 * number))
-    paths = sorted(tmp_path.iterdir())
+        event_files.grown(tmp_path / "written", event_files.job(0.1 * number))
+        paths.append((tmp_path / "written").rename(Path(os.fsdecode(os.path.join(os.fsencode(tmp_path), name)))))
     main([*map(str, paths), "--output", str(tmp_path / "page")])
     assert "a$b$" in (tmp_path / "page" / "report.html").read_text()
