@@ -183,4 +183,5 @@ def test_a_report_is_made_of_files_alone() -> None:
         assert not any(under(name, "torch") for name in names), path
         for name in names:
             if name.startswith(("ds_sparkling.monitoring.", "ds_sparkling.spec.")):
-                assert under(name, "ds_sparkling.monitoring.alarms", "ds_sparkling.spec.run_summary"), name
+                light = ("ds_sparkling.spec.command_line", "ds_sparkling.spec.run_summary")
+                assert under(name, "ds_sparkling.monitoring.alarms", *light), name

@@ -107,7 +107,7 @@ class ReadGrowth:
     plan: str | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ReadRun:
     """A run, read.
 
@@ -177,7 +177,8 @@ def read_run(path: Path, name: str) -> ReadRun:
             "was the run stopped before its first log_every steps?"
         )
     growths = _growths(curves, [plan for _, file in files for plan in file.plans])
-    return ReadRun(name, path, curves, growths, _outcome(path, notes), tuple(notes))
+    summary = _outcome(path, notes)
+    return ReadRun(name=name, path=path, curves=curves, growths=growths, summary=summary, notes=tuple(notes))
 
 
 def merge(files: Sequence[EventFile]) -> dict[str, TagCurve]:

@@ -1,4 +1,4 @@
-"""What the commands share: arguments of the same kinds, and an end in one line where a user can mend what is wrong."""
+"""Commands share arguments of the same kinds, and end in one line where a user can mend what is wrong."""
 
 from __future__ import annotations
 
