@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from ds_sparkling.checkpoint.request import FORMATS, Request
 from ds_sparkling.errors import SparklingError
 from ds_sparkling.files import beside
+from ds_sparkling.spec.command_line import ends_in_words
 from ds_sparkling.spec.widths import parse_widths
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 _MOST_WORKERS = 1024
 
 
+@ends_in_words(status=1)
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     parser = _parser()

@@ -148,9 +148,7 @@ def _add_assumptions(parser: argparse.ArgumentParser) -> None:
         ("--write-bandwidth", Assumptions.write_bandwidth, "GB/s that each rank writes a checkpoint with"),
         ("--engine-start", Assumptions.engine_start, "seconds to construct an engine, its broadcast apart"),
     ):
-        group.add_argument(
-            option, type=positive_float, default=default, metavar="X", help=f"{text} (default: %(default)g)"
-        )
+        group.add_argument(option, type=float, default=default, metavar="X", help=f"{text} (default: %(default)g)")
 
 
 def _share(text: str) -> float:

@@ -371,4 +371,4 @@ def test_the_command_and_its_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert "lr_scheduler=" in text
     with pytest.raises(SystemExit):
         ds_sparkling(["plot-schedule", str(QUICKSTART), "--steps", "0"])
-    assert "--steps must be positive" in capsys.readouterr().err
+    assert "argument --steps: must be positive, got 0" in capsys.readouterr().err

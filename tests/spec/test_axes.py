@@ -23,7 +23,7 @@ layouts = st.builds(
     segments=st.integers(1, 3),
     interleaved=st.booleans(),
 )
-names = st.text(min_size=1, max_size=5)
+names = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=5)
 plain = st.builds(
     Dim,
     names,

@@ -130,7 +130,7 @@ strategies = st.builds(
     optimizer_state=st.sampled_from(OptimizerState),
     seed=st.integers(-(2**70), 2**70),
 )
-names = st.text(min_size=1, max_size=8)
+names = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=8)
 dims = st.just(FIXED) | st.builds(
     Dim,
     names,
@@ -442,7 +442,7 @@ def test_a_mutated_record_is_valid_or_refused_by_name(
         (("initial_widths", "heads"), -3, "initial_widths.heads must be positive, got -3"),
         (("initial_widths", "heads"), "3", "initial_widths.heads must be an integer"),
         (("initial_widths", "heads"), 4, "widths is .* lead to"),
-        (("growths", 1, "widths", "hidden"), 10**400, r"growths\[1\].widths.hidden is 1000.*128 bits"),
+        (("growths", 1, "widths", "hidden"), 10**40, r"growths\[1\].widths.hidden is 1000.*128 bits"),
         (("growths", 1, "widths", "hidden"), 2**31, r"growths\[1\].widths.hidden must be at most 2147483647"),
         (("growths", 1, "widths", "hidden"), 3, r"growths\[1\].widths.hidden is 3, and it was 4 before"),
         (("growths", 2, "widths"), {}, r"growths\[2\].widths is empty"),
@@ -454,7 +454,7 @@ def test_a_mutated_record_is_valid_or_refused_by_name(
         (("axes", "unembed.weight", "dims", 1, "power"), 1e9, "power must be at most 8"),
         (("axes", "unembed.weight", "dims", 1, "power"), float("nan"), "power must be a finite number"),
         (("axes", "norm.weight", "offset"), 1e300, "offset must be at most 1000"),
-        (("axes", "heads.weight", "dims", 0, "block"), 10**400, "block is 1000"),
+        (("axes", "heads.weight", "dims", 0, "block"), 10**40, "block is 1000"),
         (("axes", "experts.gate_up", "dims", 1, "alive"), [2], "alive names segment 2"),
         (("tried",), ["depth"], "tried names 'depth'"),
         (("spent",), {"tokens": -1, "flops": 0.0}, "spent.tokens must not be negative"),

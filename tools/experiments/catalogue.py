@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ds_sparkling.errors import ConfigError, SparklingError
-from ds_sparkling.spec.config import read_json
+from ds_sparkling.errors import SparklingError
+from ds_sparkling.spec.json_files import load_json
 from ds_sparkling.spec.strategy import INIT_PAIRS, OptimizerState, Rewarmup
 from experiments.runs import HIDDEN, INNER, Outcome, Stage, TrainingRun, block_text, widths_of
 from experiments.scales import Scale
@@ -152,9 +152,11 @@ class Lab:
         """
         path = STRATEGIES / f"{name}.json"
         try:
-            block: Block = read_json(path)
-        except ConfigError as error:
-            raise SparklingError(f"{error}; run this from a checkout") from None
+            block: Block = load_json(path)
+        except OSError as error:
+            raise SparklingError(f"{path} can't be read ({error.strerror}): run this from a checkout") from None
+        except ValueError as error:
+            raise SparklingError(f"{path}: {error}") from None
         if block["rewarmup"].get("steps"):
             block["rewarmup"]["steps"] = self.scale.rewarmup_steps
         for key, value in changes.items():
