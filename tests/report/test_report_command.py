@@ -250,7 +250,7 @@ def test_mistakes_name_the_path_and_the_way_out(tmp_path: Path, capsys: pytest.C
     assert "8 runs are more than can be told apart by colour; pass 7 at most" in refused([*many, *output], capsys)
     (tmp_path / "file").write_text("")
     assert "can't be written to" in refused([many[0], "--output", str(tmp_path / "file" / "out")], capsys)
-    assert "--smooth must be positive" in refused([many[0], "--smooth", "0"], capsys)
+    assert "argument --smooth: must be positive, got 0" in refused([many[0], "--smooth", "0"], capsys)
     assert not (tmp_path / "out").exists()
 
 
