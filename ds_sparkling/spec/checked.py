@@ -377,7 +377,7 @@ def _type_in_words(entry: FieldInfo) -> str:
     words = said[0] if said else _annotation_in_words(entry.annotation)
     bounds = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
     limits = [
-        f"{text} {getattr(limit, name):g}"
+        f"{text} {getattr(limit, name):.10g}"
         for limit in entry.metadata
         for name, text in bounds.items()
         if hasattr(limit, name)
