@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -15,8 +14,7 @@ from torch import Tensor
 from ds_sparkling.checkpoint import pickles
 from ds_sparkling.checkpoint.layout import Layout
 from ds_sparkling.errors import CheckpointError, SparklingError
-from ds_sparkling.files import check_regular
-from ds_sparkling.spec.record import FILE_NAME, GrowthRecord, read_record
+from ds_sparkling.spec.record import GrowthRecord
 
 #: The key of a parameter's weights, next to the optimizer's own keys of its states: fp32 masters, or the compute
 #: weights of a frozen parameter.
@@ -119,16 +117,6 @@ class Source(ABC):
             if name not in self._opened:
                 self._opened[name] = pickles.load(self.path / name, trust=self._trust, verify=self._verify)
             return self._opened[name]
-
-    def read_record(self) -> GrowthRecord | None:
-        """The growth record beside the files; None if there is none.
-
-        Raises:
-            OSError, CheckpointError: if it can't be read.
-        """
-        with contextlib.suppress(FileNotFoundError):
-            check_regular(self.path / FILE_NAME)
-        return read_record(self.path)
 
     def elements(self, name: str, key: str, start: int, stop: int) -> Tensor:
         """The elements ``start .. stop`` in one 1-D tensor, which is copied only if they lie in several places."""

@@ -25,6 +25,7 @@ from ds_sparkling.checkpoint.zero_source import (
     zero_stage,
 )
 from ds_sparkling.errors import CheckpointError, UnsupportedError
+from ds_sparkling.spec.record import read_record
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +87,7 @@ class UniversalSource(Source):
         model = self.open(model_file(stage, 0))
         self.layout = read_layout(path / model_file(stage, 0), model, groups, stage)
         refuse_round_robin(self.layout)
-        self.record = self.read_record()
+        self.record = read_record(path)
         self._keys: dict[str, frozenset[str]] = {}
         for name, param in self.layout.params.items():
             folder = (path / state_file(name, WEIGHT)).parent

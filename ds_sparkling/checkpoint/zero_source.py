@@ -30,6 +30,7 @@ from ds_sparkling.checkpoint.metadata import (
 from ds_sparkling.checkpoint.source import WEIGHT, Source
 from ds_sparkling.errors import CheckpointError, UnsupportedError
 from ds_sparkling.spec.partition import cut, padded_piece
+from ds_sparkling.spec.record import read_record
 
 _OPTIMIZER = re.compile(r"(bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 _MODEL_3 = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_model_states\.pt")
@@ -159,7 +160,7 @@ class ZeroSource(Source):
         self.experts = expert_layers(model)
         self._master = master_dtype(model.get("ds_config") or {})
         self._state_dtypes: dict[str, torch.dtype] = {}
-        self.record = self.read_record()
+        self.record = read_record(path)
         self._check_names()
         self._refuse_sequences([tensor.numel() for tensor in flat_tensors(optimizer)])
 

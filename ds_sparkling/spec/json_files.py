@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ds_sparkling.files import check_regular
+
 #: Bytes that are read at most: the record of a model of 100,000 parameters takes a third of it.
 _LARGEST = 64 << 20
 #: Objects and lists within one another. What handles a config later, DeepSpeed among them, goes down by recursion.
@@ -38,11 +40,14 @@ def load_json(path: Path) -> Any:
         As :func:`parse_json`.
 
     Raises:
-        OSError: if it can't be read.
+        OSError: if it can't be read, or is a FIFO or a device, at which one might wait for ever; what a shell passes on
+            as ``/dev/...`` is read.
         ValueError: as :func:`parse_json`, or if it is larger than any such file.
     """
     if "\0" in str(path):
         raise OSError(errno.EINVAL, "a file's name can't have a NUL")
+    if path.parts[:2] != ("/", "dev"):
+        check_regular(path)
     with path.open("rb") as file:
         data = file.read(_LARGEST + 1)
     if len(data) > _LARGEST:

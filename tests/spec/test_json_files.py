@@ -65,7 +65,7 @@ def test_what_is_not_taken_is_named_by_file_and_place(tmp_path: Path, reader: st
 
 
 @pytest.mark.parametrize("reader", READERS)
-@pytest.mark.parametrize("kind", ["loop", "directory", "no permission", "too large"])
+@pytest.mark.parametrize("kind", ["loop", "directory", "FIFO", "no permission", "too large"])
 def test_a_file_that_can_not_be_read_is_named(
     tmp_path: Path, reader: str, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -75,6 +75,8 @@ def test_a_file_that_can_not_be_read_is_named(
         path.symlink_to(path)
     elif kind == "directory":
         path.mkdir()
+    elif kind == "FIFO":
+        os.mkfifo(path)
     elif kind == "no permission":  # as root, a mode keeps nobody out
 
         def refuse(*args: Any, **kwargs: Any) -> None:
