@@ -32,6 +32,9 @@ from patience import QUIET, Patience, family
 
 #: Seconds that the others have once a rank has failed.
 AFTER_A_FAILURE = 10.0
+#: Jobs that ranks do before new ones take their place. DeepSpeed keeps every engine alive that was ever made, and each
+#: expert-parallel group has threads that wake 20 times a second: together they would slow the later tests down.
+JOBS = 12
 
 
 def forking() -> Any:
@@ -47,7 +50,7 @@ def forking() -> Any:
 
 
 class Workers:
-    """``ranks`` processes that form one gloo world.
+    """``ranks`` processes that form one gloo world, and new ones after every :data:`JOBS` jobs.
 
     Args:
         quiet: seconds in which no rank has computed anything, after which they hang.
@@ -61,6 +64,7 @@ class Workers:
         self._connections: list[Connection] = []
         self._processes: list[Any] = []
         self._stacks: list[Path] = []
+        self._jobs = 0
 
     def run(self, job: Callable[..., Any], *args: Any) -> list[Any]:
         """Run ``job(*args)`` on every rank and return the results by rank."""
@@ -72,8 +76,11 @@ class Workers:
 
     def attempt(self, job: Callable[..., Any], *args: Any) -> list[tuple[bool, Any]]:
         """Like :meth:`run`, but (True, result) or (False, traceback) per rank."""
+        if self._jobs == JOBS:
+            self.stop()
         if not self._processes:
             self._start()
+        self._jobs += 1
         for connection in self._connections:
             connection.send((job, args))
         answers = self._collect()
@@ -93,7 +100,7 @@ class Workers:
             process.join()
         for file in self._stacks:
             file.unlink()
-        self._connections, self._processes, self._stacks = [], [], []
+        self._connections, self._processes, self._stacks, self._jobs = [], [], [], 0
 
     def _collect(self) -> dict[int, tuple[bool, Any]]:
         """The answers by rank, without those of ranks that hang."""

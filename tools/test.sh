@@ -3,4 +3,4 @@
 
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 python tools/compile_ops.py
-exec python -m pytest -n 2 --dist loadfile "$@"
+exec python -m pytest -n 2 --dist worksteal "$@"
