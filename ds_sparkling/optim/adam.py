@@ -6,13 +6,7 @@ The kernel (``adam.cpp``) is compiled at its first use.
 from __future__ import annotations
 
 import ctypes
-import functools
-import hashlib
-import logging
 import math
-import os
-import subprocess
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,29 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils import cpp_extension
 
 from ds_sparkling.growth import Block
+from ds_sparkling.native import library
 from ds_sparkling.optim.element_rates import Treatment
-
-logger = logging.getLogger(__name__)
-
-#: No contraction: it would round by where vector loops begin and end.
-_FLAGS = [
-    "-std=c++17",
-    "-O3",
-    "-shared",
-    "-fPIC",
-    "-fopenmp",
-    "-ffp-contract=off",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-]
-#: Further flags by what PyTorch finds that the CPU can do.
-_VECTORS = {
-    "AVX512": ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma", "-mprefer-vector-width=512"],
-    "AVX2": ["-mavx2", "-mfma"],
-}
 
 
 class AdamKernel:
@@ -188,33 +163,6 @@ def _deepspeed_rate(group: Mapping[str, Any], lr: float, t: int) -> tuple[float,
     return float(f(-1.0) * f(lr) * f(group["weight_decay"])), float(step_size), float(correction)
 
 
-@functools.cache
 def _library() -> ctypes.CDLL | None:
     """The compiled kernel; None where there is no compiler."""
-    try:
-        return ctypes.CDLL(str(_built()))
-    except (OSError, subprocess.CalledProcessError) as error:
-        reason = error.stderr if isinstance(error, subprocess.CalledProcessError) else error
-        logger.warning("the Adam kernel can't be built, so steps after a growth take longer: %s", reason)
-        return None
-
-
-def _built() -> Path:
-    """Where the compiled kernel lies, beside PyTorch's own extensions.
-
-    It appears there whole, by a rename: PyTorch's builder would leave a lock behind if a rank is killed meanwhile, and
-    every later run would wait for it.
-    """
-    source = Path(__file__).with_name("adam.cpp")
-    flags = [*_FLAGS, *_VECTORS.get(torch.backends.cpu.get_cpu_capability(), [])]
-    key = hashlib.sha256("\n".join([*flags, source.read_text()]).encode()).hexdigest()[:16]
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()) / "ds_sparkling"
-    path = root / f"adam-{key}.so"
-    if not path.exists():
-        root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=root) as directory:
-            made = Path(directory) / path.name
-            compiler = os.environ.get("CXX", "c++")
-            subprocess.run([compiler, *flags, str(source), "-o", str(made)], check=True, capture_output=True, text=True)
-            made.replace(path)
-    return path
+    return library(Path(__file__).with_name("adam.cpp"), "steps after a growth take longer")
