@@ -92,7 +92,7 @@ BROKEN_LINES = (
         "tests/growth/test_births.py",
     ),
     BrokenLine("growth/random.py", '{seed}/{growth}/{name}"', '{seed}/{name}"', "tests/growth/test_random.py"),
-    BrokenLine("growth/spread.py", "(square_high << _BITS) + square_low", "square_low", "tests/growth/test_spread.py"),
+    BrokenLine("growth/survey.py", "(high << _BITS) + low", "low", "tests/growth/test_survey.py"),
     BrokenLine("growth/noise.py", " - total / m", "", "tests/growth/test_widen.py -k perturbation"),
     BrokenLine("growth/schedule.py", "0.5 * (peak - end) * (1.0", "0.5 * peak * (1.0", "tests/growth/test_schedule.py"),
     BrokenLine(
@@ -262,15 +262,15 @@ BROKEN_LINES = (
     # -- engines
     BrokenLine(
         "engine/move_shards.py",
-        "return part[: target.piece.numel], target.piece.start",
-        "return part[: target.piece.numel], 0",
+        "widener.weight(arrival.elements, made, piece.start, statistics)",
+        "widener.weight(arrival.elements, made, 0, statistics)",
         "tests/engine/test_parity.py -k ranks2-stage3-ep2",
         ranks=True,
     ),
     BrokenLine(
-        "engine/shard.py",
-        "target = whole[piece.start : piece.stop]",
-        "target = whole[: piece.numel]",
+        "engine/exchange.py",
+        "sorted(self._sent[bucket])",
+        "reversed(sorted(self._sent[bucket]))",
         "tests/engine/test_parity.py -k ranks2-stage2",
         ranks=True,
     ),

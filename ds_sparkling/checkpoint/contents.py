@@ -14,7 +14,7 @@ from ds_sparkling.checkpoint.layout import Param
 from ds_sparkling.checkpoint.source import WEIGHT, Source
 from ds_sparkling.errors import CheckpointError
 from ds_sparkling.growth import GrowthPlan, GrowthTables, Widener, grown_buffer
-from ds_sparkling.growth.widen import Statistics
+from ds_sparkling.growth.survey import Statistics
 from ds_sparkling.spec.partition import cut
 from ds_sparkling.spec.strategy import OptimizerState
 

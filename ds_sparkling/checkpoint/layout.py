@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ds_sparkling.spec.partition import even_piece, expert_groups, padded_piece, round_robin, sub_groups, window_piece
+from ds_sparkling.spec.partition import Pieces, even_pieces, expert_groups, padded_piece, round_robin, sub_groups
 
 Shape = tuple[int, ...]
 
@@ -199,10 +199,10 @@ class Layout:
         for name, numel, offset in zip(flat.names, flat.numels, flat.offsets, strict=True):
             base = expert_rank * numel
             if flat.window:
-                piece = window_piece(offset, numel, flat.size, part)
+                piece = Pieces(numel, flat.size, flat.ranks, offset)[part]
                 offset = max(offset - part * flat.size, 0)
             else:
-                piece = even_piece(numel, flat.ranks, part)
+                piece = even_pieces(numel, flat.ranks)[part]
             if piece.numel:
                 yield Segment(name, base + piece.start, base + piece.stop, offset)
 

@@ -20,7 +20,7 @@ from ds_sparkling.checkpoint.source import WEIGHT, Source
 from ds_sparkling.checkpoint.zero_source import ZeroSource, expert_file, model_file, optimizer_file
 from ds_sparkling.errors import CheckpointError
 from ds_sparkling.optim.step_counters import same_numbers
-from ds_sparkling.spec.partition import even_piece, padded_piece
+from ds_sparkling.spec.partition import even_pieces, padded_piece
 
 
 class ZeroFiles:
@@ -225,7 +225,7 @@ class ZeroFiles:
         if settings.stage < 3:
             shape = self._layout.local_shape(name)
             return file.room(shape, param.dtype, [ElementRange(name, WEIGHT, 0, self._layout.local_numel(name))])
-        piece = even_piece(param.numel, settings.ranks, rank)
+        piece = even_pieces(param.numel, settings.ranks)[rank]
         size = padded_piece(param.numel, settings.ranks)
         return file.room([size], param.dtype, [ElementRange(name, WEIGHT, piece.start, piece.stop)])
 

@@ -1,9 +1,8 @@
-"""A shard is what one rank holds of one parameter; its collectives make whole parameters."""
+"""A shard is what one rank holds of one parameter."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +11,7 @@ from deepspeed import comm as dist
 from torch import Tensor
 
 from ds_sparkling.monitoring.sampling import Grid
-from ds_sparkling.spec.partition import Piece
+from ds_sparkling.spec.partition import Piece, Pieces
 
 
 @dataclass(kw_only=True)
@@ -25,8 +24,7 @@ class Shard:
         pieces: which elements each rank of ``group`` owns.
         rank: this rank's index in ``group``.
         group: the process group the parameter is partitioned over; None if every rank holds all of it.
-        weight: 1-D, the master weights of this rank's piece.
-        padded: ``weight`` is padded at the end, so that every rank of the group holds equally many elements.
+        weight: 1-D, the master weights of this rank's piece; there may be padding behind them.
         master: the tensor the base optimizer steps, which ``weight`` is a part of; None for a frozen parameter.
         states: per-element optimizer state, 1-D like ``weight``, by the optimizer's own key.
         wholes: per-element state of the whole parameter, 1-D, on every rank that holds a part of it; empty on others.
@@ -35,11 +33,10 @@ class Shard:
 
     name: str
     shape: tuple[int, ...]
-    pieces: Sequence[Piece]
+    pieces: Pieces
     rank: int
     group: Any
     weight: Tensor
-    padded: bool = False
     master: Tensor | None = None
     states: dict[str, Tensor] = field(default_factory=dict)
     scalars: dict[str, Any] = field(default_factory=dict)
@@ -49,33 +46,15 @@ class Shard:
     def piece(self) -> Piece:
         return self.pieces[self.rank]
 
+    def part(self, key: str | None) -> Tensor:
+        """This rank's elements of the weight, or of a state, without padding."""
+        return (self.weight if key is None else self.states[key])[: self.piece.numel]
+
     @property
     def offset(self) -> int:
         """Where ``weight`` begins in the master tensor."""
         assert self.master is not None
         return int(self.weight.storage_offset()) - int(self.master.storage_offset())
-
-    def gather(self, part: Tensor, device: torch.device) -> Tensor:
-        """The whole parameter (flattened) from every rank's ``part``, which is ``weight`` or one of ``states``.
-
-        Collective over ``group``. The result may share storage with ``part`` where nothing has to be gathered.
-        """
-        numel = math.prod(self.shape)
-        if self.group is None or len(self.pieces) == 1:
-            return part[:numel].to(device)
-        part = part.to(device)
-        if self.padded:
-            whole = torch.empty(part.numel() * len(self.pieces), dtype=part.dtype, device=device)
-            dist.all_gather_into_tensor(whole, part.contiguous(), group=self.group)
-            return whole[:numel]
-        whole = torch.empty(numel, dtype=part.dtype, device=device)
-        for rank, piece in enumerate(self.pieces):
-            if piece.numel:
-                target = whole[piece.start : piece.stop]
-                if rank == self.rank:
-                    target.copy_(part[: piece.numel])
-                dist.broadcast(target, dist.get_global_rank(self.group, rank), group=self.group)
-        return whole
 
     def held(self, part: Tensor, grid: Grid) -> Tensor:
         """The elements of ``grid`` that are in this rank's ``part``, 1-D; a view of it if the grid has all."""

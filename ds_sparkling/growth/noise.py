@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ds_sparkling.growth.random import standard_normal
 from ds_sparkling.growth.scaling import AxisGrowth
-from ds_sparkling.growth.spread import Spread
+from ds_sparkling.growth.survey import Spread
 from ds_sparkling.growth.units import twin_units
 from ds_sparkling.spec.axes import Dim, Role
 

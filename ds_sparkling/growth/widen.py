@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -23,7 +23,8 @@ from ds_sparkling.growth.noise import ZeroSumNoise
 from ds_sparkling.growth.plan import GrowthPlan, ParamPlan
 from ds_sparkling.growth.random import standard_normal, stream_key
 from ds_sparkling.growth.scaling import Scale
-from ds_sparkling.growth.spread import Spread, column_mean, row_mean, spread
+from ds_sparkling.growth.stretches import Stretches
+from ds_sparkling.growth.survey import Elements, Spread, Statistics, Survey
 from ds_sparkling.growth.tables import GrowthTables, IndexRun, IndexTable, Kind, index_runs
 from ds_sparkling.spec.axes import FIXED, Dim, Role
 from ds_sparkling.spec.state_kinds import StateKind, gradient_degree
@@ -34,23 +35,6 @@ _DRAW_CHUNK = 1 << 16
 
 #: Elements of a perturbed weight that are made at a time.
 _NOISE_CHUNK = 1 << 20
-
-#: What gives the elements start..stop of a flattened tensor, 1-D: of one that is never held as a whole.
-Elements = Callable[[int, int], Tensor]
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """What new entries of one parameter need to know of all its old ones.
-
-    Attributes:
-        spreads: of every weight matrix (per expert, per segment of the fan-out), if any entry is drawn.
-        mean: mean over the old indices, float64, one number per entry of one of them (per old column, where rows are
-            indices), if new indices get it.
-    """
-
-    spreads: tuple[Spread, ...] = ()
-    mean: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -66,8 +50,37 @@ class _Recipe:
 
     scales: Sequence[Scale]
     zeroed: frozenset[Kind]
-    statistics: Statistics = Statistics()
+    statistics: Statistics = field(default_factory=Statistics)
     offset: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Rectangle:
+    """Rows ``first_row .. last_row``, columns ``first_column .. last_column``: whole rows, or a part of one."""
+
+    first_row: int
+    last_row: int
+    first_column: int
+    last_column: int
+    width: int
+
+    @property
+    def rows(self) -> int:
+        return self.last_row - self.first_row
+
+    @property
+    def columns(self) -> int:
+        return self.last_column - self.first_column
+
+    @property
+    def start(self) -> int:
+        """Its first element's index in the flattened tensor."""
+        return self.first_row * self.width + self.first_column
+
+    @property
+    def stop(self) -> int:
+        """The index after its last element's: they lie end to end."""
+        return (self.last_row - 1) * self.width + self.last_column
 
 
 class Widener:
@@ -164,16 +177,22 @@ class Widener:
         Raises:
             ValueError: if an entry isn't finite.
         """
-        elements, numel = self._elements(old), math.prod(self.before)
-        spreads = () if weights is None else weights.spreads
-        if weights is None and self._draws:
-            size = numel // self._matrices
-            spreads = tuple(spread(elements, matrix * size, (matrix + 1) * size) for matrix in range(self._matrices))
-        if not self._has(Kind.MEAN):
-            return Statistics(spreads)
-        columns = self.before[-1] if len(self.before) > 1 else 1
-        mean = column_mean if self._index_is_last else row_mean
-        return Statistics(spreads, mean(elements, 0, numel, columns))
+        found = self.survey(of_weight=weights is None).of(self._elements(old))
+        return found if weights is None else replace(found, spreads=weights.spreads)
+
+    def survey(self, *, of_weight: bool = True) -> Survey:
+        """How the :meth:`statistics` come about; for callers that hold pieces of the old tensor.
+
+        Args:
+            of_weight: False for a state that is weights, too, whose spreads are those of the weight.
+        """
+        mean_of = None if not self._has(Kind.MEAN) else "columns" if self._index_is_last else "rows"
+        return Survey(
+            numel=math.prod(self.before),
+            matrices=self._matrices if of_weight and self._draws else 0,
+            columns=self.before[-1] if len(self.before) > 1 else 1,
+            mean_of=mean_of,
+        )
 
     def is_weights(self, key: str) -> bool:
         """Whether the optimizer's state ``key`` is a second set of weights.
@@ -202,16 +221,81 @@ class Widener:
                 raise PlanError(f"{self.param.name}: {key} is drawn as the weight is, whose statistics are missing")
             self.weight(old, out, start, statistics)
             return
-        mode = self.strategy.optimizer_state
-        kept = set() if mode is OptimizerState.DROP else {Kind.OLD}
-        if mode.copies:
-            kept.add(Kind.COPY)
+        read = self._read(key)
+        kept = frozenset() if read is None else frozenset(kind for kind in Kind if kind <= read)
         scales: list[Scale] = [1.0] * len(self._dims)
-        if mode.rescales:
+        if self.strategy.optimizer_state.rescales:
             degree = gradient_degree(key)
             assert degree is not None
             scales = [scale**degree for scale in self._scales(self._tables.gradient_scale, self._multiplier)]
         self._fill(self._elements(old), out, start, _Recipe(scales, frozenset(Kind) - kept))
+
+    # -- which elements others need ---------------------------------------------------------------------------------
+
+    def sources(self, start: int, stop: int, key: str | None = None) -> Stretches:
+        """The old elements that the elements ``start .. stop`` of the grown tensor are made of.
+
+        Args:
+            start, stop: indices into the flattened grown tensor.
+            key: of the optimizer's state; the weight by default.
+
+        Raises:
+            PlanError: as :meth:`Strategy.state_kind`.
+        """
+        read = self._read(key)
+        if start >= stop or read is None:
+            return Stretches.none()
+        if self._unmoved:
+            return Stretches.one(start, stop)
+        width = self._width_before
+        starts, stops = [], []
+        for place in self._rectangles(start, stop):
+            source, kind = self._row_sources(place.first_row, place.last_row)
+            rows = source[kind <= read] * width
+            if place.columns == place.width:
+                starts.append(rows)
+                stops.append(rows + width)
+            elif len(rows):
+                for run in self._columns_of(place):
+                    if run.kind <= read:
+                        starts.append(rows + run.source)
+                        stops.append(rows + run.source + len(run))
+        return Stretches.union(torch.cat(starts), torch.cat(stops)) if starts else Stretches.none()
+
+    def fed_by(self, start: int, stop: int, key: str | None = None) -> Stretches:
+        """Where the elements of the grown tensor lie that any of the old elements ``start .. stop`` goes into.
+
+        Told by whole rows, or by elements where there is only one row: among the elements there may be others, too.
+
+        Args:
+            start, stop: indices into the flattened old tensor.
+            key: as for :meth:`sources`.
+        """
+        read = self._read(key)
+        if start >= stop or read is None:
+            return Stretches.none()
+        if self._unmoved:
+            return Stretches.one(start, stop)
+        if self._rows_after == 1:
+            table = self._indices[-1] if self._dims else None
+            source, kind = (torch.zeros(1, dtype=torch.int64),) * 2 if table is None else (table.source, table.kind)
+            before, after = 1, 1
+        else:
+            source, kind = self._row_sources(0, self._rows_after)
+            before, after = self._width_before, self._width_after
+        fed = ((source >= start // before) & (source <= (stop - 1) // before) & (kind <= read)).nonzero().flatten()
+        return Stretches.union(fed * after, (fed + 1) * after)
+
+    def _read(self, key: str | None) -> Kind | None:
+        """Up to which kind elements are made of old ones; None if none is."""
+        if key is None or self.is_weights(key):
+            return Kind.COPY
+        mode = self.strategy.optimizer_state
+        return Kind.COPY if mode.copies else None if mode is OptimizerState.DROP else Kind.OLD
+
+    @property
+    def _rows_after(self) -> int:
+        return math.prod(self.after[:-1])
 
     # -- what the plan says, made concrete ----------------------------------------------------------------------
 
@@ -274,8 +358,42 @@ class Widener:
     def _columns(self) -> list[IndexRun]:
         return self._tables.runs(self._dims[-1], self.after[-1]) if self._dims else [IndexRun(0, 1, 0, Kind.OLD)]
 
+    def _columns_of(self, place: _Rectangle) -> list[IndexRun]:
+        """The runs of its columns alone."""
+        return [
+            IndexRun(start, stop, run.source + start - run.start, run.kind)
+            for run in self._columns
+            if (start := max(run.start, place.first_column)) < (stop := min(run.stop, place.last_column))
+        ]
+
+    def _rectangles(self, start: int, stop: int) -> Iterator[_Rectangle]:
+        """The elements ``start .. stop`` of the grown tensor as a part of a row, whole rows, and a part of a row."""
+        width = self._width_after
+        first_whole, last_whole = -(-start // width), stop // width
+        if first_whole > last_whole:  # inside one row
+            yield _Rectangle(last_whole, last_whole + 1, start % width, stop % width, width)
+            return
+        if start < first_whole * width:
+            yield _Rectangle(first_whole - 1, first_whole, start % width, width, width)
+        if first_whole < last_whole:
+            yield _Rectangle(first_whole, last_whole, 0, width, width)
+        if last_whole * width < stop:
+            yield _Rectangle(last_whole, last_whole + 1, 0, stop % width, width)
+
+    @property
+    def _width_before(self) -> int:
+        return self.before[-1] if self.before else 1
+
+    @property
+    def _width_after(self) -> int:
+        return self.after[-1] if self.after else 1
+
     def _row_runs(self, first: int, last: int) -> list[IndexRun]:
         """Rows ``first .. last`` of the grown tensor as runs of consecutive old rows."""
+        return index_runs(*self._row_sources(first, last), first)
+
+    def _row_sources(self, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """The old row and the kind of each of the rows ``first .. last`` of the grown tensor."""
         rest = torch.arange(first, last)
         source = torch.zeros_like(rest)
         kind = torch.zeros(last - first, dtype=torch.uint8)
@@ -287,7 +405,7 @@ class Widener:
             source += table.source[index] * stride_old
             kind = torch.maximum(kind, table.kind[index])
             stride_old *= before
-        return index_runs(source, kind, first)
+        return source, kind
 
     def _row_scale(self, scales: Sequence[Scale], first: int, last: int) -> Scale:
         """Product of the leading dimensions' factors for rows ``first .. last``."""
@@ -331,23 +449,17 @@ class Widener:
         if self._unmoved and Kind.OLD not in recipe.zeroed:
             out.copy_(old(start, stop))
             return
-        columns = self.after[-1] if self.after else 1
-        for first, last, piece_start, piece_stop in _whole_and_partial_rows(start, stop, columns):
-            piece = out[piece_start - start : piece_stop - start]
-            whole = piece_stop - piece_start == (last - first) * columns
-            rows_RC = piece.view(-1, columns) if whole else out.new_empty(last - first, columns)
-            self._fill_rows(old, rows_RC, first, recipe)
-            if not whole:
-                skipped = piece_start - first * columns
-                piece.copy_(rows_RC.view(-1)[skipped : skipped + piece.numel()])
+        for place in self._rectangles(start, stop):
+            piece = out[place.start - start : place.stop - start]
+            self._fill_rectangle(old, piece.view(place.rows, place.columns), place, recipe)
 
-    def _fill_rows(self, old: Elements, out_RC: Tensor, first: int, recipe: _Recipe) -> None:
-        """Fill whole rows ``first ..`` of the grown tensor."""
-        last = first + len(out_RC)
-        row_scale = self._row_scale(recipe.scales, first, last)
+    def _fill_rectangle(self, old: Elements, out_RC: Tensor, place: _Rectangle, recipe: _Recipe) -> None:
+        """Fill a rectangle of the grown tensor."""
+        top, left = place.first_row, place.first_column
+        row_scale = self._row_scale(recipe.scales, top, place.last_row)
         column_scale = recipe.scales[-1] if recipe.scales else 1.0
-        for rows, columns in itertools.product(self._row_runs(first, last), self._columns):
-            block = out_RC[rows.start - first : rows.stop - first, columns.start : columns.stop]
+        for rows, columns in itertools.product(self._row_runs(top, place.last_row), self._columns_of(place)):
+            block = out_RC[rows.start - top : rows.stop - top, columns.start - left : columns.stop - left]
             kind = max(rows.kind, columns.kind)
             if kind in recipe.zeroed:
                 block.zero_()
@@ -359,13 +471,16 @@ class Widener:
                 source = self._draw(rows, columns, recipe.statistics.spreads).to(block.device)
             else:
                 source = self._old(old, rows, columns)
-            row = row_scale[rows.start - first : rows.stop - first] if isinstance(row_scale, Tensor) else row_scale
+            row = row_scale[rows.start - top : rows.stop - top] if isinstance(row_scale, Tensor) else row_scale
             column = column_scale[columns.start : columns.stop] if isinstance(column_scale, Tensor) else column_scale
             _scaled_copy(block, source, row, column, recipe.offset)
 
     def _old(self, old: Elements, rows: IndexRun, columns: IndexRun) -> Tensor:
         """The old entries of a rectangle."""
-        width = self.before[-1] if self.before else 1
+        width = self._width_before
+        if len(rows) == 1:
+            start = rows.source * width + columns.source
+            return old(start, start + len(columns)).view(1, -1)
         rows_RC = old(rows.source * width, (rows.source + len(rows)) * width).view(-1, width)
         return rows_RC[:, columns.source : columns.source + len(columns)]
 
@@ -410,23 +525,6 @@ def grown_buffer(plan: GrowthPlan, name: str, old: Tensor) -> Tensor:
     out = torch.empty(widener.numel, dtype=old.dtype, device=old.device)
     widener.weight(old, out)
     return out.view(widener.after)
-
-
-def _whole_and_partial_rows(start: int, stop: int, columns: int) -> Iterator[tuple[int, int, int, int]]:
-    """Cut a flat piece into at most three: a partial first row, whole rows, a partial last row.
-
-    Yields (first row, last row, start, stop) with flat start and stop.
-    """
-    first_whole, last_whole = -(-start // columns), stop // columns
-    if first_whole > last_whole:  # inside one row
-        yield last_whole, last_whole + 1, start, stop
-        return
-    if start < first_whole * columns:
-        yield first_whole - 1, first_whole, start, first_whole * columns
-    if first_whole < last_whole:
-        yield first_whole, last_whole, first_whole * columns, last_whole * columns
-    if last_whole * columns < stop:
-        yield last_whole, last_whole + 1, last_whole * columns, stop
 
 
 def _scaled_copy(out_RC: Tensor, source_RC: Tensor, row: Scale, column: Scale, offset: float) -> None:

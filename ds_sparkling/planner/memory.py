@@ -23,10 +23,12 @@ from dataclasses import dataclass, fields, replace
 
 from ds_sparkling.errors import ConfigError
 from ds_sparkling.planner.model import ParameterSize
-from ds_sparkling.spec.partition import padded_piece
+from ds_sparkling.spec.partition import BUCKET, padded_piece
 
 #: Bytes of an element in fp32, which masters and optimizer state are kept in.
 _FP32 = 4
+#: Two buckets are on their way at a time, each sent and received; what several ranks sent is put together once more.
+_BUFFERS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +100,7 @@ class Memory:
         state: the optimizer's.
         gradients: accumulated gradients, and with offload their fp32 copy.
         old: during a growth, what is kept of the old engine: masters and state.
-        gathered: during a growth, whole tensors of the old engine on their way.
+        moving: during a growth, elements of the old engine on their way.
     """
 
     weights: int = 0
@@ -106,7 +108,7 @@ class Memory:
     state: int = 0
     gradients: int = 0
     old: int = 0
-    gathered: int = 0
+    moving: int = 0
 
     @property
     def total(self) -> int:
@@ -153,8 +155,7 @@ def growing(before: Sequence[ParameterSize], after: Sequence[ParameterSize], set
     frozen = [tensor for tensor in before if not tensor.trained]
     old_state = _piece(_trained(before), setting) * _FP32 * (1 + setting.states)
     old_frozen = _weights(frozen, setting)
-    gathered = max((_on_the_way(old, wide, setting) for old, wide in zip(before, after, strict=True)), default=0)
-    device = replace(new.device, gathered=gathered)
+    device = replace(new.device, moving=_on_the_way(before, after, setting))
     host = new.host
     if not setting.gradients_stand:
         device = replace(device, gradients=0)
@@ -183,7 +184,7 @@ class Traffic:
 
     Attributes:
         start: the fresh engine's weights, which DeepSpeed broadcasts although they are then overwritten.
-        moved: old weights and optimizer state, gathered tensor by tensor.
+        moved: old weights and optimizer state, at most one old element for each that the rank has in the wide model.
         refreshed: compute weights gathered from the grown masters (stages 1 and 2).
         checkpoint: written to files just before the growth.
     """
@@ -209,9 +210,10 @@ def traffic(
         built: elements of the wide model with all its experts, which ZeRO-3 broadcasts as it is made.
         checkpoint: whether a checkpoint is saved before the growth.
     """
-    frozen = [tensor for tensor in before if not tensor.trained] if setting.stage == 3 else []
-    moved = _received(_trained(before), setting) * _FP32 * (1 + setting.states)
-    moved += _received(frozen, setting) * setting.weight_bytes
+    moved = _moved(_trained(before), _trained(after), setting) * _FP32 * (1 + setting.states)
+    if setting.stage == 3:
+        frozen, wide = ([tensor for tensor in tensors if not tensor.trained] for tensors in (before, after))
+        moved += _moved(frozen, wide, setting) * setting.weight_bytes
     refreshed = _received(_trained(after), setting) * setting.weight_bytes if setting.stage in (1, 2) else 0
     # Without ZeRO too, experts are alike on ranks / expert_parallel ranks only.
     shared = [tensor for tensor in after if not tensor.expert or setting.ranks > setting.expert_parallel]
@@ -266,11 +268,22 @@ def _received(tensors: Sequence[ParameterSize], setting: Setting) -> int:
     return sum((ranks - 1) * padded_piece(numel, ranks) for numel, ranks in _flat_numels(tensors, setting))
 
 
-def _on_the_way(before: ParameterSize, after: ParameterSize, setting: Setting) -> int:
-    """Bytes of a tensor's whole old copy; with offload also of its own pieces, which pass through the device."""
-    ranks = setting.group(before)
-    whole = padded_piece(before.numel, ranks) * ranks * _FP32
-    if setting.offload_optimizer and before.trained:
-        own = (padded_piece(before.numel, ranks) if ranks > 1 else 0) + padded_piece(after.numel, ranks)
-        return whole + own * _FP32
-    return whole if ranks > 1 else 0
+def _moved(before: Sequence[ParameterSize], after: Sequence[ParameterSize], setting: Setting) -> int:
+    """Elements that a rank gets from others at most: one for each of its own to be, and what others have of it."""
+    numels = zip(_flat_numels(before, setting), _flat_numels(after, setting), strict=True)
+    return sum(
+        min(padded_piece(wide, ranks), (ranks - 1) * padded_piece(old, ranks)) for (old, ranks), (wide, _) in numels
+    )
+
+
+def _on_the_way(before: Sequence[ParameterSize], after: Sequence[ParameterSize], setting: Setting) -> int:
+    """Bytes of old elements on their way, and with offload of those that pass through the device."""
+    shared = [tensor for tensor in after if setting.group(tensor) > 1 and (tensor.trained or setting.stage == 3)]
+    bucket = min(BUCKET, _piece(shared, setting))
+    buffers = _BUFFERS + (1 if setting.offload_optimizer else 0)
+    whole = (
+        old.numel + wide.numel
+        for old, wide in zip(before, after, strict=True)
+        if setting.offload_optimizer and old.trained and setting.group(old) == 1
+    )
+    return max(buffers * bucket, *whole, 0) * _FP32

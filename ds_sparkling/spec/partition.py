@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import overload
+
+#: Elements of grown tensors that a rank gets the old elements for at a time.
+BUCKET = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -19,20 +22,28 @@ class Piece:
         return self.stop - self.start
 
 
+@dataclass(frozen=True)
 class Pieces(Sequence[Piece]):
-    """One piece per rank, made when it is asked for: of thousands of ranks mostly one is.
+    """One piece of a parameter per rank, made when it is asked for: of thousands of ranks mostly one is.
 
-    Args:
-        ranks: how many.
-        make: the piece of a rank.
+    The parameter lies in a flat tensor, of which rank ``r`` owns the window ``r * window .. (r + 1) * window``. ZeRO
+    stages 1 and 2 lay all parameters of a group end to end in one, wherever they begin and end; under stage 3 each has
+    its own (:func:`even_pieces`).
+
+    Attributes:
+        numel: the parameter's elements.
+        window: elements of each rank's window.
+        ranks: how many windows there are.
+        offset: where the parameter starts in the flat tensor.
     """
 
-    def __init__(self, ranks: int, make: Callable[[int], Piece]) -> None:
-        self._ranks = range(ranks)
-        self._make = make
+    numel: int
+    window: int
+    ranks: int
+    offset: int = 0
 
     def __len__(self) -> int:
-        return len(self._ranks)
+        return self.ranks
 
     @overload
     def __getitem__(self, index: int) -> Piece: ...
@@ -42,48 +53,35 @@ class Pieces(Sequence[Piece]):
 
     def __getitem__(self, index: int | slice) -> Piece | list[Piece]:
         if isinstance(index, slice):
-            return [self._make(rank) for rank in self._ranks[index]]
-        return self._make(self._ranks[index])
+            return [self.within(rank, 0, self.window) for rank in range(self.ranks)[index]]
+        return self.within(range(self.ranks)[index], 0, self.window)
+
+    def within(self, rank: int, start: int, stop: int) -> Piece:
+        """Which of the parameter's elements lie at ``start .. stop`` of a rank's window."""
+        begin = rank * self.window - self.offset
+        return Piece(
+            min(max(begin + max(start, 0), 0), self.numel),
+            min(max(begin + min(max(stop, 0), self.window), 0), self.numel),
+        )
+
+    def rank_of(self, element: int) -> int:
+        """The rank that owns an element."""
+        return (self.offset + element) // self.window
 
 
 def even_pieces(numel: int, ranks: int) -> Pieces:
     """The pieces that ZeRO stage 3 makes of a parameter: ``ceil(numel / ranks)`` each, the last ones short or empty."""
-    return Pieces(ranks, lambda rank: even_piece(numel, ranks, rank))
+    return Pieces(numel, padded_piece(numel, ranks), ranks)
 
 
-def even_piece(numel: int, ranks: int, rank: int) -> Piece:
-    """That of rank ``rank`` alone."""
-    size = padded_piece(numel, ranks)
-    return Piece(min(rank * size, numel), min((rank + 1) * size, numel))
+def whole_piece(numel: int) -> Pieces:
+    """That of a parameter which isn't partitioned."""
+    return Pieces(numel, numel, 1)
 
 
 def padded_piece(numel: int, ranks: int) -> int:
     """Elements that each rank stores of a parameter under ZeRO stage 3, padding included."""
     return -(-numel // ranks)
-
-
-def window_pieces(offset: int, numel: int, window: int, ranks: int) -> Pieces:
-    """The pieces that ZeRO stages 1 and 2 make of a parameter.
-
-    All parameters of a group lie end to end in one flat tensor, and rank ``r`` owns the window
-    ``r * window .. (r + 1) * window`` of it, wherever parameters begin and end.
-
-    Args:
-        offset: where the parameter starts in the flat tensor.
-        numel: its elements.
-        window: elements of each rank's window.
-        ranks: how many windows there are.
-    """
-    return Pieces(ranks, lambda rank: window_piece(offset, numel, window, rank))
-
-
-def window_piece(offset: int, numel: int, window: int, rank: int) -> Piece:
-    """That of rank ``rank`` alone."""
-
-    def clip(position: int) -> int:
-        return min(max(position - offset, 0), numel)
-
-    return Piece(clip(rank * window), clip((rank + 1) * window))
 
 
 def sub_groups(sizes: Sequence[int], limit: int) -> list[int]:

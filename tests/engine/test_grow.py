@@ -511,10 +511,10 @@ def move_fails_on_one_rank(directory: str) -> tuple[str, float, float]:
     loss = tiny.evaluate(engine)
     fill = move_shards._fill
 
-    def failing(widener: Any, *rest: Any) -> None:
-        if torch.distributed.get_rank() == 1 and widener.param.name.endswith("k_proj.weight"):
+    def failing(arrival: Any, *rest: Any) -> None:
+        if torch.distributed.get_rank() == 1 and arrival.transfer.widener.param.name.endswith("k_proj.weight"):
             raise RuntimeError("out of memory")
-        fill(widener, *rest)
+        fill(arrival, *rest)
 
     move_shards._fill = failing  # type: ignore[assignment]
     message = "grown"

@@ -108,13 +108,15 @@ def weights(engine: Any) -> tuple[tiny.State, dict[str, tuple[int, int]]]:
     """Before the first step there is nothing else."""
     from ds_sparkling.engine import access
     from ds_sparkling.engine.logical_names import held_parameters
+    from ds_sparkling.monitoring.sampling import Grid
 
     held = held_parameters(engine)
     cpu = torch.device("cpu")
-    return {
-        held[name].name: {"weight": shard.gather(shard.weight, cpu).clone().view(shard.shape)}
-        for name, shard in access.shards(engine).items()
-    }, {}
+    found = {}
+    for name, shard in access.shards(engine).items():
+        whole = Grid(shard.shape, shard.shape)
+        found[held[name].name] = {"weight": shard.sampled(shard.held(shard.weight, whole), whole, cpu).clone()}
+    return found, {}
 
 
 def train(engine: Any, steps: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -104,6 +105,7 @@ def topologies() -> list[Case]:
     ]
 
 
+@mock.patch("ds_sparkling.engine.exchange.BUCKET", 150)  # of which a growth then has many
 def chain(case: Case, numbers: tuple[int, ...]) -> list[Growth]:
     """Train, grow, train, grow ... by the growths of these numbers."""
     import ds_sparkling

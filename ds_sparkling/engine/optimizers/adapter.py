@@ -11,7 +11,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
 
 from ds_sparkling.engine.shard import Shard
-from ds_sparkling.spec.partition import Piece
+from ds_sparkling.spec.partition import whole_piece
 
 #: The loss scale and what goes with it, wherever an optimizer has it.
 _STEP_STATE = (
@@ -75,7 +75,7 @@ class OptimizerAdapter(ABC):
         return Shard(
             name=name,
             shape=tuple(param.shape),
-            pieces=[Piece(0, param.numel())],
+            pieces=whole_piece(param.numel()),
             rank=0,
             group=None,
             weight=param.data.view(-1),

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ds_sparkling.engine.shard import Shard
 from ds_sparkling.optim.optimizer_trial import is_per_element
-from ds_sparkling.spec.partition import Piece
+from ds_sparkling.spec.partition import whole_piece
 
 #: How the names of what ``engine.offload_states`` leaves in an optimizer's state end.
 _OFFLOAD_BUFFER = "_offload_buffer"
@@ -42,7 +42,7 @@ def whole_shard(base: torch.optim.Optimizer, name: str, param: nn.Parameter, mas
     shard = Shard(
         name=name,
         shape=tuple(param.shape),
-        pieces=[Piece(0, numel)],
+        pieces=whole_piece(numel),
         rank=0,
         group=None,
         weight=master.data.view(-1)[offset : offset + numel],

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ds_sparkling.engine.optimizers.base_state import with_state
 from ds_sparkling.engine.shard import Shard
-from ds_sparkling.spec.partition import window_pieces
+from ds_sparkling.spec.partition import Pieces
 
 
 def window_shards(
@@ -35,7 +35,7 @@ def window_shards(
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
     whole_offset = 0
     for param, offset in zip(params, offsets, strict=True):
-        pieces = window_pieces(offset, param.numel(), flat.numel(), ranks)
+        pieces = Pieces(param.numel(), flat.numel(), ranks, offset)
         start = max(offset - rank * flat.numel(), 0) if pieces[rank].numel else 0
         shard = Shard(
             name=names[id(param)],

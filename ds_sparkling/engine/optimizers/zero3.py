@@ -45,7 +45,6 @@ class Zero3(OptimizerAdapter):
                     rank=dist.get_rank(group),
                     group=group,
                     weight=flat.data[offset : offset + size],
-                    padded=True,
                     master=flat,
                 )
                 yield with_state(shard, self.base, offset)
@@ -62,7 +61,6 @@ class Zero3(OptimizerAdapter):
             rank=dist.get_rank(group),
             group=group,
             weight=param.ds_tensor.view(-1),  # unlike .data it keeps page-locked memory from being freed
-            padded=True,
         )
 
     def full_shape(self, param: nn.Parameter) -> tuple[int, ...]:

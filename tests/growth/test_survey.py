@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
+from collections.abc import Callable
 from fractions import Fraction
 
 import pytest
@@ -12,16 +14,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ds_sparkling.growth.spread import Spread, column_mean, row_mean
-from ds_sparkling.growth.spread import spread as spread_between
+from ds_sparkling.growth.survey import Spread, Statistics, Survey
 
 #: Weights of very different sizes, so that a floating-point sum would depend on its order.
 entries = st.lists(st.floats(-100, 100, width=32) | st.floats(-(2.0**-10), 2.0**-10, width=32), min_size=1, max_size=60)
 
 
 def spread(matrix: Tensor) -> Spread:
+    return surveyed(Survey(numel=matrix.numel(), matrices=1), matrix).spreads[0]
+
+
+def surveyed(survey: Survey, matrix: Tensor) -> Statistics:
     flat = matrix.reshape(-1)
-    return spread_between(lambda start, stop: flat[start:stop], 0, flat.numel())
+    return survey.of(lambda start, stop: flat[start:stop])
 
 
 def exact(values: list[float]) -> tuple[Fraction, Fraction]:
@@ -110,9 +115,13 @@ def test_entries_that_are_not_finite_are_refused(bad: float) -> None:
 
 
 def means(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    flat, columns = matrix.reshape(-1), matrix.shape[1]
-    stretch = (lambda start, stop: flat[start:stop]), 0, flat.numel(), columns
-    return row_mean(*stretch), column_mean(*stretch)
+    rows, columns = (
+        surveyed(Survey(numel=matrix.numel(), columns=matrix.shape[1], mean_of=mean_of), matrix).mean
+        for mean_of in ("rows", "columns")
+    )
+    assert rows is not None
+    assert columns is not None
+    return rows, columns
 
 
 @st.composite
@@ -162,3 +171,29 @@ def test_means_of_several_chunks_count_every_row() -> None:
 def test_means_of_entries_that_are_not_finite_are_refused(bad: float) -> None:
     with pytest.raises(ValueError, match="NaN or Inf"):
         means(torch.tensor([[1.0, bad]]))
+
+
+# -- pieces --------------------------------------------------------------------------------------------------------
+
+
+@given(matrices(), st.sampled_from([None, "rows", "columns"]), st.data())
+def test_pieces_add_up_to_the_statistics_of_the_whole(matrix: Tensor, mean_of: str | None, data: st.DataObject) -> None:
+    numel = matrix.numel()
+    cuts = data.draw(st.lists(st.integers(0, numel), max_size=4).map(sorted))
+    count = data.draw(st.sampled_from([n for n in (0, 1, 2, 3) if n == 0 or numel % n == 0]))
+    survey = Survey(numel=numel, matrices=count, columns=matrix.shape[1], mean_of=mean_of)
+    flat = matrix.flatten()
+    ends = list(itertools.pairwise([0, *cuts, numel]))
+
+    def held(start: int, stop: int) -> Callable[[int, int], Tensor]:
+        def elements(first: int, last: int) -> Tensor:
+            assert start <= first <= last <= stop  # nothing but the own piece is asked for
+            return flat[first:last]
+
+        return elements
+
+    largest = torch.stack([survey.largest(held(*piece), *piece) for piece in ends]).amax(0)
+    sums = torch.stack([survey.sums(held(*piece), *piece, largest) for piece in ends]).sum(0)
+    found, expected = survey.statistics(largest, sums), surveyed(survey, matrix)
+    assert found.spreads == expected.spreads
+    torch.testing.assert_close(found.mean, expected.mean, rtol=0, atol=0)
