@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -112,3 +113,54 @@ class Wrapping(torch.optim.Optimizer):
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         self.base.step()
+
+
+class FusedAdam(torch.optim.Optimizer):
+    """As DeepSpeed's, which needs a GPU: it counts in the state of a group's last tensor, for all of them.
+
+    Args:
+        counts_each: count in every tensor's state instead.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        bias_correction: bool = True,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        adam_w_mode: bool = True,
+        weight_decay: float = 0.0,
+        *,
+        counts_each: bool = False,
+    ) -> None:
+        defaults = {"lr": lr, "bias_correction": bias_correction, "betas": betas, "eps": eps}
+        super().__init__(params, {**defaults, "weight_decay": weight_decay})
+        self.adam_w_mode = int(adam_w_mode)
+        self.counts_each = counts_each
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            stepped = [param for param in group["params"] if param.grad is not None]
+            for param in stepped:
+                if not self.state[param]:
+                    zeros = (torch.zeros_like(param), torch.zeros_like(param))
+                    self.state[param].update(step=0, exp_avg=zeros[0], exp_avg_sq=zeros[1])
+            for param in stepped if self.counts_each else stepped[-1:]:
+                self.state[param]["step"] += 1
+            for param in stepped:
+                counted = self.state[param if self.counts_each else stepped[-1]]["step"]
+                self._step(group, param, self.state[param], counted if group["bias_correction"] else math.inf)
+
+    def _step(self, group: dict[str, Any], param: Tensor, state: dict[str, Any], count: float) -> None:
+        beta1, beta2 = group["betas"]
+        grad = param.grad if self.adam_w_mode else param.grad + group["weight_decay"] * param
+        state["exp_avg"].mul_(beta1).add_(grad, alpha=1 - beta1)
+        state["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        update = (
+            state["exp_avg"] / (1 - beta1**count) / ((state["exp_avg_sq"] / (1 - beta2**count)).sqrt() + group["eps"])
+        )
+        if self.adam_w_mode:
+            update += group["weight_decay"] * param
+        param.sub_(update, alpha=group["lr"])

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ds_sparkling.growth import Block
 from ds_sparkling.native import library
-from ds_sparkling.optim.element_rates import Treatment
+from ds_sparkling.optim.adam_settings import is_decoupled, is_ordinary
+from ds_sparkling.optim.element_rates import Apart
 
 
 class AdamKernel:
@@ -31,7 +32,6 @@ class AdamKernel:
         self._optimizer = optimizer
         self._deepspeed = type(optimizer).__name__ == "DeepSpeedCPUAdam"
         self._known = self._deepspeed or type(optimizer) in (torch.optim.Adam, torch.optim.AdamW)
-        self._decoupled = getattr(optimizer, "adam_w_mode", isinstance(optimizer, torch.optim.AdamW))
         self._tables: dict[Tensor, _Table] = {}
 
     def takes(self, group: Mapping[str, Any], param: Tensor) -> bool:
@@ -49,7 +49,7 @@ class AdamKernel:
                 and tensor.is_contiguous()
                 for tensor in tensors
             )
-            and not any(group.get(key) for key in ("amsgrad", "maximize", "capturable", "differentiable"))
+            and is_ordinary(group)
             and group.get("bias_correction", True)
             # What a gradient scaler leaves for torch's kernel to do.
             and getattr(self._optimizer, "grad_scale", None) is None
@@ -57,26 +57,24 @@ class AdamKernel:
             and _library() is not None
         )
 
-    def step(
-        self, group: Mapping[str, Any], param: Tensor, blocks: Sequence[Block], by_birth: Sequence[Treatment]
-    ) -> None:
-        """Step ``param`` once.
+    def step(self, apart: Sequence[Apart]) -> None:
+        """Step tensors that :meth:`takes` takes, once; of any contiguous shape, with their gradients."""
+        for each in apart:
+            self._step(each)
 
-        Args:
-            group: its parameter group.
-            param: 1-D or of any contiguous shape, with its gradient.
-            blocks: the births of its elements.
-            by_birth: what each birth gets.
-        """
+    def _step(self, each: Apart) -> None:
+        group, param = each.group, each.param
         state = self._optimizer.state[param]
         done = int(state["step"])
         state["step"] += 1
         rate = _deepspeed_rate if self._deepspeed else _torch_rate
-        rates = [rate(group, each.lr, (done if each.age is None else min(done, each.age)) + 1) for each in by_birth]
+        rates = [
+            rate(group, birth.lr, (done if birth.age is None else min(done, birth.age)) + 1) for birth in each.by_birth
+        ]
         precision = np.float32 if self._deepspeed else np.float64
         betas = [precision(beta) for beta in group["betas"]]
         constants = [*betas, *(precision(1.0) - beta for beta in betas), group["eps"], group["weight_decay"]]
-        table = self._table(param, blocks)
+        table = self._table(param, each.blocks)
         library = _library()
         assert library is not None
         assert param.grad is not None
@@ -90,7 +88,7 @@ class AdamKernel:
             (_Rate * len(rates))(*(_Rate(*rate) for rate in rates)),
             ctypes.byref(_Constants(*(float(constant) for constant in constants))),
             ctypes.c_int(self._deepspeed),
-            ctypes.c_int(bool(group.get("decoupled_weight_decay", self._decoupled))),
+            ctypes.c_int(is_decoupled(self._optimizer, group)),
             ctypes.c_int(torch.get_num_threads()),
         )
 

@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
+from ds_sparkling.growth import Block
 from ds_sparkling.spec.birth_schedule import Birth
 
 
@@ -20,6 +23,23 @@ class Treatment:
 
     lr: float
     age: int | None
+
+
+@dataclass(frozen=True, eq=False)
+class Apart:
+    """A tensor whose births are treated differently, or otherwise than its group.
+
+    Attributes:
+        group: its parameter group.
+        param: the tensor.
+        blocks: the births of its elements, end to end.
+        by_birth: what each birth gets.
+    """
+
+    group: Mapping[str, Any]
+    param: Tensor
+    blocks: Sequence[Block]
+    by_birth: tuple[Treatment, ...]
 
 
 def treatments(

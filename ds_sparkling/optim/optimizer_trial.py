@@ -106,6 +106,24 @@ def step_apart(
     return SteppedTensors(tensors, [state.get(tensor, {}) for tensor in tensors], frozenset(counted))
 
 
+def counts_in_one(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], like: Tensor) -> bool:
+    """Whether the optimizer counts the steps of all of a group's tensors in the state of one of them.
+
+    Args:
+        optimizer: one that keeps ``step`` in its state.
+        group: one of its parameter groups.
+        like: one of its tensors; two that are tried have its device and dtype.
+    """
+    values = [value.clone() for value in random_like(SMALL[False], like, 4)]
+    tensors, gradients = values[:2], values[2:]
+    for tensor, gradient in zip(tensors, gradients, strict=True):
+        tensor.grad = gradient
+    together = {**{key: _own(value) for key, value in group.items()}, "params": tensors}
+    with _set_aside(optimizer, [together]) as state, torch.no_grad():
+        type(optimizer).step(optimizer)
+        return bool(state[tensors[0]]["step"] != state[tensors[1]]["step"])
+
+
 @dataclass(frozen=True)
 class Kept:
     """The names of what an optimizer keeps of a tensor.

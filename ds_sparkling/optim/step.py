@@ -2,13 +2,15 @@
 
 An optimizer whose update of an element doesn't look at other elements gives the same result when a tensor is stepped
 piece by piece. So the pieces of each birth become parameters of their own for the length of a step, with views
-or copies of their state, and the optimizer's own code steps them. Adam on the CPU has a kernel that does it in one pass
-(:mod:`ds_sparkling.optim.adam`). A tensor whose births are all treated alike is stepped as it always was.
+or copies of their state, and the optimizer's own code steps them. Adam has kernels that do it in one pass, on GPUs
+(:mod:`ds_sparkling.optim.device_adam`) and on the CPU (:mod:`ds_sparkling.optim.adam`). A tensor whose births are all
+treated alike is stepped as it always was.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,12 +23,18 @@ from ds_sparkling.growth import Block
 from ds_sparkling.growth.births import stretch
 from ds_sparkling.growth.schedule import curve_of, rates_by_birth
 from ds_sparkling.optim.adam import AdamKernel
-from ds_sparkling.optim.element_rates import Treatment, treatments
+from ds_sparkling.optim.device_adam import DeviceAdam
+from ds_sparkling.optim.element_rates import Apart, Treatment, treatments
+from ds_sparkling.optim.optimizer_trial import counts_in_one
 from ds_sparkling.optim.scheduler import RewarmupScheduler
 from ds_sparkling.optim.weight_norm import NormRatios
 
-#: Elements that are copied out at a time.
+#: Elements that are copied out at a time, on the CPU.
 _CHUNK = 1 << 20
+#: The same elsewhere, at most: there a copy costs more to launch than to make.
+_CHUNK_ON_DEVICE = 1 << 26
+#: Bytes that an element of a chunk takes: copies of it and of its state, and what the optimizer makes of them.
+_BYTES_COPIED = 40
 
 
 class BirthStep:
@@ -59,9 +67,11 @@ class BirthStep:
         self._norms = norms
         self._blocks: Mapping[Tensor, Sequence[Block]] | None = None
         self._births_in: dict[Tensor, set[int]] = {}
+        self._chunks: dict[torch.device, int] = {}
+        self._counts_in_one: bool | None = None
         self.watch: Callable[[Sequence[Tensor]], None] | None = None
         self._own_step = optimizer.step
-        self._kernel = AdamKernel(optimizer)
+        self._kernels = (DeviceAdam(optimizer), AdamKernel(optimizer))
 
         @functools.wraps(self._own_step)  # with the marks that torch's schedulers leave and look for
         def step(_: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
@@ -92,7 +102,7 @@ class BirthStep:
         if norms is not None:
             stepped = [param for group in self._optimizer.param_groups for param in group["params"]]
             norms.measure(stepped, len(births) + 1)
-        apart: list[tuple[dict[str, Any], Tensor, Sequence[Block], tuple[Treatment, ...]]] = []
+        apart: list[Apart] = []
         as_ever: list[dict[str, Any]] = []
         for group in self._optimizer.param_groups:
             params = []
@@ -102,20 +112,27 @@ class BirthStep:
                 by_birth = self._treatments(group, param)
                 if norms is not None and len(by_birth) > 1:
                     adapted = norms.treatments(param, by_birth, births)
-                    apart.append((group, param, norms.blocks(param, len(by_birth)), adapted))
+                    apart.append(Apart(group, param, norms.blocks(param, len(by_birth)), adapted))
                 elif self._occurring(param, by_birth) == {usual}:
                     params.append(param)
                 elif len(set(by_birth)) == 1:
-                    apart.append((group, param, [stretch(0, param.numel(), 0)], by_birth))
+                    apart.append(Apart(group, param, [stretch(0, param.numel(), 0)], by_birth))
                 else:
-                    apart.append((group, param, self.blocks[param], by_birth))
+                    apart.append(Apart(group, param, self.blocks[param], by_birth))
             as_ever.append({**group, "params": params})
         if not apart:
             self._own_step(**arguments)
             return loss
         self._step_groups([group for group in as_ever if group["params"]], arguments)
-        for group, param, blocks, by_birth in apart:
-            self._step_apart(group, param, blocks, by_birth, arguments)
+        for kernel in self._kernels:
+            taken: list[Apart] = []
+            left: list[Apart] = []
+            for each in apart:
+                (taken if kernel.takes(each.group, each.param) else left).append(each)
+            kernel.step(taken)
+            apart = left
+        for each in apart:
+            self._step_apart(each, arguments)
         return loss
 
     @property
@@ -131,7 +148,9 @@ class BirthStep:
         if self._norms is not None:
             self._norms.forget()
         self._births_in.clear()
-        self._kernel.forget_blocks()
+        self._chunks.clear()
+        for kernel in self._kernels:
+            kernel.forget_blocks()
 
     def _occurring(self, param: Tensor, by_birth: tuple[Treatment, ...]) -> set[Treatment]:
         """The treatments that any element of the tensor gets."""
@@ -142,8 +161,12 @@ class BirthStep:
         return {by_birth[birth] for birth in self._births_in[param]}
 
     def _share_count(self, group: dict[str, Any]) -> None:
-        """DeepSpeed's FusedAdam counts in one tensor for all of a group; apart, each needs that count."""
-        if type(self._optimizer).__name__ == "FusedAdam":
+        """DeepSpeed's FusedAdam may count in one tensor for all of a group; apart, each needs that count."""
+        if type(self._optimizer).__name__ != "FusedAdam" or not group["params"]:
+            return
+        if self._counts_in_one is None:
+            self._counts_in_one = counts_in_one(self._optimizer, group, group["params"][0])
+        if self._counts_in_one:
             states = [self._optimizer.state.get(param, {}) for param in group["params"]]
             counted = [state for state in states if "step" in state]
             count = max((state["step"] for state in counted), default=0)
@@ -159,31 +182,27 @@ class BirthStep:
         rates = rates_by_birth(births, index, float(group["lr"]))
         return treatments(births, rates, group, self._optimizer.state.get(param, {}))
 
-    def _step_apart(
-        self,
-        group: dict[str, Any],
-        param: Tensor,
-        blocks: Sequence[Block],
-        by_birth: tuple[Treatment, ...],
-        arguments: dict[str, Any],
-    ) -> None:
-        """Step a tensor whose births are treated differently, or otherwise than its group."""
-        if self._kernel.takes(group, param):
-            self._kernel.step(group, param, blocks, by_birth)
-            return
-        state = self._optimizer.state[param]
+    def _step_apart(self, each: Apart, arguments: dict[str, Any]) -> None:
+        """Step a tensor by the optimizer's own code, piece by piece."""
+        state = self._optimizer.state[each.param]
         before = dict(state)
         numbers: dict[str, Any] = {}
-        for parts in _parts(blocks, by_birth):
-            numbers = self._step_parts(group, param, parts, before, arguments)
+        for parts in _parts(each.blocks, each.by_birth, self._chunk(each.param.device)):
+            numbers = self._step_parts(each.group, each.param, parts, before, arguments)
             if "step" in before:
                 # By what the pieces' count went up: not at all, if a gradient scaler skips the step.
                 numbers["step"] = before["step"] + (numbers["step"] - _number("step", before["step"], [*parts][-1]))
         state.update(numbers)
 
+    def _chunk(self, device: torch.device) -> int:
+        """How many elements are copied out at a time; the memory that is free is asked for once after a growth."""
+        if device not in self._chunks:
+            self._chunks[device] = _CHUNK if device.type == "cpu" else _chunk_in(_free_memory(device))
+        return self._chunks[device]
+
     def _step_parts(
         self,
-        group: dict[str, Any],
+        group: Mapping[str, Any],
         param: Tensor,
         parts: dict[Treatment, list[_Part]],
         before: dict[str, Any],
@@ -255,7 +274,7 @@ class _Part:
     def put(self, tensor: Tensor, values: Tensor) -> None:
         """Write ``values`` to these elements, unless they are a view of them."""
         place = self._place(tensor)
-        if place.data_ptr() != values.data_ptr():
+        if values.data_ptr() != place.data_ptr() or not place.is_contiguous():
             place.copy_(values.view(place.shape))
 
     def _place(self, tensor: Tensor) -> Tensor:
@@ -263,12 +282,27 @@ class _Part:
         return rows[:, self.column :][:, : self.width]
 
 
-def _parts(blocks: Sequence[Block], by_birth: Sequence[Treatment]) -> Iterator[dict[Treatment, list[_Part]]]:
-    """All elements by treatment, about a chunk of them at a time."""
+def _free_memory(device: torch.device) -> float:
+    """Bytes that can still be allocated; infinitely many where nobody tells."""
+    if device.type != "cuda":
+        return math.inf
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
+
+
+def _chunk_in(free: float) -> int:
+    """Elements of a chunk that fits into ``free`` bytes."""
+    return int(min(_CHUNK_ON_DEVICE, max(_CHUNK, free / _BYTES_COPIED)))
+
+
+def _parts(
+    blocks: Sequence[Block], by_birth: Sequence[Treatment], chunk: int
+) -> Iterator[dict[Treatment, list[_Part]]]:
+    """All elements by treatment, about ``chunk`` of them at a time."""
     parts: dict[Treatment, list[_Part]] = {}
     size = 0
     for block in blocks:
-        step = max(1, _CHUNK // block.row)
+        step = max(1, chunk // block.row)
         for first in range(0, block.rows, step):
             rows = min(step, block.rows - first)
             column = 0
@@ -277,7 +311,7 @@ def _parts(blocks: Sequence[Block], by_birth: Sequence[Treatment]) -> Iterator[d
                 parts.setdefault(by_birth[run.birth], []).append(part)
                 column = run.stop
             size += rows * block.row
-            if size >= _CHUNK:
+            if size >= chunk:
                 yield parts
                 parts, size = {}, 0
     if parts:

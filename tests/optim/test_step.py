@@ -19,6 +19,7 @@ from ds_sparkling.optim.scheduler import RewarmupScheduler
 from ds_sparkling.optim.step import BirthStep
 from ds_sparkling.spec.birth_schedule import Birth
 from ds_sparkling.spec.strategy import Rewarmup, Scope
+from optimizers import FusedAdam
 from ulp import ulps
 
 Make = Callable[[list[Any]], torch.optim.Optimizer]
@@ -267,6 +268,36 @@ def test_a_step_that_a_gradient_scaler_skips_is_no_step() -> None:
     grown.optimizer.step()
     assert torch.equal(grown.param, before)
     assert int(grown.optimizer.state[grown.param]["step"]) == 3
+
+
+@pytest.mark.parametrize("counts_each", [False, True])
+def test_fused_adam_counts_right_wherever_it_counts(counts_each: bool) -> None:
+    """In one tensor for all of a group, or in each, of which one came later."""
+    results = []
+    settings: dict[str, Any] = {"lr": 0.02, "betas": (0.9, 0.99), "weight_decay": 0.1}
+    makes: list[Make] = [
+        lambda params: FusedAdam(params, **settings, counts_each=counts_each),
+        lambda params: torch.optim.AdamW(params, **settings, foreach=True),
+    ]
+    for make in makes:
+        generator = torch.Generator().manual_seed(0)
+        params = [torch.randn(12, generator=generator) for _ in range(3)]
+        optimizer = make(params)
+        scheduler = RewarmupScheduler(None, optimizer)
+        blocks = {param: [stretch(0, 12, 0)] for param in params}
+        blocks[params[1]] = [Block(0, 2, (BirthRun(2, 0), BirthRun(6, 1)))]
+        BirthStep(optimizer, scheduler, dict.fromkeys(params, 0), blocks.copy)
+        for number in range(7):
+            for param in params:
+                param.grad = torch.randn(12, generator=generator)
+            if counts_each and number < 2:
+                params[0].grad = None
+            if number == 3:
+                scheduler.births = (Birth(Rewarmup(ratio=1.5, steps=2), (0.02,), None, True, 0),)
+            optimizer.step()
+            scheduler.step()
+        results.append(torch.cat(params))
+    assert torch.allclose(results[0], results[1], rtol=1e-5, atol=1e-6)
 
 
 def test_a_single_number_as_a_parameter_takes_one_step_at_a_time() -> None:
