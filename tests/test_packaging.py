@@ -42,7 +42,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     }
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "ds_sparkling").rglob("*.py")}
     assert {name for name in names if name.endswith(".py")} == modules
-    assert {"ds_sparkling/py.typed", "ds_sparkling/optim/adam.cpp"} <= set(names)
+    assert {"ds_sparkling/py.typed", "ds_sparkling/growth/random.cpp", "ds_sparkling/optim/adam.cpp"} <= set(names)
 
 
 def test_the_wheel_is_for_every_machine(wheel: Path) -> None:

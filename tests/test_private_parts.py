@@ -41,7 +41,8 @@ PRIVATE = {
     "spec/unsupported.py": {"_orig_mod"},
     # The milestones of a SequentialLR, which torch keeps to itself.
     "optim/scheduler.py": {"_milestones", "_schedulers"},
-    # The function of this package's own library.
+    # The functions of this package's own libraries.
+    "growth/random.py": {"ds_sparkling_add_normal"},
     "optim/adam.py": {"ds_sparkling_adam_step"},
     # Python's own.
     "checkpoint/command.py": {"_exit"},

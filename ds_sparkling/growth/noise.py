@@ -9,34 +9,42 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from ds_sparkling.growth.random import standard_normal
+from ds_sparkling.growth.random import add_normal
 from ds_sparkling.growth.scaling import AxisGrowth
 from ds_sparkling.growth.survey import Spread
 from ds_sparkling.growth.units import twin_units
 from ds_sparkling.spec.axes import Dim, Role
 
-#: Elements drawn at a time.
-_CHUNK = 1 << 16
+
+@dataclass(frozen=True)
+class Term:
+    """One deviate in the noise on each entry of the dimension along which twins are consumed.
+
+    Attributes:
+        drawn_as: the entry whose deviate it is, int64 of shape [size].
+        factor: what it is multiplied with, float64 of the same shape.
+    """
+
+    drawn_as: Tensor
+    factor: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
 class ZeroSumNoise:
     """The noise on one grown weight; an element's depends on the old weight's RMS and on its own index alone.
 
-    Element w of a unit with m > 1 twins gets ``strength * RMS(old) * d/d' * sqrt(m / (m - 1)) * (n - mean of n over the
-    twins)`` with n standard normal: noise of ``strength`` times the RMS of evenly shared copies. Copies of a unit on
-    the weight's other dimensions share its noise, so that they are still copies.
+    The weights that consume a unit with twins get noise of ``strength * RMS(old) * d/d'``: ``strength`` times the RMS
+    of evenly shared copies. :func:`zero_sum` says how it cancels. Copies of a unit on the weight's other dimensions
+    share its noise, so that they are still copies.
 
     Attributes:
         key: of the random stream.
         place: which of the weight's dimensions it is along which twins are consumed.
-        twins: the entries of that dimension that are consumed alike, int64 of shape [most twins, size]; -1 for none.
-        strength: RMS of the noise over that of the weights, times d/d', for each of its entries; float64.
+        terms: what :func:`zero_sum` gives for its entries.
         sources: the old index of every index, by dimension.
         first: index of the first expert held, for stacked experts.
         matrices: how many equal stretches with an RMS of their own the weight has.
@@ -44,48 +52,67 @@ class ZeroSumNoise:
 
     key: int
     place: int
-    twins: Tensor
-    strength: Tensor
+    terms: tuple[Term, ...]
     sources: tuple[Tensor, ...]
     first: int
     matrices: int
 
-    def add(self, out: Tensor, start: int, spreads: Sequence[Spread]) -> None:
-        """Add it to the elements ``start ..`` of the grown weight, 1-D."""
+    def add(self, out_RC: Tensor, row: int, column: int, spreads: Sequence[Spread]) -> None:
+        """Add it to the rectangle of the grown weight that begins at a row and a column.
+
+        Rows are all dimensions but the last, flattened.
+        """
+        last = len(self.sources) - 1
+        rows, columns = torch.arange(row, row + out_RC.shape[0]), slice(column, column + out_RC.shape[1])
         rms = torch.tensor([spread.rms for spread in spreads], dtype=torch.float64)
-        per_matrix = max(math.prod(self._sizes) // self.matrices, 1)
-        for first in range(start, start + out.numel(), _CHUNK):
-            flat = torch.arange(first, min(first + _CHUNK, start + out.numel()))
-            noise = self._of(flat) * rms[flat // per_matrix]
-            out[first - start : first - start + len(flat)] += noise.to(out.device, out.dtype)
-
-    def _of(self, flat: Tensor) -> Tensor:
-        """The noise of some elements over the RMS of their matrix, float64."""
-        base = torch.zeros_like(flat)
-        stride, rest = 1, flat
-        own, own_stride = flat, 1
-        for place, (size, source) in reversed(list(enumerate(zip(self._sizes, self.sources, strict=True)))):
-            index = rest % size
-            rest = rest // size
-            if place == self.place:
-                own, own_stride = index, stride
-                stride *= size
+        rows_per_matrix = max(math.prod(map(len, self.sources[:-1])) // self.matrices, 1)
+        for term in self.terms:
+            if self.place == last:
+                drawn_as, factor = term.drawn_as[columns], term.factor[columns]
             else:
-                base += (source[index] + (self.first if place == 0 else 0)) * stride
-                stride *= int(source.max()) + 1
-        twins = self.twins[:, own]
-        exists = twins >= 0
-        # One after the other: how a reduction adds up depends on how many elements are asked for.
-        total = torch.zeros(len(flat), dtype=torch.float64)
-        for of_twin, there in zip(twins, exists, strict=True):
-            total += standard_normal(self.key, base + of_twin * own_stride) * there
-        m = exists.sum(0)
-        noise = standard_normal(self.key, base + own * own_stride) - total / m
-        return torch.where(m > 1, self.strength[own] * noise * (m / (m - 1).clamp(min=1)).sqrt(), 0.0)
+                drawn_as, factor = self.sources[last][columns], torch.ones(out_RC.shape[1])
+            row_drawn_as, row_factor = self._of_rows(rows, term)
+            add_normal(out_RC, self.key, row_drawn_as, drawn_as, rms[rows // rows_per_matrix] * row_factor, factor)
 
-    @cached_property
-    def _sizes(self) -> tuple[int, ...]:
-        return tuple(len(source) for source in self.sources)
+    def _of_rows(self, rows: Tensor, term: Term) -> tuple[Tensor, Tensor]:
+        """The rows whose deviates ``rows`` have in a term, and their factors."""
+        drawn_as, factor = torch.zeros_like(rows), torch.ones(len(rows), dtype=torch.float64)
+        stride = 1
+        for place, source in reversed(list(enumerate(self.sources[:-1]))):
+            index, rows = rows % len(source), rows // len(source)
+            if place == self.place:
+                drawn_as += term.drawn_as[index] * stride
+                factor = term.factor[index]
+                stride *= len(source)
+            else:
+                drawn_as += (source[index] + (self.first if place == 0 else 0)) * stride
+                stride *= int(source.max()) + 1
+        return drawn_as, factor
+
+
+def zero_sum(twins: Tensor, strength: Tensor) -> tuple[Term, ...]:
+    """Noise of RMS ``strength`` on entries, each different from its twins', that sums to zero over all twins.
+
+    Twins go in pairs, with opposite deviates. Of an odd number the last three have the differences, over sqrt(2), of
+    three deviates in a ring. An entry without twins has none.
+
+    Args:
+        twins: the entries that are consumed alike, as :func:`consumed_twins` gives them.
+        strength: of each entry, the same for twins.
+    """
+    size = twins.shape[1]
+    own, number = torch.arange(size), (twins >= 0).sum(0)
+    place = (twins == own).int().argmax(0)  # among its twins
+    ring = number - 3
+    in_ring = (number % 2 == 1) & (place >= ring) & (number > 1)
+    even = 1.0 - 2.0 * (place % 2).double()
+    drawn_as = torch.where(in_ring, own, twins[place - place % 2, own])
+    factor = torch.where(in_ring, math.sqrt(0.5), torch.where(number > 1, even, 0.0))
+    terms = [Term(drawn_as, strength * factor)]
+    if bool(in_ring.any()):
+        following = torch.where(in_ring, ring + (place - ring + 1) % 3, place)
+        terms.append(Term(twins[following, own], strength * -math.sqrt(0.5) * in_ring.double()))
+    return tuple(terms)
 
 
 def consumed_twins(dim: Dim, growths: Mapping[str, AxisGrowth]) -> Tensor:

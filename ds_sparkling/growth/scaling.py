@@ -115,8 +115,8 @@ def consumed_shares(growth: AxisGrowth, strategy: Strategy, number: int) -> Tens
     source, m = source_units(*sizes), multiplicities(*sizes).double()
     if strategy.split.shares is None:
         # A sum of two squared normals is exponential, without a logarithm, which differs between vector units.
-        pairs = torch.arange(2 * growth.after).view(2, -1)
-        first, second = standard_normal(stream_key(strategy.seed, number, f"split/{growth.axis}"), pairs).square()
+        key = stream_key(strategy.seed, number, f"split/{growth.axis}")
+        first, second = standard_normal(key, torch.arange(2), torch.arange(growth.after)).double().square()
         parts = first + second
     else:
         old, copy = strategy.split.shares

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ds_sparkling.growth.noise import consumed_twins
+from ds_sparkling.growth.noise import Term, consumed_twins, zero_sum
 from ds_sparkling.growth.plan import GrowthPlan
 from ds_sparkling.growth.scaling import AxisGrowth, Scale, UnitScales, unit_scales
 from ds_sparkling.growth.units import old_units, paired_units, source_units
@@ -125,13 +125,12 @@ class GrowthTables:
         grown = ((self.growths[axis], power) for axis, power in axes.powers if axis in self.growths)
         return math.prod((growth.after / growth.before) ** power for growth, power in grown)
 
-    def twins(self, dim: Dim) -> Tensor:
-        """The indices that are consumed alike, as :func:`~ds_sparkling.growth.noise.consumed_twins` gives them."""
-        return self._once(("twins", dim), lambda: consumed_twins(dim, self.growths))
-
-    def noise_strength(self, dim: Dim) -> Tensor:
-        """RMS of the noise on each entry over that of the weights, times d/d'; float64."""
-        return self._once(("noise", dim), lambda: dim.laid(self._noise_strength))
+    def noise(self, dim: Dim) -> tuple[Term, ...]:
+        """The noise on the entries of a dimension along which twins are consumed, over the RMS of the old weights."""
+        return self._once(
+            ("noise", dim),
+            lambda: zero_sum(consumed_twins(dim, self.growths), dim.laid(self._noise_strength)),
+        )
 
     def consumes_grown(self, leaf: Dim) -> bool:
         """Whether a leaf consumes the units of an axis that grows."""
@@ -211,6 +210,7 @@ class GrowthTables:
         return _OF_INIT[init]
 
     def _noise_strength(self, leaf: Dim) -> Tensor:
+        """RMS of the noise on each entry over that of the weights, times d/d'; float64."""
         if leaf.axis is None:
             return torch.zeros(leaf.fixed, dtype=torch.float64)
         growth = self.growths[leaf.axis]

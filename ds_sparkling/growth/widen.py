@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -21,7 +22,7 @@ from torch import Tensor
 from ds_sparkling.errors import PlanError
 from ds_sparkling.growth.noise import ZeroSumNoise
 from ds_sparkling.growth.plan import GrowthPlan, ParamPlan
-from ds_sparkling.growth.random import standard_normal, stream_key
+from ds_sparkling.growth.random import add_normal, stream_key
 from ds_sparkling.growth.scaling import Scale
 from ds_sparkling.growth.stretches import Stretches
 from ds_sparkling.growth.survey import Elements, Spread, Statistics, Survey
@@ -30,11 +31,14 @@ from ds_sparkling.spec.axes import FIXED, Dim, Role
 from ds_sparkling.spec.state_kinds import StateKind, gradient_degree
 from ds_sparkling.spec.strategy import OptimizerState, Strategy
 
-#: Elements drawn at a time; bounds the temporaries of random initialisation.
+#: Elements drawn at a time by each thread of the CPU, which stay in its cache until they are scaled and rounded.
 _DRAW_CHUNK = 1 << 16
 
-#: Elements of a perturbed weight that are made at a time.
-_NOISE_CHUNK = 1 << 20
+#: Elements of a perturbed weight that are made at a time by each thread of the CPU.
+_NOISE_CHUNK = 1 << 18
+
+#: Both on another device, whose temporaries it bounds.
+_DEVICE_CHUNK = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -122,7 +126,7 @@ class Widener:
         else:
             self.before, self.after = self.param.before, self.param.after
         self._first_expert = first
-        self._first_element = first * math.prod(self.param.after[1:])
+        self._first_row = first * math.prod(self.param.after[1:-1])
         self._dims = self.param.axes.dims
 
     @property
@@ -159,13 +163,15 @@ class Widener:
         if self._noise is None:
             self._fill(elements, out, start, recipe)
             return
-        wide = torch.float32 if out.itemsize < 4 else out.dtype
-        for first in range(0, out.numel(), _NOISE_CHUNK):
-            piece = out[first : first + _NOISE_CHUNK]
-            exact = torch.empty_like(piece, dtype=wide)
-            self._fill(elements, exact, start + first, recipe)
-            self._noise.add(exact, start + first, statistics.spreads)
-            piece.copy_(exact)
+        chunk = _chunk(_NOISE_CHUNK, out.device)
+        for first in range(0, out.numel(), chunk):
+            piece = out[first : first + chunk]
+            with _exact(piece) as exact:
+                self._fill(elements, exact, start + first, recipe)
+                for place in self._rectangles(start + first, start + first + len(exact)):
+                    block = exact[place.start - start - first : place.stop - start - first]
+                    block_RC = block.view(place.rows, place.columns)
+                    self._noise.add(block_RC, place.first_row, place.first_column, statistics.spreads)
 
     def statistics(self, old: Tensor | Elements, weights: Statistics | None = None) -> Statistics:
         """What the new entries need to know of all of ``old``.
@@ -337,8 +343,7 @@ class Widener:
         return ZeroSumNoise(
             key=stream_key(*self._seed, f"perturbation/{self.param.name}"),
             place=place,
-            twins=self._tables.twins(self._dims[place]),
-            strength=self._tables.noise_strength(self._dims[place]),
+            terms=self._tables.noise(self._dims[place]),
             sources=tuple(table.source for table in self._indices),
             first=self._first_expert,
             matrices=self._matrices,
@@ -464,15 +469,16 @@ class Widener:
             if kind in recipe.zeroed:
                 block.zero_()
                 continue
+            row = row_scale[rows.start - top : rows.stop - top] if isinstance(row_scale, Tensor) else row_scale
+            column = column_scale[columns.start : columns.stop] if isinstance(column_scale, Tensor) else column_scale
+            if kind is Kind.RANDOM:
+                self._draw(block, rows, columns, row, column, recipe)
+                continue
             if kind is Kind.MEAN:
                 source = self._mean(rows, columns, recipe.statistics).to(block.device)
                 source = source.to(torch.float32 if block.itemsize < 4 else block.dtype).expand(block.shape)
-            elif kind is Kind.RANDOM:
-                source = self._draw(rows, columns, recipe.statistics.spreads).to(block.device)
             else:
                 source = self._old(old, rows, columns)
-            row = row_scale[rows.start - top : rows.stop - top] if isinstance(row_scale, Tensor) else row_scale
-            column = column_scale[columns.start : columns.stop] if isinstance(column_scale, Tensor) else column_scale
             _scaled_copy(block, source, row, column, recipe.offset)
 
     def _old(self, old: Elements, rows: IndexRun, columns: IndexRun) -> Tensor:
@@ -492,28 +498,37 @@ class Widener:
             return mean[rows.source : rows.source + len(rows), None]
         return mean if len(mean) == 1 else mean[columns.source : columns.source + len(columns)]
 
-    def _draw(self, rows: IndexRun, columns: IndexRun, spreads: Sequence[Spread]) -> Tensor:
-        """Random entries of a rectangle, fp32 on the CPU: gains around their mean, other weights around zero."""
-        width, table = self.after[-1], self._indices[-1]
-        key = stream_key(*self._seed, self.param.name)
-        drawn = torch.empty(len(rows), len(columns))
-        per_chunk = max(_DRAW_CHUNK // drawn.shape[1], 1)
-        column_index = torch.arange(columns.start, columns.stop)
+    def _draw(
+        self, out_RC: Tensor, rows: IndexRun, columns: IndexRun, row: Scale, column: Scale, recipe: _Recipe
+    ) -> None:
+        """Fill a rectangle with random entries: gains around their mean, others around zero.
+
+        The mean is scaled as an old entry would be. The deviate is added to it, times a factor per row and one per
+        column, which have everything else in them.
+        """
+        index, table = torch.arange(rows.start, rows.stop), self._indices[-1]
+        key, spreads = stream_key(*self._seed, self.param.name), recipe.statistics.spreads
         gain = any(leaf.role is Role.GAIN for leaf in self.param.axes.leaves)
-        mean = torch.tensor([s.mean if gain else 0.0 for s in spreads], dtype=torch.float64)
+        matrix = index // max(math.prod(self.after[:-1]) // len(spreads), 1)
+        mean = torch.tensor([s.mean if gain else 0.0 for s in spreads], dtype=torch.float64, device=out_RC.device)
         std = torch.tensor([s.std if gain else s.rms for s in spreads], dtype=torch.float64)
-        rows_per_matrix = max(math.prod(self.after[:-1]) // len(spreads), 1)
-        for chunk_start in range(rows.start, rows.stop, per_chunk):
-            chunk_stop = min(chunk_start + per_chunk, rows.stop)
-            row_index = torch.arange(chunk_start, chunk_stop)
-            drawn_as, sign = self._drawn_as(row_index)
-            place = drawn_as[:, None] * width + table.drawn_as[column_index]
-            normal = standard_normal(key, self._first_element + place) * sign[:, None]
-            if table.sign is not None:
-                normal *= table.sign[column_index]
-            matrix = row_index // rows_per_matrix
-            drawn[chunk_start - rows.start : chunk_stop - rows.start] = normal * std[matrix, None] + mean[matrix, None]
-        return drawn
+        drawn_as, sign = self._drawn_as(index)
+        row_factor = std[matrix] * sign * row
+        column_drawn_as, column_sign = (t[columns.start : columns.stop] for t in (table.drawn_as, table.signs))
+        column_factor = column_sign * column
+        per_chunk = max(_chunk(_DRAW_CHUNK, out_RC.device) // len(columns), 1)
+        for start in range(0, len(rows), per_chunk):
+            some = slice(start, start + per_chunk)
+            with _exact(out_RC[some]) as exact:
+                if gain:
+                    own = row[some] if isinstance(row, Tensor) else row
+                    source = mean[matrix[some], None].to(exact.dtype).expand(exact.shape)
+                    _scaled_copy(exact, source, own, column, recipe.offset)
+                else:
+                    exact.zero_()
+                add_normal(
+                    exact, key, self._first_row + drawn_as[some], column_drawn_as, row_factor[some], column_factor
+                )
 
 
 @torch.no_grad()
@@ -525,6 +540,22 @@ def grown_buffer(plan: GrowthPlan, name: str, old: Tensor) -> Tensor:
     out = torch.empty(widener.numel, dtype=old.dtype, device=old.device)
     widener.weight(old, out)
     return out.view(widener.after)
+
+
+def _chunk(per_thread: int, device: torch.device) -> int:
+    """Elements to make at a time."""
+    return per_thread * torch.get_num_threads() if device.type == "cpu" else _DEVICE_CHUNK
+
+
+@contextmanager
+def _exact(out: Tensor) -> Iterator[Tensor]:
+    """Where what goes into ``out`` is computed: itself, or for a half precision fp32, which is rounded at the end."""
+    if out.itemsize >= 4:
+        yield out
+        return
+    exact = torch.empty_like(out, dtype=torch.float32)
+    yield exact
+    out.copy_(exact)
 
 
 def _scaled_copy(out_RC: Tensor, source_RC: Tensor, row: Scale, column: Scale, offset: float) -> None:
