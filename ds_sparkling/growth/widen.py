@@ -25,20 +25,14 @@ from ds_sparkling.growth.plan import GrowthPlan, ParamPlan
 from ds_sparkling.growth.random import add_normal, stream_key
 from ds_sparkling.growth.scaling import Scale
 from ds_sparkling.growth.stretches import Stretches
-from ds_sparkling.growth.survey import Elements, Spread, Statistics, Survey
+from ds_sparkling.growth.survey import Elements, Statistics, Survey
 from ds_sparkling.growth.tables import GrowthTables, IndexRun, IndexTable, Kind, index_runs
 from ds_sparkling.spec.axes import FIXED, Dim, Role
 from ds_sparkling.spec.state_kinds import StateKind, gradient_degree
 from ds_sparkling.spec.strategy import OptimizerState, Strategy
 
-#: Elements drawn at a time by each thread of the CPU, which stay in its cache until they are scaled and rounded.
-_DRAW_CHUNK = 1 << 16
-
-#: Elements of a perturbed weight that are made at a time by each thread of the CPU.
-_NOISE_CHUNK = 1 << 18
-
-#: Both on another device, whose temporaries it bounds.
-_DEVICE_CHUNK = 1 << 22
+#: Elements that are drawn or perturbed at a time by each thread of the CPU, and on another device; bounds temporaries.
+_CHUNK, _DEVICE_CHUNK = 1 << 20, 1 << 22
 
 
 @dataclass(frozen=True)
@@ -163,7 +157,7 @@ class Widener:
         if self._noise is None:
             self._fill(elements, out, start, recipe)
             return
-        chunk = _chunk(_NOISE_CHUNK, out.device)
+        chunk = _chunk(out.device)
         for first in range(0, out.numel(), chunk):
             piece = out[first : first + chunk]
             with _exact(piece) as exact:
@@ -516,7 +510,7 @@ class Widener:
         row_factor = std[matrix] * sign * row
         column_drawn_as, column_sign = (t[columns.start : columns.stop] for t in (table.drawn_as, table.signs))
         column_factor = column_sign * column
-        per_chunk = max(_chunk(_DRAW_CHUNK, out_RC.device) // len(columns), 1)
+        per_chunk = max(_chunk(out_RC.device) // len(columns), 1)
         for start in range(0, len(rows), per_chunk):
             some = slice(start, start + per_chunk)
             with _exact(out_RC[some]) as exact:
@@ -542,9 +536,9 @@ def grown_buffer(plan: GrowthPlan, name: str, old: Tensor) -> Tensor:
     return out.view(widener.after)
 
 
-def _chunk(per_thread: int, device: torch.device) -> int:
-    """Elements to make at a time."""
-    return per_thread * torch.get_num_threads() if device.type == "cpu" else _DEVICE_CHUNK
+def _chunk(device: torch.device) -> int:
+    """Elements to draw at a time."""
+    return _CHUNK * torch.get_num_threads() if device.type == "cpu" else _DEVICE_CHUNK
 
 
 @contextmanager
