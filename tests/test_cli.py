@@ -87,8 +87,8 @@ def test_train_gives_the_launcher_its_options_and_the_job_the_others(monkeypatch
 
 
 def test_every_python_tool_is_a_command_unless_it_needs_a_checkout() -> None:
-    needs_checkout = {"bench-expand", "bench-regrow", "bench-step", "broken-lines", "check-families", "compile-ops"}
-    needs_checkout |= {"make-docs", "reproduce"}
+    needs_checkout = {"bench-draws", "bench-expand", "bench-regrow", "bench-step", "broken-lines", "check-families"}
+    needs_checkout |= {"compile-ops", "make-docs", "reproduce"}
     assert {path.stem.replace("_", "-") for path in TOOLS.glob("*.py")} - needs_checkout <= COMMANDS.keys()
 
 

@@ -47,8 +47,8 @@ def test_killed_at_random_it_leaves_nothing_that_harms(tmp_path: Path) -> None:
     for number in range(RANDOM_KILLS):
         if number == 0:
             run_tool(checkpoint, out, widths, after_start=chance.uniform(0, ended))
-        else:  # writing takes a small part of the time: spread the others over it
-            share = (number - chance.random()) / (RANDOM_KILLS - 1)
+        else:  # writing takes a small part of the time: one as it begins, and others spread over it
+            share = (number - 1) * chance.uniform(0.5, 1) / (RANDOM_KILLS - 2)
             run_tool(checkpoint, out, widths, after_begin=share * (ended - began))
         assert not out.exists() or hashes(out) == expected
         assert hashes(checkpoint) == before
