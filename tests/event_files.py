@@ -9,8 +9,21 @@ from typing import NamedTuple
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
+from ds_sparkling.spec.run_summary import RunSummary
+
 #: Samples and tokens of an optimizer step, and steps of a run.
 SAMPLES, TOKENS, STEPS = 16, 2048, 100
+#: What the run's job leaves at its end.
+SUMMARY = RunSummary(
+    variant="grown",
+    validation_loss=1.5,
+    steps=STEPS,
+    tokens=TOKENS * STEPS,
+    flops=1e9,
+    seconds=12.0,
+    parameters=9000,
+    active_parameters=3000,
+)
 #: Active parameters before and after the growth, and when it is.
 NARROW, WIDE, GROWN_AT = 1000, 3000, 50
 

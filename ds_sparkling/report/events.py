@@ -8,7 +8,6 @@ replace theirs.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,6 +41,8 @@ _PREFIXES = (
 )
 _GROWTH = "Growth/"
 _NUMBER = "Growth/number"
+#: A number of growths, units or parameters is below this.
+_MOST = 2.0**63
 _PLAN = "Growth/plan/text_summary"
 #: What releases before 0.2 called a growth's number and the learning rate of its elements.
 _FORMER = {"Growth/stage": _NUMBER, "lr/stage_": "lr/birth_"}
@@ -295,7 +296,8 @@ def _read(file: Path) -> tuple[float, EventFile]:
         opened = event.wall_time if opened is None else opened
         for value in event.summary.value:
             _take(value, event, found, odd)
-    found.notes.extend(f"{file}: {note}" for note in (*_unread_in_words(unread, file), *_odd_in_words(odd)))
+    empty = ["it is empty"] if opened is None and not unread else []
+    found.notes.extend(f"{file}: {note}" for note in (*empty, *_unread_in_words(unread, file), *_odd_in_words(odd)))
     return opened or 0.0, found
 
 
@@ -309,9 +311,9 @@ def _take(value: Any, event: Any, found: EventFile, odd: Counter[str]) -> None:
             odd["plan(s) that aren't text"] += 1
     elif value.tag.startswith(_PREFIXES):
         tag = _today(value.tag)
-        number = _number(value)
-        if number is None or (tag.startswith(_GROWTH) and not math.isfinite(number)):
-            odd[f"value(s) of {tag} that aren't numbers"] += 1
+        number, counts = _number(value), tag.startswith(_GROWTH)
+        if number is None or (counts and not (0 <= number < _MOST and number.is_integer())):
+            odd[f"value(s) of {tag} that aren't {'whole ' * counts}numbers"] += 1
         else:
             found.scalars.setdefault(tag, []).append(Event(event.wall_time, event.step, number))
 

@@ -21,19 +21,7 @@ from ds_sparkling.report.event_records import Unread, records
 from ds_sparkling.report.events import Event, EventFile, default_names, merge, read_run, read_runs
 from ds_sparkling.report.page import text
 from ds_sparkling.report.verdict import Kind, verdict
-from ds_sparkling.spec.run_summary import RunSummary
-from event_files import GROWN_AT, SAMPLES, STEPS, TOKENS, Point
-
-SUMMARY = RunSummary(
-    variant="grown",
-    validation_loss=1.5,
-    steps=STEPS,
-    tokens=TOKENS * STEPS,
-    flops=1e9,
-    seconds=12.0,
-    parameters=9000,
-    active_parameters=3000,
-)
+from event_files import GROWN_AT, SAMPLES, STEPS, SUMMARY, TOKENS, Point
 
 
 def test_a_growth_keeps_the_validations_on_both_sides(tmp_path: Path) -> None:
@@ -262,7 +250,7 @@ def test_what_is_no_number_and_no_plan_is_left_out_by_name(tmp_path: Path) -> No
     for step in range(1, 8):
         writer.add_scalar("Train/loss", 1.0, step)
         writer.add_scalar("Growth/number", 1.0 if step > 3 else 0.0, step)
-    for value in (math.nan, math.inf, -math.inf):
+    for value in (math.nan, math.inf, -math.inf, -1.0, 1.5, 3e38):
         writer.add_scalar("Growth/number", value, 5)
         writer.add_scalar("Growth/hidden_size", value, 4)
     writer.add_histogram("Train/loss", np.arange(4.0), 3)
@@ -274,21 +262,22 @@ def test_what_is_no_number_and_no_plan_is_left_out_by_name(tmp_path: Path) -> No
     assert [growth.number for growth in run.growths] == [1]
     assert run.growths[0].plan is None
     told = "\n".join(run.notes)
-    assert "3 value(s) of Growth/number that aren't numbers left out" in told
-    assert "3 value(s) of Growth/hidden_size that aren't numbers left out" in told
+    assert "6 value(s) of Growth/number that aren't whole numbers left out" in told
+    assert "6 value(s) of Growth/hidden_size that aren't whole numbers left out" in told
     assert "1 value(s) of Train/loss that aren't numbers left out" in told
     assert "1 plan(s) that aren't text left out" in told
 
 
 def test_files_that_are_none_are_left_out_by_name(tmp_path: Path) -> None:
     event_files.from_scratch(tmp_path)
-    dangling, loop, directory = (tmp_path / f"events.out.tfevents.{number}" for number in (1, 2, 3))
+    dangling, loop, directory, empty = odd = [tmp_path / f"events.out.tfevents.{number}" for number in (1, 2, 3, 4)]
     dangling.symlink_to(tmp_path / "gone")
     loop.symlink_to(loop)
     directory.mkdir()
+    empty.touch()
     run = read_run(tmp_path, "run")
     assert len(run.curves["Train/loss"]) == STEPS // 10
-    assert [str(path) in note for path, note in zip((dangling, loop, directory), run.notes, strict=True)] == [True] * 3
+    assert [str(path) in note for path, note in zip(odd, run.notes, strict=True)] == [True] * 4
 
 
 def test_names_that_are_formulas_or_no_text_are_shown_as_they_are(tmp_path: Path) -> None:
