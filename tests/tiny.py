@@ -46,14 +46,14 @@ class Case:
 
     @property
     def build_model(self) -> Callable[..., nn.Module]:
-        def build(hidden_size: int = 6, moe_intermediate_size: int = 5) -> nn.Module:
+        def build(hidden_size: int = 6, moe_intermediate_size: int = 5, num_hidden_layers: int = 1) -> nn.Module:
             torch.manual_seed(7)
             model = OlmoeForCausalLM(
                 OlmoeConfig(
                     vocab_size=VOCABULARY,
                     hidden_size=hidden_size,
                     moe_intermediate_size=moe_intermediate_size,
-                    num_hidden_layers=1,
+                    num_hidden_layers=num_hidden_layers,
                     num_attention_heads=2,
                     num_key_value_heads=1,
                     head_dim=4,
@@ -63,8 +63,9 @@ class Case:
                 )
             )
             if self.frozen:
-                model.layers[0].self_attn.q_proj.weight.requires_grad_(False)  # type: ignore[union-attr]
-                model.layers[0].input_layernorm.weight.requires_grad_(False)  # type: ignore[union-attr]
+                for layer in model.layers:
+                    layer.self_attn.q_proj.weight.requires_grad_(False)  # type: ignore[union-attr]
+                    layer.input_layernorm.weight.requires_grad_(False)  # type: ignore[union-attr]
             return model
 
         return build
@@ -257,8 +258,8 @@ def join(answers: list[tuple[State, dict[str, tuple[int, int]]]]) -> State:
 def reference(plan: GrowthPlan, state: State) -> State:
     """The one-process growth of a logical state."""
     grown: State = {}
-    for name, tensors in state.items():
-        widener = Widener(plan, name)
+    for name in (param.name for param in plan.params):
+        tensors, widener = state[plan.source_of(name)], Widener(plan, name)
         grown[name] = {}
         weights = widener.statistics(tensors["weight"])
         for key, old in tensors.items():

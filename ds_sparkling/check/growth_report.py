@@ -15,6 +15,7 @@ from ds_sparkling.discovery.build import BuildModel, base_widths, build_on_meta,
 from ds_sparkling.discovery.comparison import Runnable, compare, first_runnable, fitting_axes
 from ds_sparkling.discovery.find_axes import axes_to_grow
 from ds_sparkling.discovery.forward import Inputs
+from ds_sparkling.discovery.layer_lists import layer_axes, refuse_layers
 from ds_sparkling.discovery.proof import RefutedError, refuted
 from ds_sparkling.discovery.reading import UnreadableError, read
 from ds_sparkling.discovery.small_instance import Instance, instances
@@ -163,6 +164,7 @@ def check_growth(
         PlanError: if the model can't grow so or can't be run; the message names what is in the way.
     """
     before = base_widths(build_model, after, widths)
+    refuse_layers(after, layer_axes(build_model, before, after), "a run that plans it checks it at its start")
     strategy = strategy or Strategy()
     axes, refusal = _axes(build_model, before, after, strategy, inputs, hints)
     model = build_on_meta(build_model, before)

@@ -16,6 +16,7 @@ from ds_sparkling.checkpoint.source import Source
 from ds_sparkling.discovery.build import BuildModel, base_widths, check_wide
 from ds_sparkling.discovery.factory import HuggingFaceFactory, named_factory, named_inputs
 from ds_sparkling.discovery.find_axes import axes_to_grow
+from ds_sparkling.discovery.layer_lists import layer_axes, refuse_layers
 from ds_sparkling.discovery.reading import UnreadableError
 from ds_sparkling.errors import CheckpointError, ConfigError, PlanError
 from ds_sparkling.spec.autoep import BlockNames, block_axes
@@ -25,6 +26,9 @@ from ds_sparkling.spec.config import SparklingConfig, read_json
 from ds_sparkling.spec.record import check_shapes, check_steps
 
 logger = logging.getLogger(__name__)
+
+#: What adds layers, which checkpoints can't get.
+_ONLINE = "plan the growth in the run's config, or call grow on its engine"
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ def checkpoint_axes(source: Source, widths: Mapping[str, int], config: str | Non
     """
     record = source.record
     if config is None:
+        refuse_layers(widths, () if record is None else record.layer_axes, _ONLINE)
         known = record is not None and record.axes and set(widths) <= set(record.tried)
         if record is None or not known:
             raise UnknownAxesError(
@@ -175,6 +180,7 @@ def _probed(
     if config is not None:
         given = {axis: config[axis] for axis in widths if axis in config} | given
     before = base_widths(build_model, widths, given)
+    refuse_layers(widths, layer_axes(build_model, before, widths), _ONLINE)
     # Axes that have grown must stay what they were taken for.
     growths = [growth.widths for growth in source.record.growths] if source.record is not None else []
     try:

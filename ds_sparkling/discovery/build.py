@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from ds_sparkling.discovery.one_rank import frames_of, missing_group, without_peers
 from ds_sparkling.errors import ConfigError, PlanError, UnsupportedError
 from ds_sparkling.spec.axes import ParamAxes
+from ds_sparkling.spec.layers import LayerGrowth, source_of
 
 BuildModel = Callable[..., nn.Module]
 
@@ -191,7 +192,11 @@ class _Undrawn(TorchFunctionMode):
 
 
 def check_wide(
-    build_model: BuildModel, axes: Mapping[str, ParamAxes], widths: Mapping[str, int], after: Mapping[str, int]
+    build_model: BuildModel,
+    axes: Mapping[str, ParamAxes],
+    widths: Mapping[str, int],
+    after: Mapping[str, int],
+    layers: Sequence[LayerGrowth] = (),
 ) -> None:
     """See that ``build_model`` makes at its new widths what the axes say.
 
@@ -199,6 +204,7 @@ def check_wide(
         axes: of the model's parameters, and of its buffers that follow an axis.
         widths: those in force, of all axes.
         after: the axes that grow.
+        layers: the lists of layers that get longer with them.
 
     Raises:
         PlanError: names a parameter or a buffer that would have another shape.
@@ -208,9 +214,10 @@ def check_wide(
     planned = {name: axes[name].shape(shapes[name], wide) if name in axes else None for name in shapes}
     planned.update({name: shapes[name] for name in saved_buffers(narrow) if name not in axes})
     for name, shape in shapes_of(build_on_meta(build_model, wide)).items():
-        if shape != planned.get(name):
+        found = planned.get(source_of(name, layers))
+        if shape != found:
             raise PlanError(
-                f"{name} would become {planned.get(name)}, but build_model makes it {shape} at {wide}; if its size "
+                f"{name} would become {found}, but build_model makes it {shape} at {wide}; if its size "
                 "follows from several widths, they have to grow together, by the same "
                 f"ratio{by_one_ratio(widths, after)}"
             )

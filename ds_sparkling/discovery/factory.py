@@ -19,12 +19,17 @@ from ds_sparkling.spec.config import read_json
 TRANSFORMERS = ((5, 9), (5, 23))
 
 
+#: What configs of the library call the number of layers, and what some call it besides.
+LAYERS, _LAYERS_TOO = "num_hidden_layers", ("num_layers",)
+
+
 @dataclass(frozen=True)
 class HuggingFaceFactory:
     """Builds a causal language model of the transformers library from its config, whatever widths are asked for.
 
     Where the config leaves ``head_dim`` to be the hidden size over the heads, it stays what it is at the config's own
-    widths: heads keep their size when the hidden size grows.
+    widths: heads keep their size when the hidden size grows. Lists in the config that have one entry per layer, as
+    ``layer_types`` has, are repeated when the number of layers grows.
 
     Attributes:
         config: the contents of a ``config.json``.
@@ -34,7 +39,9 @@ class HuggingFaceFactory:
 
     def __call__(self, **widths: int) -> Any:
         transformers = import_transformers()
-        settings = transformers.AutoConfig.for_model(**{**self.config, **self.head_size, **widths})
+        settings = transformers.AutoConfig.for_model(
+            **{**self.config, **self.head_size, **self._layer_lists(widths), **widths}
+        )
         return transformers.AutoModelForCausalLM.from_config(settings)
 
     @cached_property
@@ -56,7 +63,20 @@ class HuggingFaceFactory:
             return dict(self.config)
         own = {own_name(self.config, axis): width for axis, width in widths.items()}
         aliases = {axis for axis in widths if axis not in own}  # which would take precedence
-        return {**{key: value for key, value in self.config.items() if key not in aliases}, **self.head_size, **own}
+        kept = {key: value for key, value in self.config.items() if key not in aliases}
+        return {**kept, **self.head_size, **self._layer_lists(widths), **own}
+
+    def _layer_lists(self, widths: Mapping[str, int]) -> dict[str, Any]:
+        """The config's lists of one entry per layer, at another number of layers."""
+        found: dict[str, Any] = {}
+        for axis, count in widths.items():
+            own = own_name(self.config, axis)
+            if own in {own_name(self.config, LAYERS), *_LAYERS_TOO}:
+                total = getattr(import_transformers().AutoConfig.for_model(**self.config), own)
+                for key, value in self.config.items():
+                    if isinstance(value, list) and len(value) == total:
+                        found[key] = [value[layer % total] for layer in range(count)]
+        return found
 
 
 def own_name(config: Mapping[str, Any], name: str) -> str:

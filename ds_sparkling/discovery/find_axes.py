@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from ds_sparkling.discovery.build import BuildModel
 from ds_sparkling.discovery.forward import Inputs, NotRunnableError
+from ds_sparkling.discovery.layer_lists import at_depth, layer_axes
 from ds_sparkling.discovery.moves import counts_experts
 from ds_sparkling.discovery.patience import Patience
 from ds_sparkling.discovery.proof import Attempt, Proof, kept, refutation
@@ -27,7 +28,7 @@ class Found:
 
     Attributes:
         axes: what their dimensions are.
-        proof: whether growing was shown to keep the model's function.
+        proof: whether growing widths was shown to keep the model's function.
         tried: the axes of which ``axes`` is known to be right: those that were tried; all, if types and names leave
             no doubt.
     """
@@ -35,6 +36,41 @@ class Found:
     axes: dict[str, ParamAxes]
     proof: Proof
     tried: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class WidthsAlone:
+    """A model, and the growths of its widths alone: what counts layers stays what it is.
+
+    Attributes:
+        build_model: builds the model from its widths.
+        widths: those in force.
+        growths: the widths that grow together, and what to; one growth after the other.
+        layer_axes: the axes that were left out.
+    """
+
+    build_model: BuildModel
+    widths: dict[str, int]
+    growths: tuple[dict[str, int], ...]
+    layer_axes: tuple[str, ...]
+
+    @classmethod
+    def of(
+        cls, build_model: BuildModel, widths: Mapping[str, int], growths: Sequence[Mapping[str, int]]
+    ) -> WidthsAlone:
+        """Those of any growths.
+
+        Raises:
+            PlanError: if the model can't be built as it is.
+        """
+        deep = layer_axes(build_model, widths, widths)
+        alone = ({axis: width for axis, width in growth.items() if axis not in deep} for growth in growths)
+        return cls(
+            at_depth(build_model, {axis: widths[axis] for axis in deep}),
+            {axis: width for axis, width in widths.items() if axis not in deep},
+            tuple(growth for growth in alone if growth),
+            deep,
+        )
 
 
 def axes_to_grow(
@@ -63,10 +99,15 @@ def axes_to_grow(
     Raises:
         PlanError: as :func:`find_axes`.
     """
+    alone = WidthsAlone.of(build_model, widths, growths)
     if not check:
-        return Found(probe(build_model, widths, hints), Proof(None, "check is false"), tuple(sorted(widths)))
-    past = [TrialGrowth(widths, tuple(growth)) for growth in grown]
-    return _find(build_model, widths, [*planned(widths, growths, strategy), *past], hints, inputs)
+        axes = probe(alone.build_model, alone.widths, hints)
+        return Found(axes, Proof(None, "check is false"), tuple(sorted(widths)))
+    past = [tuple(axis for axis in growth if axis not in alone.layer_axes) for growth in grown]
+    trials = [*planned(alone.widths, alone.growths, strategy)]
+    trials += [TrialGrowth(alone.widths, growth) for growth in past if growth]
+    found = _find(alone.build_model, alone.widths, trials, hints, inputs)
+    return replace(found, tried=tuple(sorted({*found.tried, *alone.layer_axes})))
 
 
 def planned(

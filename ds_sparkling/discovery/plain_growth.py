@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from ds_sparkling.discovery.build import saved_buffers
 from ds_sparkling.errors import PlanError
 from ds_sparkling.growth import GrowthPlan, GrowthTables, Widener, make_plan
 from ds_sparkling.spec.axes import ParamAxes
+from ds_sparkling.spec.layers import LayerGrowth
 from ds_sparkling.spec.strategy import Strategy
 
 #: Spread of what is added to gains and biases, which models start at zero or one.
@@ -65,6 +66,7 @@ def plan_of(
     before: Mapping[str, int],
     after: Mapping[str, int],
     strategy: Strategy,
+    layers: Sequence[LayerGrowth] = (),
 ) -> GrowthPlan:
     """The plan of growing a plain module.
 
@@ -73,7 +75,7 @@ def plan_of(
     """
     shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
     buffers = {name: tuple(buffer.shape) for name, buffer in saved_buffers(model).items()}
-    return make_plan(shapes, axes, before, after, strategy, number=1, buffers=buffers)
+    return make_plan(shapes, axes, before, after, strategy, number=1, buffers=buffers, layers=layers)
 
 
 @torch.no_grad()
@@ -106,8 +108,9 @@ def grow_into(
             continue
         widener = Widener(plan, name, tables=tables)
         grown = torch.empty(math.prod(widener.after), dtype=param.dtype)
-        widener.weight(old[name].detach(), grown)
+        widener.weight(old[plan.source_of(name)].detach(), grown)
         param.copy_(grown.view(widener.after))
     for name, buffer in saved_buffers(wide).items():
-        if name not in growing and name in kept and kept[name].shape == buffer.shape:
-            buffer.copy_(kept[name])
+        held = kept.get(plan.source_of(name))
+        if name not in growing and held is not None and held.shape == buffer.shape:
+            buffer.copy_(held)

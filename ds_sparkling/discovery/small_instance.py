@@ -6,13 +6,13 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import nn
 
 from ds_sparkling.discovery.build import BuildModel, build_alone, build_on_meta
 from ds_sparkling.discovery.factory import HuggingFaceFactory
+from ds_sparkling.discovery.layer_lists import kinds_of, layer_lists
 from ds_sparkling.discovery.moves import Moves, find_moves
 from ds_sparkling.discovery.small_config import (
     TOKENS,
@@ -186,24 +186,14 @@ def _hugging_face_families(
 def layer_kinds(model: nn.Module) -> dict[str, tuple[int, int]]:
     """For every outermost list of modules: the shortest prefix with all kinds of its modules, and its length.
 
-    Two modules are of one kind if their submodules and parameters have the same names, types and shapes, and the
-    model's config declares no different ``layer_types``. A prefix has two modules at least.
+    A prefix has two modules at least.
     """
     found: dict[str, tuple[int, int]] = {}
-    for name, module in model.named_modules():
-        inside = any(name.startswith(f"{other}.") for other in found)
-        if isinstance(module, nn.ModuleList) and len(module) and not inside:
-            declared = getattr(getattr(model, "config", None), "layer_types", None)
-            types = declared if isinstance(declared, list) and len(declared) == len(module) else [None] * len(module)
-            kinds = [(_kind(layer), layer_type) for layer, layer_type in zip(module, types, strict=True)]
-            prefix = max(kinds.index(kind) for kind in kinds) + 1
-            found[name] = (min(max(prefix, 2), len(module)), len(module))
+    for name, layers in layer_lists(model).items():
+        kinds = kinds_of(model, layers)
+        prefix = max(kinds.index(kind) for kind in kinds) + 1
+        found[name] = (min(max(prefix, 2), len(kinds)), len(kinds))
     return found
-
-
-def _kind(layer: nn.Module) -> tuple[Any, ...]:
-    modules = tuple((name, type(module)) for name, module in layer.named_modules())
-    return modules, tuple((name, tuple(param.shape)) for name, param in layer.named_parameters())
 
 
 def _narrowed(family: _Family) -> Iterator[Instance]:

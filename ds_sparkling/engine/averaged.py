@@ -55,6 +55,8 @@ def grow_averaged(
         GrowthError: names the parameter that the average lacks, or that has no widths that the engine has had.
     """
     run, params, held = run_of(engine), dict(engine.module.named_parameters()), held_parameters(engine)
+    if any(plan.layers for plan in run.plans):
+        raise GrowthError("averages of the weights don't grow with the number of layers yet: start a new average")
     entries = dict(averaged.named_parameters()) if isinstance(averaged, nn.Module) else averaged
     prefix = _prefix(params, entries)
     weights = {name: entries[prefix + name].detach() for name in params}

@@ -38,11 +38,13 @@ class Carried:
         self._training = {name: module.training for name, module in engine.module.named_modules()}
         self._frozen = _frozen_names(engine)
 
-    def check(self, engine: DeepSpeedEngine) -> None:
+    def check(self, engine: DeepSpeedEngine, plan: GrowthPlan) -> None:
         """Raise GrowthError if the fresh ``engine`` isn't built like the old one: groups, frozen parameters."""
-        self._origins(engine)
-        if _frozen_names(engine) != self._frozen:
-            changed = sorted(_frozen_names(engine) ^ self._frozen)
+        self._origins(engine, plan)
+        frozen = frozenset(map(plan.source_of, _frozen_names(engine)))
+        trained = {plan.source_of(name) for group in group_names(engine) for name in group}
+        if frozen != self._frozen or frozen & trained:
+            changed = sorted((frozen ^ self._frozen) | (frozen & trained))
             raise GrowthError(
                 f"requires_grad of {changed[:3]} isn't what it was; freeze parameters inside build_model, so that the "
                 "grown model has them frozen too"
@@ -58,23 +60,23 @@ class Carried:
         for name, value in self._counters.items():
             setattr(engine, name, value)
         adapter_of(engine).set_step_state(self._step_state)
-        origins = self._origins(engine)
+        origins = self._origins(engine, plan)
         for group, origin in zip(adapter_of(engine).base.param_groups, origins, strict=True):
             group.update(self._groups[origin])
         if self._schedule is not None:
             engine.lr_scheduler.load_state_dict(regrouped_state(self._schedule, origins))
         for name, buffer in saved_buffers(engine.module).items():
-            if name in self._buffers:
-                grown = grown_buffer(plan, name, self._buffers[name])
+            if plan.source_of(name) in self._buffers:
+                grown = grown_buffer(plan, name, self._buffers[plan.source_of(name)])
                 if grown.shape != buffer.shape:
                     raise GrowthError(
                         f"buffer {name} is {tuple(buffer.shape)} in the grown engine, planned was {tuple(grown.shape)}"
                     )
                 buffer.copy_(grown)
         for name, module in engine.module.named_modules():
-            module.training = self._training.get(name, module.training)
+            module.training = self._training.get(plan.source_of(name), module.training)
 
-    def _origins(self, engine: DeepSpeedEngine) -> list[int]:
+    def _origins(self, engine: DeepSpeedEngine, plan: GrowthPlan) -> list[int]:
         """The old group that each of the fresh engine's groups has its settings from.
 
         DeepSpeed splits the experts' group by its number of elements, so a grown model may have more of them.
@@ -83,7 +85,7 @@ class Carried:
             GrowthError: if a group has parameters of old groups that were set differently.
         """
         origins: list[int] = []
-        for names in group_names(engine):
+        for names in (frozenset(map(plan.source_of, group)) for group in group_names(engine)):
             found = [index for index, old in enumerate(self._group_names) if names & old]
             known = frozenset().union(*(self._group_names[index] for index in found))
             alike = all(self._groups[index] == self._groups[found[0]] for index in found)

@@ -115,7 +115,7 @@ def _made(transition: Transition, all_ranks: FailTogether) -> DeepSpeedEngine:
     run = replace(transition.run, arguments={**transition.run.arguments, "training_data": None})
     with all_ranks.together():
         grown = new_engine(run, transition.group)
-        transition.carried.check(grown)
+        transition.carried.check(grown, transition.plan)
         make_room(transition.plan, transition.old, grown)
     all_ranks.settle()
     return grown

@@ -37,7 +37,8 @@ def make_room(plan: GrowthPlan, old: dict[str, Shard], engine: DeepSpeedEngine) 
     """
     access.release_memory()
     adapter_of(engine).begin_writing()
-    access.make_states(engine, old, drop=plan.strategy.optimizer_state is OptimizerState.DROP)
+    templates = {name: old[plan.source_of(name)] for name in held_parameters(engine)}
+    access.make_states(engine, templates, drop=plan.strategy.optimizer_state is OptimizerState.DROP)
     _check_shapes(plan, access.shards(engine), logical_parameters(engine))
 
 
@@ -52,7 +53,8 @@ def move(plan: GrowthPlan, old: dict[str, Shard], engine: DeepSpeedEngine, all_r
         name: Widener(plan, logical.name, logical.stack, tables=tables)
         for name, logical in held_parameters(engine).items()
     }
-    transfers = _transfers(wideners, old, new)
+    sources = {name: old[plan.source_of(name)] for name in new}
+    transfers = _transfers(wideners, sources, new)
     statistics = _statistics(transfers, engine.device, all_ranks)
     local = [transfer for transfer in transfers if transfer.local]
     exchanges = [Exchange(alike, engine.device) for alike in _alike(transfers)]
@@ -67,20 +69,29 @@ def move(plan: GrowthPlan, old: dict[str, Shard], engine: DeepSpeedEngine, all_r
             for arrival in part:
                 with all_ranks:
                     _fill(arrival, statistics.get(arrival.transfer), engine.device)
-    for name, source in old.items():
+    for name, source in sources.items():
         for key in source.wholes:
             whole = source.whole(key, engine.device)
             with all_ranks:
                 _fill_whole(wideners[name], key, whole, new[name].wholes[key])
+    sources.clear()
     old.clear()
     adapter_of(engine).finish_writing()
 
 
-def _transfers(wideners: Mapping[str, Widener], old: Mapping[str, Shard], new: Mapping[str, Shard]) -> list[Transfer]:
-    """Every parameter's weight and states."""
+def _transfers(
+    wideners: Mapping[str, Widener], sources: Mapping[str, Shard], new: Mapping[str, Shard]
+) -> list[Transfer]:
+    """Every parameter's weight and states.
+
+    Args:
+        wideners: by the parameter's name in the fresh engine.
+        sources: what it comes from, by the same name.
+        new: where it goes.
+    """
     windows: dict[Hashable, int] = {}
     found = []
-    for name, source in old.items():
+    for name, source in sources.items():
         target = new[name]
         for key in (None, *source.states):
             window = windows.setdefault((_window(target), key), len(windows))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,12 @@ from ds_sparkling.discovery.build import (
     saved_buffers,
     shapes_of,
 )
+from ds_sparkling.discovery.deeper import layer_growths, layer_outputs, more_layers, prove_layers
 from ds_sparkling.discovery.factory import named_inputs
-from ds_sparkling.discovery.find_axes import axes_to_grow, planned
+from ds_sparkling.discovery.find_axes import WidthsAlone, axes_to_grow, planned
 from ds_sparkling.discovery.fingerprint import fingerprint
 from ds_sparkling.discovery.forward import Inputs
 from ds_sparkling.discovery.proof import Proof, prove_growth
-from ds_sparkling.discovery.trial import TrialGrowth
 from ds_sparkling.engine.carry_over import preserved_rng
 from ds_sparkling.engine.fail_together import FailTogether, of_first_rank
 from ds_sparkling.engine.growing_run import GrowingRun
@@ -37,6 +38,7 @@ from ds_sparkling.growth import GrowthPlan, count_parameters, make_plan
 from ds_sparkling.spec.active_experts import active_share, doubt_of_share
 from ds_sparkling.spec.axes import ParamAxes
 from ds_sparkling.spec.config import BLOCK, SparklingConfig
+from ds_sparkling.spec.layers import renumbered, source_of, widths_alone
 from ds_sparkling.spec.record import FILE_NAME, GrowthRecord, check_shapes, read_record
 from ds_sparkling.spec.unsupported import refuse_compiled
 
@@ -58,17 +60,19 @@ _IN_STEP = (
 def plan_growth(engine: DeepSpeedEngine, run: GrowingRun, widths: Mapping[str, int]) -> GrowthPlan:
     """The plan of the whole model, in the engine's parameter names; an empty ``widths`` plans a rebuild."""
     axes = engine_axes(engine, run.record.axes)
+    layers = layer_growths(run.build_model, run.widths, widths, run.config.strategy)
     buffers = {name: tuple(buffer.shape) for name, buffer in saved_buffers(engine.module).items()}
     followers = {name: run.record.axes[name] for name in buffers if name in run.record.axes}
     return make_plan(
         logical_shapes(engine),
         {**axes, **followers},
         run.widths,
-        widths,
+        widths_alone(widths, layers),
         run.config.strategy,
         number=len(run.record.growths) + 1,
         active_share=_shares(engine, axes),
         buffers=buffers,
+        layers=layers,
     )
 
 
@@ -103,29 +107,41 @@ def knowing(
     wanted = [axis for growth in growths for axis in growth]
     widths = base_widths(build_model, [*record.widths, *wanted], record.widths)
     known = record.axes and widths.keys() == record.widths.keys() and set(wanted) <= set(record.tried)
-    coming = list(planned(widths, growths, config.strategy))
-    proofs: list[tuple[TrialGrowth, Proof]] = []
+    alone = WidthsAlone.of(build_model, widths, growths)
+    coming = list(planned(alone.widths, alone.growths, config.strategy))
+    found: Proof | None = None
     if not known:
         grown = [growth.widths for growth in record.growths]
-        found = axes_to_grow(
+        read = axes_to_grow(
             build_model, widths, growths, grown, config.strategy, config.axes, inputs, check=config.check
         )
         started = {axis: record.initial_widths.get(axis, width) for axis, width in widths.items()}
-        record = replace(record, initial_widths=started, axes=found.axes, tried=found.tried)
-        proofs = [(growth, found.proof) for growth in coming]
+        record, found = replace(record, initial_widths=started, axes=read.axes, tried=read.tried), read.proof
+    record = replace(record, layer_axes=alone.layer_axes)
     if not config.check:
         return record
-    prints = {growth.words: fingerprint(build_model, record.axes, growth, tried_on) for growth in coming}
-    if known:
-        proofs = [
-            (growth, prove_growth(build_model, record.axes, growth, inputs))
-            for growth in coming
-            if record.proved.get(growth.words) != prints[growth.words]
-        ]
-    for doubt in dict.fromkeys(proof.doubt for _, proof in proofs if proof.doubt):
+    deeper = list(more_layers(build_model, widths, growths, config.strategy))
+    for growth, layers in deeper:
+        record = replace(record, axes=layer_outputs(build_model, record.axes, growth.widths, layers, inputs))
+    prove: dict[str, Callable[[], Proof]] = {}
+    prints: dict[str, str] = {}
+    for growth in coming:
+        prints[growth.words] = fingerprint(alone.build_model, record.axes, growth, tried_on)
+        prove[growth.words] = partial(prove_growth, alone.build_model, record.axes, growth, inputs)
+    for growth, layers in deeper:
+        prints[growth.words] = fingerprint(build_model, record.axes, growth, tried_on)
+        prove[growth.words] = partial(prove_layers, build_model, record.axes, growth.widths, layers, inputs)
+    tried = {growth.words for growth in coming} if found is not None else set()
+    proofs = {
+        words: found if found is not None and words in tried else prove[words]()
+        for words, print_ in prints.items()
+        if words in tried or record.proved.get(words) != print_
+    }
+    for doubt in dict.fromkeys(proof.doubt for proof in proofs.values() if proof.doubt):
         logger.warning("%s", doubt)
-    proved = {growth.words: prints[growth.words] for growth, proof in proofs if proof}
-    return replace(record, proved={**record.proved, **proved})
+    return replace(
+        record, proved={**record.proved, **{words: prints[words] for words, proof in proofs.items() if proof}}
+    )
 
 
 def agreed(find: Callable[[], GrowthRecord], all_ranks: FailTogether) -> GrowthRecord:
@@ -250,7 +266,7 @@ def _check_built(build_model: BuildModel, record: GrowthRecord, checkpoint: Path
 
 def check_growths(build_model: BuildModel, config: SparklingConfig, record: GrowthRecord) -> None:
     """Plan every growth still to come on the meta device, so that a mistake shows at the start and not at its step."""
-    widths = record.widths
+    widths, axes = record.widths, record.axes
     happened = {growth.planned_step for growth in record.growths}
     for number, growth in enumerate(config.growths, start=1):
         if growth.at_step in happened:
@@ -258,12 +274,23 @@ def check_growths(build_model: BuildModel, config: SparklingConfig, record: Grow
         model = build_on_meta(build_model, widths)
         shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
         buffers = {name: tuple(buffer.shape) for name, buffer in saved_buffers(model).items()}
-        make_plan(shapes, record.axes, widths, growth.widths, config.strategy, number=number, buffers=buffers)
         try:
-            check_wide(build_model, record.axes, widths, growth.widths)
+            layers = layer_growths(build_model, widths, growth.widths, config.strategy)
+            make_plan(
+                shapes,
+                axes,
+                widths,
+                widths_alone(growth.widths, layers),
+                config.strategy,
+                number=number,
+                buffers=buffers,
+                layers=layers,
+            )
+            check_wide(build_model, axes, widths, growth.widths, layers)
         except PlanError as error:
             raise ConfigError(f"{BLOCK}.{config.growths_key}[{number - 1}]: {error}") from error
         widths = {**widths, **growth.widths}
+        axes = {name: axes[source_of(name, layers)] for name in renumbered([*axes], layers)}
 
 
 def warn_of_uncounted_experts(engine: DeepSpeedEngine, record: GrowthRecord) -> None:

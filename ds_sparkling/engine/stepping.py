@@ -20,6 +20,7 @@ from ds_sparkling.optim.optimizer_trial import what_is_kept
 from ds_sparkling.optim.scheduler import RewarmupScheduler
 from ds_sparkling.optim.step import BirthStep
 from ds_sparkling.optim.weight_norm import NormRatios, Part, Parts
+from ds_sparkling.spec.layers import birth_in
 from ds_sparkling.spec.strategy import BiasCorrection, Scope, Strategy
 
 
@@ -82,13 +83,14 @@ def blocks_of(engine: DeepSpeedEngine) -> dict[Tensor, list[Block]]:
 def _parts_of(engine: DeepSpeedEngine) -> Parts:
     """Which parameters' elements lie where in the tensors that the base optimizer steps, and when they were born."""
     record = run_of(engine).record
-    axes, history = engine_axes(engine, record.axes), record.width_history
+    axes, history, layers = engine_axes(engine, record.axes), record.width_history, record.layer_births
     shards, parameters = access.shards(engine), logical_parameters(engine)
     parts: dict[Tensor, list[Part]] = {}
     for number, (name, logical) in enumerate(parameters.items()):
         shard = shards[logical.like]
         if logical.here and shard.master is not None:
-            blocks = birth_blocks(axes[name], shard.shape, history, shard.piece.start, shard.piece.stop)
+            piece, layer = shard.piece, birth_in(name, layers)
+            blocks = birth_blocks(axes[name], shard.shape, history, piece.start, piece.stop, layer=layer)
             placed = tuple(replace(block, start=block.start + shard.offset) for block in blocks)
             parts.setdefault(shard.master, []).append(Part(number, placed))
     return len(parameters), parts

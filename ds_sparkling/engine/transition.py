@@ -89,7 +89,9 @@ class Growth(Rebuild):
         engine.lr_scheduler.check(run.config.strategy)
 
     def recorded(self, run: GrowingRun, plan: GrowthPlan, step: int) -> GrowingRun:
-        record = run.record.after(plan.grown_widths, plan.strategy, step=step, planned_step=self._planned_step)
+        record = run.record.after(
+            plan.grown_widths, plan.strategy, step=step, planned_step=self._planned_step, layers=plan.layers
+        )
         return replace(run, record=record, plans=(*run.plans, plan))
 
     def announce(self, engine: DeepSpeedEngine, transition: Transition) -> None:
@@ -151,7 +153,7 @@ def prepared(engine: DeepSpeedEngine, change: Rebuild) -> Transition:
     check_same_model(run.build_model, {**run.widths, **change.widths}, all_ranks, partitioned=partitioned)
     with all_ranks, built_plainly():
         plan = plan_growth(engine, run, change.widths)
-        check_wide(run.build_model, record.axes, run.widths, change.widths)
+        check_wide(run.build_model, record.axes, run.widths, change.widths, plan.layers)
         change.check(engine, run)
         experts = {name for name, held in held_parameters(engine).items() if held.experts}
         transition = Transition(

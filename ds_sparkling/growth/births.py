@@ -62,7 +62,13 @@ def stretch(start: int, stop: int, birth: int) -> Block:
 
 
 def birth_blocks(
-    axes: ParamAxes, shape: tuple[int, ...], widths: Mapping[str, tuple[int, ...]], start: int, stop: int
+    axes: ParamAxes,
+    shape: tuple[int, ...],
+    widths: Mapping[str, tuple[int, ...]],
+    start: int,
+    stop: int,
+    *,
+    layer: int = 0,
 ) -> list[Block]:
     """The births of the elements ``start`` to ``stop`` of a flattened parameter, as blocks that lie end to end.
 
@@ -71,18 +77,19 @@ def birth_blocks(
         shape: its present shape.
         widths: per axis, its width at the start and after every growth; axes that never grew may be left out.
         start, stop: indices into the flattened parameter; the blocks count from ``start``.
+        layer: in which growth the parameter's layer came to be.
     """
     if stop <= start:
         return []
     births = [_births_of_dim(dim, size, widths) for dim, size in zip(axes.dims, shape, strict=True)]
     grown = [position for position, per_index in enumerate(births) if per_index.any()]
     if not grown:
-        return [stretch(0, stop - start, 0)]
+        return [stretch(0, stop - start, layer)]
     last = grown[-1]
     runs = _runs(births[last], math.prod(shape[last + 1 :]))
     row = runs[-1].stop
     # How old the other dimensions allow the elements of each row to be at most.
-    floors = torch.zeros((1,), dtype=torch.uint8)
+    floors = torch.full((1,), layer, dtype=torch.uint8)
     for per_index in births[:last]:
         floors = torch.maximum(floors[:, None], per_index[None, :]).flatten()
     blocks: list[Block] = []

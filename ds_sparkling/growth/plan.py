@@ -6,8 +6,8 @@ A plan is immutable, can be printed and saved as JSON, and covers every paramete
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
 from typing import Any
@@ -15,30 +15,42 @@ from typing import Any
 from ds_sparkling.errors import PlanError
 from ds_sparkling.growth.scaling import AxisGrowth, unit_scales
 from ds_sparkling.spec.axes import Dim, Norm, ParamAxes, Role
-from ds_sparkling.spec.strategy import Strategy
+from ds_sparkling.spec.layers import LayerGrowth, in_list, is_new, renumbered, source_of
+from ds_sparkling.spec.strategy import Init, LayerContent, Strategy
 
 Shape = tuple[int, ...]
 #: Which share of its experts' parameters one token uses (top-k over experts): of all that are stacked, or by name.
 Shares = float | Mapping[str, float]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ParamPlan:
-    """One parameter's part: its logical shape (all experts) before and after, and what its dimensions are to this
-    growth: parts of a dimension whose axis doesn't grow are fixed."""
+    """One parameter's part in a growth.
+
+    Attributes:
+        name: what the large model calls it.
+        axes: what its dimensions are to this growth: parts of a dimension whose axis doesn't grow are fixed.
+        before: logical shape (all experts) of its source.
+        after: its own.
+        source: what the small model calls the parameter that it comes from.
+        made: how all of it is made, of one that there wasn't before; None for its source itself, which goes on.
+    """
 
     name: str
     axes: ParamAxes
     before: Shape
     after: Shape
+    source: str
+    made: Init | None = None
 
     @property
     def grows(self) -> bool:
-        return self.before != self.after
+        """Whether any of its elements are new."""
+        return self.before != self.after or self.made is not None
 
     @property
     def new_elements(self) -> int:
-        return math.prod(self.after) - math.prod(self.before)
+        return math.prod(self.after) - (math.prod(self.before) if self.made is None else 0)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -46,6 +58,8 @@ class ParamPlan:
             "axes": self.axes.to_dict(),
             "before": list(self.before),
             "after": list(self.after),
+            **({"source": self.source} if self.source != self.name else {}),
+            **({"made": self.made.value} if self.made is not None else {}),
         }
 
 
@@ -55,12 +69,13 @@ class GrowthPlan:
 
     Attributes:
         number: 1 for the first growth of a run, 2 for the next ...
-        growths: one :class:`AxisGrowth` per grown axis.
+        growths: one :class:`AxisGrowth` per width axis that grows.
         strategy: how new entries, scales and optimizer state are made.
-        params: one :class:`ParamPlan` per parameter, in the model's order.
+        params: one :class:`ParamPlan` per parameter of the large model, in its order.
         active_share: share of the experts that one token uses, for all stacked experts or by parameter; 1 for a dense
             model, None if it isn't known.
         buffers: one :class:`ParamPlan` per buffer that checkpoints hold and that follows an axis.
+        layers: the lists of layers that get longer.
     """
 
     number: int
@@ -69,11 +84,22 @@ class GrowthPlan:
     params: tuple[ParamPlan, ...]
     active_share: Shares | None = 1.0
     buffers: tuple[ParamPlan, ...] = ()
+    layers: tuple[LayerGrowth, ...] = ()
 
     @property
     def grown_widths(self) -> dict[str, int]:
         """What the axes that grow become."""
-        return {growth.axis: growth.after for growth in self.growths}
+        widths = {growth.axis: growth.after for growth in self.growths}
+        return widths | {longer.axis: longer.counted for longer in self.layers}
+
+    @property
+    def layer_sources(self) -> dict[str, tuple[int, ...]]:
+        """Of every list of layers that gets longer, the old layer that each layer comes from."""
+        return {growth.path: growth.sources for growth in self.layers}
+
+    def source_of(self, name: str) -> str:
+        """What the parameter, or the module, that ``name`` comes from is called before the growth."""
+        return source_of(name, self.layers)
 
     def param(self, name: str) -> ParamPlan:
         try:
@@ -96,7 +122,7 @@ class GrowthPlan:
         if share is None:
             raise PlanError("how many of the experts' parameters are active per token isn't known")
         return (
-            count_parameters({param.name: param.before for param in self.params}, axes, share),
+            count_parameters({param.name: param.before for param in self.params if param.made is None}, axes, share),
             count_parameters({param.name: param.after for param in self.params}, axes, share),
         )
 
@@ -109,6 +135,7 @@ class GrowthPlan:
         return {
             "number": self.number,
             "growths": [dict(vars(growth)) for growth in self.growths],
+            "layers": {path: list(sources) for path, sources in self.layer_sources.items()},
             "strategy": self.strategy.to_dict(),
             "params": [param.to_dict() for param in self.params],
             "buffers": [buffer.to_dict() for buffer in self.buffers],
@@ -126,6 +153,7 @@ def make_plan(
     number: int,
     active_share: Shares | None = 1.0,
     buffers: Mapping[str, Shape] | None = None,
+    layers: Sequence[LayerGrowth] = (),
 ) -> GrowthPlan:
     """Plan the growth of a model whose parameters have logical ``shapes`` at widths ``before``.
 
@@ -134,8 +162,9 @@ def make_plan(
         axes: what each parameter's dimensions are; must cover exactly ``shapes``, and those of ``buffers`` that follow
             an axis.
         before: widths in force of (at least) every axis that grows.
-        after: widths of the axes that grow.
+        after: widths of the axes that grow; what counts layers isn't among them.
         buffers: shape of every buffer that checkpoints hold.
+        layers: the lists of layers that get longer.
 
     Raises:
         PlanError: an unknown axis, a width that doesn't grow, an unmatched parameter, or a shape that contradicts the
@@ -152,9 +181,15 @@ def make_plan(
     if absent:
         raise PlanError(f"axes are given for {_some(absent)}, which the model doesn't have")
 
+    for longer in layers:
+        _check_silenced(longer, axes, strategy)
     growths = axis_growths(axes, before, after)
-    params = tuple(_param_plan(name, shape, axes[name], before, after) for name, shape in shapes.items())
-    followers = tuple(_param_plan(name, shape, axes[name], before, after) for name, shape in held.items())
+    planned = {name: _param_plan(name, shape, axes[name], before, after) for name, shape in {**shapes, **held}.items()}
+    params = tuple(_layer_plan(name, planned, layers, strategy) for name in renumbered([*shapes], layers))
+    copied = replace(strategy.layers, content=LayerContent.COPY)  # a buffer's entries may be of any type
+    followers = tuple(
+        _layer_plan(name, planned, layers, replace(strategy, layers=copied)) for name in renumbered([*held], layers)
+    )
     for growth in growths:
         unit_scales(growth, strategy, number)  # refuses a scaling that can't hold, before anything is touched
     return GrowthPlan(
@@ -164,6 +199,7 @@ def make_plan(
         params=params,
         active_share=active_share,
         buffers=followers,
+        layers=tuple(layers),
     )
 
 
@@ -175,7 +211,40 @@ def _param_plan(
             f"{name}: shape {tuple(shape)} contradicts its axes {roles_in_words(axes)} at widths {dict(before)}"
         )
     settled = axes.settled(before, after)
-    return ParamPlan(name, settled, tuple(shape), settled.shape(shape, after))
+    wide = settled.shape(shape, after)
+    return ParamPlan(name=name, axes=settled, before=tuple(shape), after=wide, source=name)
+
+
+def _check_silenced(growth: LayerGrowth, axes: Mapping[str, ParamAxes], strategy: Strategy) -> None:
+    """Raise PlanError if new layers are to add nothing and it isn't known what makes them so."""
+    if strategy.layers.content is not LayerContent.ZERO_OUTPUT:
+        return
+    told = {place[0] for name, found in axes.items() if found.layer_output and (place := in_list(name, growth.path))}
+    for source, new in zip(growth.sources, growth.new, strict=True):
+        if new and source not in told:
+            raise PlanError(
+                f"{growth.axis}: what layer {source} of {growth.path} writes to the residual stream isn't known, so "
+                'its copy can\'t be made to add nothing; say it in "sparkling": {"axes": ...} by "layer_output": true, '
+                'or choose "copy" for layers.content'
+            )
+
+
+def _layer_plan(
+    name: str, planned: Mapping[str, ParamPlan], layers: Sequence[LayerGrowth], strategy: Strategy
+) -> ParamPlan:
+    """The plan of a parameter of the large model, from those of the small one's."""
+    source = planned[source_of(name, layers)]
+    if not is_new(name, layers):
+        return replace(source, name=name)
+    return replace(source, name=name, made=_made(source, strategy.layers.content))
+
+
+def _made(source: ParamPlan, content: LayerContent) -> Init:
+    """How a parameter of a new layer is made."""
+    if content is LayerContent.ZERO_OUTPUT and source.axes.layer_output:
+        return Init.ZERO
+    matrix = len(source.before) - source.axes.stacked_experts > 1
+    return Init.RANDOM if content is LayerContent.RANDOM and matrix else Init.COPY
 
 
 def axis_growths(

@@ -15,7 +15,9 @@ def plan_in_words(plan: GrowthPlan, *, fraction: float | None = None) -> str:
         fraction: share of the token budget spent before the growth, to tell the compute saved.
     """
     total = plan.parameters()
-    widths = ", ".join(f"{g.axis} {g.before} -> {g.after}" for g in plan.growths) or "unchanged widths"
+    grown = [f"{g.axis} {g.before} -> {g.after}" for g in plan.growths]
+    grown += [f"{len({*longer.sources})} -> {len(longer.sources)} {longer.path}" for longer in plan.layers]
+    widths = ", ".join(grown) or "unchanged widths"
     lines = [
         f"growth {plan.number}: {widths}",
         f"  parameters        {total[0]:>15,} -> {total[1]:>15,}",
@@ -26,8 +28,11 @@ def plan_in_words(plan: GrowthPlan, *, fraction: float | None = None) -> str:
     if fraction is not None:
         saved = f"{plan.compute_saved(fraction):.1%} of the wide model's for as many tokens, to another loss"
         lines.append(f"  compute saved     {saved}")
-    lines.append(f"  new units         {plan.strategy.units_meaning}")
-    lines.append(f"  rescaled by       {plan.strategy.scaling.value}: the factors below")
+    if plan.layers:
+        lines.append(f"  new layers        {plan.strategy.layers.meaning}")
+    if plan.growths:
+        lines.append(f"  new units         {plan.strategy.units_meaning}")
+        lines.append(f"  rescaled by       {plan.strategy.scaling.value}: the factors below")
     lines.append(f"  optimizer state   {plan.strategy.optimizer_state.value}: {plan.strategy.optimizer_state.meaning}")
     lines.append(f"  re-warm-up        {plan.strategy.rewarmup.meaning}")
     return "\n".join(lines + _table(plan))
@@ -41,7 +46,8 @@ def _table(plan: GrowthPlan) -> list[str]:
         if not (param.grows or rescaled or tables.multiplier(param.axes) != 1.0):
             continue
         roles = roles_in_words(param.axes, tables.growths)
-        kind = (_shape(param.before), _shape(param.after), roles, _factor(param, tables))
+        before = _shape(param.before) if param.made is None else f"new: {param.made.value}"
+        kind = (before, _shape(param.after), roles, _factor(param, tables))
         count, new = rows.get(kind, (0, 0))
         rows[kind] = count + 1, new + param.new_elements
     unchanged = sum(not param.grows for param in plan.params)

@@ -51,7 +51,7 @@ class Stretches:
         """Those of the elements that lie in ``start .. stop``."""
         first = int(torch.searchsorted(self.stops, start, right=True))
         last = int(torch.searchsorted(self.starts, stop))
-        if first >= last:
+        if first >= last or start >= stop:
             return Stretches.none()
         return Stretches(self.starts[first:last].clamp(min=start), self.stops[first:last].clamp(max=stop))
 

@@ -35,7 +35,8 @@ class Kind(IntEnum):
     ZERO = 4
 
 
-_OF_INIT = {Init.COPY: Kind.COPY, Init.RANDOM: Kind.RANDOM, Init.ZERO: Kind.ZERO, Init.CANCEL: Kind.RANDOM}
+#: The kind of what is made as an :class:`Init` says.
+OF_INIT = {Init.COPY: Kind.COPY, Init.RANDOM: Kind.RANDOM, Init.ZERO: Kind.ZERO, Init.CANCEL: Kind.RANDOM}
 _OF_NEW_INDEX = {NewIndex.MEAN: Kind.MEAN, NewIndex.RANDOM: Kind.RANDOM}
 
 
@@ -199,7 +200,7 @@ class GrowthTables:
         """What new entries of a segment are."""
         strategy = self.plan.strategy
         if leaf.role is Role.GAIN:
-            return _OF_INIT[strategy.norm]
+            return OF_INIT[strategy.norm]
         if leaf.role is Role.INDEX:
             return _OF_NEW_INDEX[strategy.vocabulary]
         if leaf.role is Role.PER_UNIT:
@@ -207,7 +208,7 @@ class GrowthTables:
         init = strategy.fan_out if leaf.role is Role.FAN_OUT else strategy.fan_in
         if init is Init.ZERO and segment in leaf.alive:
             return Kind.COPY
-        return _OF_INIT[init]
+        return OF_INIT[init]
 
     def _noise_strength(self, leaf: Dim) -> Tensor:
         """RMS of the noise on each entry over that of the weights, times d/d'; float64."""

@@ -26,7 +26,7 @@ from ds_sparkling.growth.random import add_normal, stream_key
 from ds_sparkling.growth.scaling import Scale
 from ds_sparkling.growth.stretches import Stretches
 from ds_sparkling.growth.survey import Elements, Statistics, Survey
-from ds_sparkling.growth.tables import GrowthTables, IndexRun, IndexTable, Kind, index_runs
+from ds_sparkling.growth.tables import OF_INIT, GrowthTables, IndexRun, IndexTable, Kind, index_runs
 from ds_sparkling.spec.axes import FIXED, Dim, Role
 from ds_sparkling.spec.state_kinds import StateKind, gradient_degree
 from ds_sparkling.spec.strategy import OptimizerState, Strategy
@@ -126,6 +126,11 @@ class Widener:
     @property
     def numel(self) -> int:
         return math.prod(self.after)
+
+    @property
+    def _least(self) -> Kind:
+        """What every element is at least: of a parameter in a new layer none is old."""
+        return Kind.OLD if self.param.made is None else OF_INIT[self.param.made]
 
     @property
     def _unmoved(self) -> bool:
@@ -243,7 +248,7 @@ class Widener:
             PlanError: as :meth:`Strategy.state_kind`.
         """
         read = self._read(key)
-        if start >= stop or read is None:
+        if start >= stop or read is None or self._least > read:
             return Stretches.none()
         if self._unmoved:
             return Stretches.one(start, stop)
@@ -272,7 +277,7 @@ class Widener:
             key: as for :meth:`sources`.
         """
         read = self._read(key)
-        if start >= stop or read is None:
+        if start >= stop or read is None or self._least > read:
             return Stretches.none()
         if self._unmoved:
             return Stretches.one(start, stop)
@@ -315,7 +320,7 @@ class Widener:
 
     def _has(self, kind: Kind) -> bool:
         """Whether some element may be of a kind."""
-        return any(bool((table.kind == kind).any()) for table in self._indices)
+        return self._least is kind or any(bool((table.kind == kind).any()) for table in self._indices)
 
     @property
     def _draws(self) -> bool:
@@ -331,7 +336,7 @@ class Widener:
     def _noise(self) -> ZeroSumNoise | None:
         """What perturbs the columns that consume twins, if anything does."""
         grown = [place for place, dim in enumerate(self._dims) if any(map(self._tables.consumes_grown, dim.leaves))]
-        if not grown or not self.strategy.perturbation:
+        if not grown or not self.strategy.perturbation or self._least > Kind.COPY:
             return None
         place = grown[-1]
         return ZeroSumNoise(
@@ -395,7 +400,7 @@ class Widener:
         """The old row and the kind of each of the rows ``first .. last`` of the grown tensor."""
         rest = torch.arange(first, last)
         source = torch.zeros_like(rest)
-        kind = torch.zeros(last - first, dtype=torch.uint8)
+        kind = torch.full((last - first,), int(self._least), dtype=torch.uint8)
         stride_old = 1
         leading = list(zip(self._indices, self.before, self.after, strict=True))[:-1]
         for table, before, after in reversed(leading):
@@ -445,7 +450,7 @@ class Widener:
             raise PlanError(f"{self.param.name}: got a piece {start}..{stop}; the plan has {self.after}")
         if start == stop:
             return
-        if self._unmoved and Kind.OLD not in recipe.zeroed:
+        if self._unmoved and self._least <= Kind.COPY and self._least not in recipe.zeroed:
             out.copy_(old(start, stop))
             return
         for place in self._rectangles(start, stop):

@@ -137,6 +137,8 @@ def birth(strategy: Strategy, starts: Sequence[float], now: Phase | None, kind: 
             why = f"a {kind} doesn't tell where a cosine ends"
         elif now.warming:
             why = "the base schedule is still warming up"
+        elif not math.isfinite(now.left.remaining):
+            why = "the base schedule never ends"
         elif (left := round(now.left.remaining * (1 - rewarmup.faster_decay))) <= rewarmup.steps:
             why = f"the base schedule ends in {left} steps, before the re-warm-up does"
         elif rewarmup.from_step is not None and rewarmup.from_step >= now.left.total:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ds_sparkling.discovery.build import BuildModel, base_widths, build_on_meta, check_wide
+from ds_sparkling.discovery.layer_lists import layer_axes, refuse_layers
 from ds_sparkling.discovery.reading import read
 from ds_sparkling.errors import PlanError
 from ds_sparkling.growth.plan import GrowthPlan, Shape, count_parameters, make_plan
@@ -115,7 +116,9 @@ def probe_model(
     Raises:
         PlanError: if something isn't known or doesn't fit; the message says what to do.
     """
+    axes = list(axes)
     widths = base_widths(build_model, axes, given)
+    refuse_layers(axes, layer_axes(build_model, widths, axes), "leave it out, and plan the widths alone")
     found = read(build_model, widths, hints).likeliest
     built = build_on_meta(build_model, widths)
     shapes = {name: tuple(param.shape) for name, param in built.named_parameters()}

@@ -302,6 +302,12 @@ class ParamAxes(Checked):
         "fan-in factor (method, App. D.1).",
     )
     norm: Norm | None = Field(default=None, kw_only=True, description="The kind of norm that this is the gain of.")
+    layer_output: Switch = Field(
+        default=False,
+        kw_only=True,
+        description="Whether a layer in which this is zero, with all others of its kind, adds nothing to what passes "
+        "through it.",
+    )
     offset: Number = Field(
         default=0.0,
         ge=-1000,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,11 +25,13 @@ from ds_sparkling.files import whole_file
 from ds_sparkling.spec.axes import GrownWidths, Norm, ParamAxes, Widths
 from ds_sparkling.spec.checked import Checked, Integer, Number, Text, checked, shown
 from ds_sparkling.spec.json_files import load_json
+from ds_sparkling.spec.layers import LayerGrowth, layer_births, renumbered, source_of
 from ds_sparkling.spec.strategy import Strategy
 
 FILE_NAME = "ds_sparkling.json"
-#: 2 said "stages" where 3 says "growths"; 1 also knew only norms that divide by the RMS, and didn't say so.
-_FORMAT = 3
+#: 3 knew no new layers; 2 said "stages" where 3 says "growths"; 1 also knew only norms that divide by the RMS, and
+#: didn't say so.
+_FORMAT = 4
 #: What to do about a record that can't be.
 _WAY_OUT = "copy it again from where it is whole, or take another checkpoint"
 
@@ -46,6 +48,10 @@ class RecordedGrowth(Checked):
     )
     widths: GrownWidths = Field(description="The axes that grew, and to what.")
     strategy: Strategy = Field(description="How they grew.")
+    layers: dict[str, tuple[Annotated[Integer, Field(ge=0)], ...]] = Field(
+        default_factory=dict,
+        description="Of every list of layers that got longer, by its name: the old layer that each layer comes from.",
+    )
 
 
 @checked()
@@ -77,6 +83,7 @@ class GrowthRecord(Checked):
     axes: dict[str, ParamAxes] = Field(description="Of the model's parameters as built, by name.")
     growths: tuple[RecordedGrowth, ...] = Field(default=(), description="In order.")
     tried: tuple[Text, ...] = Field(default=(), description="The axes of which the record is known to be right.")
+    layer_axes: tuple[Text, ...] = Field(default=(), description="Those of the axes that count layers.")
     spent: Annotated[
         Spent | None,
         Field(description="By the time of the checkpoint that the record is in. null if nobody knows."),
@@ -93,6 +100,7 @@ class GrowthRecord(Checked):
     def _one_after_the_other(self) -> GrowthRecord:
         """Growths follow one another, and make every axis wider."""
         widths, step, planned = dict(self.initial_widths), 0, set[int]()
+        layers: dict[str, int] = {}
         for index, growth in enumerate(self.growths):
             path = f"{{path}}.growths[{index}]"
             for axis, width in growth.widths.items():
@@ -106,6 +114,14 @@ class GrowthRecord(Checked):
                 raise ValueError(f"{path}.step is {growth.step}, and the growth before came at step {step}")
             if growth.planned_step in planned:
                 raise ValueError(f"{path}.planned_step is {growth.planned_step}, as an earlier growth's")
+            for list_name, sources in growth.layers.items():
+                before = layers.get(list_name, max(sources, default=-1) + 1)
+                if not 0 < before < len(sources) or {*sources} != {*range(before)}:
+                    raise ValueError(
+                        f"{path}.layers.{list_name} is {shown(list(sources))}, and there were {before} layers before: "
+                        "every one has to go on, and others to be added"
+                    )
+                layers[list_name] = len(sources)
             if growth.planned_step is not None:
                 planned.add(growth.planned_step)
             widths.update(growth.widths)
@@ -132,14 +148,31 @@ class GrowthRecord(Checked):
                 widths.append(growth.widths.get(axis, widths[-1]))
         return {axis: tuple(widths) for axis, widths in history.items()}
 
+    @property
+    def layer_births(self) -> dict[str, tuple[int, ...]]:
+        """In which growth every layer came to be, by the list that it is in; 0 for those that were there."""
+        return layer_births([growth.layers for growth in self.growths])
+
     def after(
-        self, widths: Mapping[str, int], strategy: Strategy, *, step: int, planned_step: int | None
+        self,
+        widths: Mapping[str, int],
+        strategy: Strategy,
+        *,
+        step: int,
+        planned_step: int | None,
+        layers: Sequence[LayerGrowth] = (),
     ) -> GrowthRecord:
-        """The record once the axes in ``widths`` have grown to them; what proved this growth has served."""
-        growth = RecordedGrowth(step, planned_step, dict(widths), strategy)
-        done = growth_in_words(self.widths, widths)
-        proved = {words: proof for words, proof in self.proved.items() if words != done}
-        return replace(self, growths=(*self.growths, growth), proved=proved)
+        """The record once the axes in ``widths`` have grown to them; what proved this growth has served.
+
+        Args:
+            layers: the lists of layers that get longer with them.
+        """
+        sources = {longer.path: longer.sources for longer in layers}
+        growth = RecordedGrowth(step, planned_step, dict(widths), strategy, sources)
+        axes = {name: self.axes[source_of(name, layers)] for name in renumbered([*self.axes], layers)}
+        done = {*growth_in_words(self.widths, widths).split(", ")}
+        proved = {words: proof for words, proof in self.proved.items() if not {*words.split(", ")} <= done}
+        return replace(self, growths=(*self.growths, growth), axes=axes, proved=proved)
 
     @model_serializer(mode="wrap")
     def _as_file(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -151,6 +184,7 @@ class GrowthRecord(Checked):
             "widths": self.widths,
             "growths": data["growths"],
             "tried": data["tried"],
+            "layer_axes": data["layer_axes"],
             "spent": data["spent"],
             "proved": data["proved"],
             "axes": data["axes"],

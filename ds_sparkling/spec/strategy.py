@@ -99,6 +99,66 @@ class OptimizerState(str, Enum):
         }[self]
 
 
+class LayerOrder(str, Enum):
+    """Where new layers come to stand, and which old layer each of them comes from.
+
+    ``stack`` repeats the whole stack: 1 2 3 1 2 3 (Du et al. 2024, arXiv:2405.15319). ``interpose`` puts copies behind
+    their sources: 1 1 2 2 3 3 (arXiv:2510.08008). ``middle`` repeats the middle of the stack (MIDAS, arXiv:2409.19044).
+    ``last`` puts copies of the last layer at the end.
+    """
+
+    STACK = "stack"
+    INTERPOSE = "interpose"
+    MIDDLE = "middle"
+    LAST = "last"
+
+
+class LayerContent(str, Enum):
+    """What new layers hold.
+
+    ``zero_output`` copies the source, but for what the layer writes to the residual stream, which is zero: the function
+    is kept. ``copy`` copies all of it. ``random`` draws matrices with their source's RMS and copies gains and biases.
+    """
+
+    ZERO_OUTPUT = "zero_output"
+    COPY = "copy"
+    RANDOM = "random"
+
+
+def _order_or_sources(value: Any) -> Any:
+    if isinstance(value, (LayerOrder, tuple)) or (isinstance(value, str) and value in [*LayerOrder]):
+        return value
+    numbers = isinstance(value, list) and all(type(entry) is int and entry >= 0 for entry in value)
+    if not numbers or not value:
+        orders = ", ".join(repr(order.value) for order in LayerOrder)
+        raise ValueError(f"must be {orders} or a list of old layers, from 0 on, got {shown(value)}")
+    return tuple(value)
+
+
+@checked(kw_only=True)
+class Layers(Checked):
+    """How a growth of the number of layers is done."""
+
+    PATH = "layers"
+
+    sources: Annotated[
+        LayerOrder | tuple[int, ...],
+        BeforeValidator(_order_or_sources),
+        InWords('"stack", "interpose", "middle", "last" or list of integers'),
+    ] = Field(
+        default=LayerOrder.STACK,
+        description="Which old layer every layer comes from, by a rule or as a list with one entry per layer. The "
+        "first that comes from an old layer is that layer.",
+    )
+    content: LayerContent = Field(default=LayerContent.ZERO_OUTPUT, description="What new layers hold.")
+
+    @property
+    def meaning(self) -> str:
+        """What it does, in a few words for a printed plan."""
+        order = self.sources.value if isinstance(self.sources, LayerOrder) else f"from {list(self.sources)}"
+        return f"{order}; {self.content.value}"
+
+
 class Scope(str, Enum):
     """Which elements a re-warm-up lifts: those the growth made (Eq. 27-28), all of them, or none."""
 
@@ -312,6 +372,7 @@ class Strategy(Checked):
         description="Which steps Adam's bias correction counts for new elements: those since their birth, or the "
         "tensor's.",
     )
+    layers: Layers = Field(default=Layers(), description="New layers, where their number grows.")
     seed: Integer = Field(default=0, description="Seed of everything random in a growth.")
     state_kinds: Annotated[
         dict[str, StateKind],

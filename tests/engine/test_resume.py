@@ -18,12 +18,17 @@ STAGES = [
     {"at_step": 3, "widths": {"hidden_size": 12, "moe_intermediate_size": 10}},
     {"at_step": 6, "widths": {"moe_intermediate_size": 15}},
 ]
+LAYERS = [
+    {"at_step": 3, "widths": {"num_hidden_layers": 2}},
+    {"at_step": 6, "widths": {"num_hidden_layers": 5, "hidden_size": 12}},
+]
 GROWING = {"stages": STAGES, "rewarmup": {"ratio": 1.5, "steps": 3}}
 CASES = [
     Case(2, 3, 2, sparkling=GROWING, zero={"sub_group_size": 500}),
     Case(2, 2, 2, accumulation=2, sparkling={**GROWING, "bias_correction": "inherit"}),
     Case(2, 3, bf16=True, groups=True, sparkling=GROWING),
     Case(3, 1, bf16=True, frozen=True, sparkling={"stages": STAGES, "rewarmup": {"steps": 2, "curve": "factor"}}),
+    Case(2, 3, 2, sparkling={"growths": LAYERS, "rewarmup": {"ratio": 1.5, "steps": 3}}),
     Case(1, 0, sparkling={"stages": STAGES, "rewarmup": {"steps": 1, "scope": "all"}}),
 ]
 

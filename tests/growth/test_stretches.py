@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ds_sparkling.growth.stretches import Packed, Stretches
@@ -33,6 +33,7 @@ def test_a_union_has_every_element_once_and_its_stretches_lie_apart(
 
 
 @given(pairs, st.integers(0, 50), st.integers(0, 50))
+@example([(0, 2)], 1, 1)
 def test_within_a_window_are_its_elements(given_pairs: list[tuple[int, int]], start: int, stop: int) -> None:
     found, expected = stretches(given_pairs)
     inside = found.within(start, stop)

@@ -245,13 +245,13 @@ def test_a_damaged_file_is_an_error_that_names_it(tmp_path: Path, content: bytes
 @pytest.mark.parametrize("version", [0, -1, True, 2.0, "2", None])
 def test_a_format_that_never_was_is_refused_with_those_that_are(tmp_path: Path, version: Any) -> None:
     (tmp_path / FILE_NAME).write_text(json.dumps({**valid(), "format": version}))
-    with pytest.raises(CheckpointError, match=f"format {version!r}; known are 1 to 3"):
+    with pytest.raises(CheckpointError, match=f"format {version!r}; known are 1 to 4"):
         read_record(tmp_path)
 
 
 def test_the_record_of_a_newer_release_is_refused_by_name(tmp_path: Path) -> None:
-    (tmp_path / FILE_NAME).write_text(json.dumps({"format": 4, "whatever": "it holds"}))
-    with pytest.raises(CheckpointError, match=r"ds_sparkling\.json .*format 4, which a newer release"):
+    (tmp_path / FILE_NAME).write_text(json.dumps({"format": 5, "whatever": "it holds"}))
+    with pytest.raises(CheckpointError, match=r"ds_sparkling\.json .*format 5, which a newer release"):
         read_record(tmp_path)
 
 
@@ -353,7 +353,7 @@ def test_a_record_of_format_2_is_read(tmp_path: Path) -> None:
     assert found.spent == Spent(12, 7.0)
     found.write(tmp_path)
     data = json.loads((tmp_path / FILE_NAME).read_text())
-    assert (data["format"], data["growths"][0]["step"], "stages" in data) == (3, 7, False)
+    assert (data["format"], data["growths"][0]["step"], "stages" in data) == (4, 7, False)
     assert read_record(tmp_path) == found
 
 
