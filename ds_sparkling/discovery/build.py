@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from ds_sparkling.discovery.one_rank import frames_of, missing_group, without_peers
 from ds_sparkling.errors import ConfigError, PlanError, UnsupportedError
 from ds_sparkling.spec.axes import ParamAxes
-from ds_sparkling.spec.layers import LayerGrowth, source_of
+from ds_sparkling.spec.layers import LayerGrowth, renumbered, source_of
 
 BuildModel = Callable[..., nn.Module]
 
@@ -213,7 +213,14 @@ def check_wide(
     shapes = shapes_of(narrow)
     planned = {name: axes[name].shape(shapes[name], wide) if name in axes else None for name in shapes}
     planned.update({name: shapes[name] for name in saved_buffers(narrow) if name not in axes})
-    for name, shape in shapes_of(build_on_meta(build_model, wide)).items():
+    made = shapes_of(build_on_meta(build_model, wide))
+    for name in renumbered([*planned], layers):
+        if name not in made:
+            raise PlanError(
+                f"{name} would come from {source_of(name, layers)}, but build_model makes no such parameter or buffer "
+                f"at {wide}; what shares its tensors with others has to share them after the growth, too"
+            )
+    for name, shape in made.items():
         found = planned.get(source_of(name, layers))
         if shape != found:
             raise PlanError(

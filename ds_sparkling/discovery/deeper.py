@@ -180,8 +180,8 @@ class _Deeper:
     ) -> _Deeper:
         patience = Patience()
         patience.spend(f"making the model small, to try more {axis}")
-        kinds = layer_kinds(build_on_meta(build_model, widths))
-        grown = lists_of(build_model, widths, axis, 2 * widths[axis], build_on_meta(build_model, widths))
+        whole = build_on_meta(build_model, widths)
+        kinds, grown = layer_kinds(whole), lists_of(build_model, widths, axis, 2 * widths[axis], whole)
         few = min(max((kinds[path][0] for path in grown if path in kinds), default=1), widths[axis])
         others = {other: width for other, width in widths.items() if other != axis}
         small = instances(at_depth(build_model, {axis: few}), others, {}, keep_vocabulary=inputs is not None)

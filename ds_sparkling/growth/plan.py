@@ -92,11 +92,6 @@ class GrowthPlan:
         widths = {growth.axis: growth.after for growth in self.growths}
         return widths | {longer.axis: longer.counted for longer in self.layers}
 
-    @property
-    def layer_sources(self) -> dict[str, tuple[int, ...]]:
-        """Of every list of layers that gets longer, the old layer that each layer comes from."""
-        return {growth.path: growth.sources for growth in self.layers}
-
     def source_of(self, name: str) -> str:
         """What the parameter, or the module, that ``name`` comes from is called before the growth."""
         return source_of(name, self.layers)
@@ -135,7 +130,7 @@ class GrowthPlan:
         return {
             "number": self.number,
             "growths": [dict(vars(growth)) for growth in self.growths],
-            "layers": {path: list(sources) for path, sources in self.layer_sources.items()},
+            "layers": {growth.path: list(growth.sources) for growth in self.layers},
             "strategy": self.strategy.to_dict(),
             "params": [param.to_dict() for param in self.params],
             "buffers": [buffer.to_dict() for buffer in self.buffers],

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ds_sparkling.discovery.build import BuildModel
+from ds_sparkling.discovery.build import BuildModel, check_wide
 from ds_sparkling.discovery.deeper import layer_growths, layer_outputs, prove_layers
 from ds_sparkling.discovery.factory import HuggingFaceFactory
 from ds_sparkling.discovery.find_axes import axes_to_grow
@@ -72,6 +72,9 @@ class Stack(nn.Module):
             self.blocks: nn.Module = nn.Sequential(*(Block("pre") for _ in range(depth)))
         else:
             self.blocks = nn.ModuleList(Block("post" if kind == "skipped" else kind) for _ in range(depth))
+        if kind == "shared":
+            for block in self.blocks.children():
+                block.down = self.blocks[0].down
         if head:
             self.blocks[0].extra = nn.Parameter(torch.ones(head))
         self.kind = kind
@@ -119,6 +122,13 @@ def test_a_layer_of_another_kind_is_no_source() -> None:
         layer_growths(stack("pre", head=3), {"depth": 2}, {"depth": 4}, Strategy())
     fitting = Strategy(layers=Layers(sources=(0, 1, 1, 1), content=LayerContent.COPY))
     assert layer_growths(stack("pre", head=3), {"depth": 2}, {"depth": 4}, fitting)[0].new == (False, False, True, True)
+
+
+def test_a_tensor_that_layers_share_is_refused_before_anything_is_touched() -> None:
+    build_model, axes = stack("shared"), axes_to_grow(stack("shared"), {"depth": 2}, [], [], Strategy()).axes
+    layers = layer_growths(build_model, {"depth": 2}, {"depth": 4}, Strategy())
+    with pytest.raises(PlanError, match=r"blocks\.2\.down\.weight would come from blocks\.0\.down\.weight, but"):
+        check_wide(build_model, axes, {"depth": 2}, {"depth": 4}, layers)
 
 
 def test_lists_of_a_config_that_have_an_entry_per_layer_are_repeated() -> None:
